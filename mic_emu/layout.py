@@ -1,0 +1,579 @@
+"""The one table of registers, shared structs and constants.
+
+Everything that two processes, or C and Python, must agree on is written here and nowhere else.
+``python -m mic_emu.layout`` prints the C header that is generated from it
+(``native/include/mic/layout_gen.h``; ``make lint`` fails when that file is stale).
+
+Offsets are bytes; registers are 32-bit little-endian words. The clause in each row names the
+paragraph of the specification that defines it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+# --- Registers of BAR 4 ------------------------------------------------------------------------
+
+Access = Literal[
+    "rw",  # stored as written
+    "ro",  # hardware writes, software's stores are ignored
+    "cause",  # SICR0: write 1 to clear
+    "enable",  # SICE0: writing 1 sets, 0 leaves; a pending cause fires when it is enabled
+    "disable",  # SICC0: writing 1 clears the enable bit
+    "sdbic",  # card -> host doorbell: bit 31 requests
+    "apicicr",  # host -> card doorbell: bit 13 of the low word sends
+    "rdmasr",  # host -> card doorbell: any write fires
+    "rgcr",  # reset control
+    "dcar",  # DMA channel attributes: interrupt masks
+    "dhpr",  # DMA head: starts work
+    "dcr",  # DMA owner and enable bits
+]
+
+
+@dataclass(frozen=True)
+class Reg:
+    """``count`` registers that lie ``stride`` bytes apart, the first at ``off`` (bytes into BAR 4)."""
+
+    name: str
+    off: int
+    access: Access
+    clause: str
+    doc: str
+    count: int = 1
+    stride: int = 4
+    reset: int = 0
+
+
+MMIO_SIZE = 0x20000
+SBOX_BASE = 0x10000
+
+_DMA = 0x1A000
+_CHANNELS = {"count": 8, "stride": 0x40}
+
+MMIO: tuple[Reg, ...] = (
+    Reg("postcode", 0x0242C, "rw", "HW 2", "boot post code: two ASCII characters, first in bits 7:0", reset=0x3130),
+    Reg("smpt", 0x13100, "rw", "HW-5", "system memory page table: bits 31:2 host address >> 34", 32),
+    Reg("rgcr", 0x14010, "rgcr", "HW-36", "reset control, bit 0 resets the card"),
+    Reg("sicr0", 0x19004, "cause", "HW-13", "interrupt cause: doorbells 3:0, DMA 15:8, ERR 30"),
+    Reg("sice0", 0x1900C, "enable", "HW-12", "interrupt enable, bits as in sicr0"),
+    Reg("sicc0", 0x19010, "disable", "HW-13", "interrupt enable clear"),
+    Reg("siac0", 0x19014, "rw", "HW-13", "interrupt auto-clear, MSI-X only"),
+    Reg("mxar", 0x19044, "rw", "HW-14", "vector map: bitmap of the sources that raise vector v", 16),
+    Reg("msixpbacr", 0x19084, "rw", "HW-21", "write 1 clears the MSI-X pending bit array (A0)"),
+    Reg("dcar", _DMA + 0x00, "dcar", "HW-35", "DMA channel attributes: IM0 24, IM1 25, IS0 26", **_CHANNELS),
+    Reg("dhpr", _DMA + 0x04, "dhpr", "HW-27", "DMA head: next slot software fills; a write starts work", **_CHANNELS),
+    Reg("dtpr", _DMA + 0x08, "ro", "HW-23", "DMA tail: next slot hardware fetches", **_CHANNELS),
+    Reg("daux_lo", _DMA + 0x0C, "rw", "HW 5.2", "unused", **_CHANNELS),
+    Reg("daux_hi", _DMA + 0x10, "rw", "HW 5.2", "unused", **_CHANNELS),
+    Reg("drar_lo", _DMA + 0x14, "rw", "HW 5.2", "DMA ring address, low 32 bits", **_CHANNELS),
+    Reg("drar_hi", _DMA + 0x18, "rw", "HW 5.2", "DMA ring address high, size, SMPT index, SYS", **_CHANNELS),
+    Reg("ditr", _DMA + 0x1C, "rw", "HW 5.2", "interrupt timer, unused", **_CHANNELS),
+    Reg("dstat", _DMA + 0x20, "ro", "HW-25", "DMA status: completion count 16:0, fault bits 31:29", **_CHANNELS),
+    Reg("dstatwb_lo", _DMA + 0x24, "rw", "HW 5.2", "status write-back address, unused", **_CHANNELS),
+    Reg("dstatwb_hi", _DMA + 0x28, "rw", "HW 5.2", "status write-back address, unused", **_CHANNELS),
+    Reg("dcherr", _DMA + 0x2C, "ro", "HW-31", "DMA channel error, 0 = none", **_CHANNELS),
+    Reg("dcherrmsk", _DMA + 0x30, "rw", "HW 5.2", "error interrupt mask", **_CHANNELS),
+    Reg("dcr", 0x1A280, "dcr", "HW-22", "DMA: bit 2c owner (1 = host), bit 2c+1 enable", reset=0x55),
+    Reg("apicicr", 0x1A9D0, "apicicr", "HW-17", "host -> card interrupt n: bit 13 sends", 8, 8),
+    Reg("apicicr_hi", 0x1A9D4, "rw", "HW-42", "destination APIC id of interrupt n", 8, 8),
+    Reg("spad", 0x1AB20, "rw", "HW-2", "scratchpads", 16),
+    Reg("rdmasr", 0x1B180, "rdmasr", "HW-17", "host -> card interrupt 8 + n: any write fires", 8),
+    Reg("sdbic", 0x1CC90, "sdbic", "HW-12", "card -> host doorbell d: bit 31 requests", 4),
+)
+
+CONSTANTS: dict[str, int] = {
+    "MMIO_SIZE": MMIO_SIZE,
+    "CONFIG_SIZE": 4096,
+    "PAGE_SIZE": 4096,
+    # scratchpads (HW 2)
+    "SPAD_DOWNLOAD": 2,
+    "SPAD_FW_SIZE": 5,
+    "SPAD_DP_LO": 14,
+    "SPAD_DP_HI": 15,
+    "DOWNLOAD_READY": 1,
+    "DOWNLOAD_APIC_SHIFT": 1,
+    "DOWNLOAD_APIC_MASK": 0x1FF,
+    "DOWNLOAD_ADDR_MASK": 0xFFFFF000,
+    "DOWNLOAD_ADDR_MAX": 0x80000000,
+    "BOOT_VECTOR": 229,
+    "APICICR_SEND": 1 << 13,
+    "SDBIC_REQUEST": 1 << 31,
+    "RGCR_RESET": 1,
+    # boot header of an x86 image (HW 6.4)
+    "BOOT_RAMDISK_IMAGE": 0x218,
+    "BOOT_RAMDISK_SIZE": 0x21C,
+    "CMDLINE_MAX": 2048,
+    # card address map (HW 1)
+    "CARD_MMIO_BASE": 0x08_007C_0000,
+    "SMPT_BASE": 0x80_0000_0000,
+    "SMPT_END": 0x100_0000_0000,
+    "SMPT_SHIFT": 34,
+    "SMPT_ENTRIES": 32,
+    # interrupt sources (HW 4.2)
+    "SRC_DOORBELL": 0,
+    "SRC_DOORBELLS": 4,
+    "SRC_DMA": 8,
+    "SRC_DMAS": 8,
+    "SRC_ERR": 30,
+    "IRQ_ENABLE_MASK": 0xFF0F,
+    "MSIX_VECTORS": 9,
+    "MXAR_COUNT": 16,
+    # card interrupt lines (HW 4.4): what our array of eventfds holds, not the OS's IRQ numbers
+    "CARD_DOORBELLS": 16,
+    "CARD_IRQS": 20,
+    "CARD_IRQ_DMA": 16,
+    # DMA engine (HW 5)
+    "DMA_CHANNELS": 8,
+    "DMA_HOST_CHANNELS": 4,
+    "DMA_RING_SIZE": 131068,
+    "DMA_DESC_SIZE": 16,
+    "DMA_DCAR_IM0": 1 << 24,
+    "DMA_DCAR_IM1": 1 << 25,
+    "DMA_DCAR_IS0": 1 << 26,
+    "DMA_DRAR_SIZE_SHIFT": 4,
+    "DMA_DRAR_SMPT_SHIFT": 21,
+    "DMA_DRAR_SYS": 1 << 26,
+    "DMA_DSTAT_COUNT": 0x1FFFF,
+    "DMA_DSTAT_QUIESCED": 1 << 29,
+    "DMA_DSTAT_ERROR": 1 << 31,
+    "DMA_DESC_NOP": 0,
+    "DMA_DESC_MEMCPY": 1,
+    "DMA_DESC_STATUS": 2,
+    "DMA_DESC_GENERAL": 3,
+    "DMA_ALIGN": 64,
+    "DMA_HOST_MAX": 512 * 1024,
+    "DMA_CARD_MAX": 1024 * 1024 - 64,
+    # device page and VOP (VOP 2)
+    "DP_SIZE": 4096,
+    "MIC_MAGIC": 0xC0FFEE00,
+    "DP_FIRST_SLOT": 24,
+    "VRING_ALIGN": 4096,
+    "MAX_VRINGS": 4,
+    "VRING_ENTRIES": 128,
+    "MAX_VRING_ENTRIES": 128,
+    "MAX_DESC_BLK": 256,
+    "PARAM_DEV_REMOVE": 1,
+    "PARAM_CONFIG_CHANGED": 2,
+    # virtio (VOP 9.1)
+    "VIRTIO_ID_NET": 1,
+    "VIRTIO_ID_BLOCK": 2,
+    "VIRTIO_ID_CONSOLE": 3,
+    "VIRTIO_ID_RNG": 4,
+    "VIRTIO_ACKNOWLEDGE": 1,
+    "VIRTIO_DRIVER": 2,
+    "VIRTIO_DRIVER_OK": 4,
+    "VIRTIO_FEATURES_OK": 8,
+    "VIRTIO_NEEDS_RESET": 0x40,
+    "VIRTIO_FAILED": 0x80,
+    "VRING_DESC_F_NEXT": 1,
+    "VRING_DESC_F_WRITE": 2,
+    "VRING_DESC_F_INDIRECT": 4,
+    "VRING_AVAIL_F_NO_INTERRUPT": 1,
+    "VRING_USED_F_NO_NOTIFY": 1,
+    "VIRTIO_F_INDIRECT_DESC": 28,
+    "VIRTIO_F_EVENT_IDX": 29,
+    "VIRTIO_F_VERSION_1": 32,
+    # virtio-net (VOP 9.2)
+    "VIRTIO_NET_F_CSUM": 0,
+    "VIRTIO_NET_F_GUEST_CSUM": 1,
+    "VIRTIO_NET_F_MTU": 3,
+    "VIRTIO_NET_F_MAC": 5,
+    "VIRTIO_NET_F_GSO": 6,
+    "VIRTIO_NET_F_GUEST_TSO4": 7,
+    "VIRTIO_NET_F_GUEST_TSO6": 8,
+    "VIRTIO_NET_F_GUEST_ECN": 9,
+    "VIRTIO_NET_F_GUEST_UFO": 10,
+    "VIRTIO_NET_F_HOST_TSO4": 11,
+    "VIRTIO_NET_F_HOST_TSO6": 12,
+    "VIRTIO_NET_F_HOST_ECN": 13,
+    "VIRTIO_NET_F_MRG_RXBUF": 15,
+    "VIRTIO_NET_F_STATUS": 16,
+    # virtio-blk (VOP 9.4)
+    "VIRTIO_BLK_F_SIZE_MAX": 1,
+    "VIRTIO_BLK_F_SEG_MAX": 2,
+    "VIRTIO_BLK_F_RO": 5,
+    "VIRTIO_BLK_F_BLK_SIZE": 6,
+    "VIRTIO_BLK_F_FLUSH": 9,
+    "VIRTIO_BLK_F_TOPOLOGY": 10,
+    "VIRTIO_BLK_F_DISCARD": 13,
+    "VIRTIO_BLK_F_WRITE_ZEROES": 14,
+    "VIRTIO_BLK_T_IN": 0,
+    "VIRTIO_BLK_T_OUT": 1,
+    "VIRTIO_BLK_T_FLUSH": 4,
+    "VIRTIO_BLK_T_GET_ID": 8,
+    "VIRTIO_BLK_T_DISCARD": 11,
+    "VIRTIO_BLK_T_WRITE_ZEROES": 13,
+    "VIRTIO_BLK_S_OK": 0,
+    "VIRTIO_BLK_S_IOERR": 1,
+    "VIRTIO_BLK_S_UNSUPP": 2,
+    "VIRTIO_BLK_ID_LEN": 20,
+    # virtio-console (VOP 9.3)
+    "VIRTIO_CONSOLE_F_SIZE": 0,
+    "VIRTIO_CONSOLE_F_MULTIPORT": 1,
+    # SCIF (SCIF 3)
+    "SCIF_QP_MAGIC": 0x5C1F000000005C1F,
+    "SCIF_NODE_RING": 0x10000,
+    "SCIF_EP_RING": 0x1000,
+    "SCIF_ADMIN_PORT_END": 1024,
+    "SCIF_PORT_RSVD": 1088,
+    "SCIF_COSM_PORT": 201,
+    # COSM (COSM 5)
+    "COSM_BACKLOG": 16,
+    "COSM_MSG_SHUTDOWN": 0,
+    "COSM_MSG_SYNC_TIME": 1,
+    "COSM_MSG_HEARTBEAT": 2,
+    "COSM_MSG_SHUTDOWN_STATUS": 3,
+}
+
+# --- Shared structs ----------------------------------------------------------------------------
+
+_C_TYPES = {
+    "B": "uint8_t",
+    "b": "int8_t",
+    "H": "uint16_t",
+    "h": "int16_t",
+    "I": "uint32_t",
+    "i": "int32_t",
+    "Q": "uint64_t",
+    "q": "int64_t",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field at byte ``off``; ``fmt`` is a ``struct`` code, or ``"20s"`` for bytes."""
+
+    name: str
+    off: int
+    fmt: str
+    doc: str = ""
+
+    @property
+    def size(self) -> int:
+        return struct.calcsize("<" + self.fmt)
+
+
+class Memory(Protocol):
+    """What struct accessors need: bytes of shared memory by offset."""
+
+    def load(self, off: int, size: int) -> int: ...
+    def store(self, off: int, size: int, value: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A struct whose bytes the specification fixes: little-endian, no implied padding."""
+
+    name: str
+    size: int
+    clause: str
+    fields: tuple[Field, ...]
+    packed: bool = False
+
+    def __getitem__(self, name: str) -> Field:
+        for f in self.fields:
+            if f.name == name:
+                return f
+        raise KeyError(f"struct {self.name} has no field {name}")
+
+    def off(self, name: str) -> int:
+        """Byte offset of a field."""
+        return self[name].off
+
+    def get(self, mem: Memory, base: int, name: str) -> int:
+        """Load one field with a single access (acquire); signed fields are sign-extended."""
+        f = self[name]
+        value = mem.load(base + f.off, f.size)
+        if f.fmt in "bhiq" and value >> (8 * f.size - 1):
+            value -= 1 << (8 * f.size)
+        return value
+
+    def put(self, mem: Memory, base: int, name: str, value: int) -> None:
+        """Store one field with a single access (release)."""
+        f = self[name]
+        mem.store(base + f.off, f.size, value & ((1 << (8 * f.size)) - 1))
+
+    def pack(self, **values: int | bytes) -> bytes:
+        """The struct's bytes with the named fields set, all others 0."""
+        out = bytearray(self.size)
+        for name, value in values.items():
+            f = self[name]
+            struct.pack_into("<" + f.fmt, out, f.off, value)
+        return bytes(out)
+
+    def unpack(self, data: bytes | bytearray | memoryview, base: int = 0) -> dict[str, int]:
+        """All fields of a private copy, by name."""
+        return {f.name: struct.unpack_from("<" + f.fmt, data, base + f.off)[0] for f in self.fields}
+
+
+BOOTPARAM = Struct(
+    "bootparam",
+    24,
+    "VOP-1",
+    (
+        Field("magic", 0, "I", "MIC_MAGIC"),
+        Field("h2c_config_db", 4, "b", "card doorbell for 'device page changed', -1 none"),
+        Field("node_id", 5, "B", "SCIF node id"),
+        Field("h2c_scif_db", 6, "B", "card's SCIF doorbell, 0xff none"),
+        Field("c2h_scif_db", 7, "B", "host's SCIF doorbell, 0xff none"),
+        Field("scif_host_dma_addr", 8, "Q", "host's node queue pair, 0 absent"),
+        Field("scif_card_dma_addr", 16, "Q", "card's node queue pair, 0 absent"),
+    ),
+)
+DEVICE_DESC = Struct(
+    "device_desc",
+    8,
+    "VOP-2",
+    (
+        Field("type", 0, "b", ">0 virtio device id, 0 end of list, -1 removed"),
+        Field("num_vq", 1, "B"),
+        Field("feature_len", 2, "B"),
+        Field("config_len", 3, "B"),
+        Field("status", 4, "B", "virtio status"),
+    ),
+)
+VQCONFIG = Struct(
+    "vqconfig",
+    24,
+    "VOP-2",
+    (
+        Field("address", 0, "Q", "card-view address of the ring block"),
+        Field("used_address", 8, "Q", "card address of the used ring"),
+        Field("num", 16, "H"),
+    ),
+)
+DEVICE_CTRL = Struct(
+    "device_ctrl",
+    16,
+    "VOP-2",
+    (
+        Field("vdev", 0, "Q", "the card's own cookie"),
+        Field("config_change", 8, "B"),
+        Field("vdev_reset", 9, "B"),
+        Field("guest_ack", 10, "B"),
+        Field("host_ack", 11, "B"),
+        Field("used_address_updated", 12, "B"),
+        Field("c2h_vdev_db", 13, "b"),
+        Field("h2c_vdev_db", 14, "b"),
+    ),
+)
+VRING_INFO = Struct("vring_info", 8, "VOP-2", (Field("avail_idx", 0, "H"), Field("magic", 4, "I")), packed=True)
+VRING_DESC = Struct(
+    "vring_desc",
+    16,
+    "VOP 9.1",
+    (Field("addr", 0, "Q"), Field("len", 8, "I"), Field("flags", 12, "H"), Field("next", 14, "H")),
+)
+VRING_USED_ELEM = Struct("vring_used_elem", 8, "VOP 9.1", (Field("id", 0, "I"), Field("len", 4, "I")))
+COPY_DESC = Struct(
+    "copy_desc",
+    24,
+    "VOP-2",
+    (
+        Field("iov", 0, "Q"),
+        Field("iovcnt", 8, "I"),
+        Field("vr_idx", 12, "B"),
+        Field("update_used", 13, "B"),
+        Field("out_len", 16, "I"),
+    ),
+)
+DMA_DESC = Struct("dma_desc", 16, "HW 5.3", (Field("qw0", 0, "Q"), Field("qw1", 8, "Q")))
+NET_HDR = Struct(
+    "virtio_net_hdr",
+    12,
+    "VOP 9.2",
+    (
+        Field("flags", 0, "B"),
+        Field("gso_type", 1, "B"),
+        Field("hdr_len", 2, "H"),
+        Field("gso_size", 4, "H"),
+        Field("csum_start", 6, "H"),
+        Field("csum_offset", 8, "H"),
+        Field("num_buffers", 10, "H", "only with MRG_RXBUF or VERSION_1"),
+    ),
+)
+NET_CONFIG = Struct(
+    "virtio_net_config",
+    12,
+    "VOP 9.2",
+    (Field("mac", 0, "6s"), Field("status", 6, "H"), Field("max_pairs", 8, "H"), Field("mtu", 10, "H")),
+)
+CONSOLE_CONFIG = Struct(
+    "virtio_console_config",
+    12,
+    "VOP 9.3",
+    (Field("cols", 0, "H"), Field("rows", 2, "H"), Field("max_nr_ports", 4, "I"), Field("emerg_wr", 8, "I")),
+)
+BLK_CONFIG = Struct(
+    "virtio_blk_config",
+    60,
+    "VOP 9.4",
+    (
+        Field("capacity", 0, "Q", "512-byte sectors"),
+        Field("size_max", 8, "I"),
+        Field("seg_max", 12, "I"),
+        Field("cylinders", 16, "H"),
+        Field("heads", 18, "B"),
+        Field("sectors", 19, "B"),
+        Field("blk_size", 20, "I"),
+        Field("physical_block_exp", 24, "B"),
+        Field("alignment_offset", 25, "B"),
+        Field("min_io_size", 26, "H"),
+        Field("opt_io_size", 28, "I"),
+        Field("writeback", 32, "B"),
+        Field("num_queues", 34, "H"),
+        Field("max_discard_sectors", 36, "I"),
+        Field("max_discard_seg", 40, "I"),
+        Field("discard_sector_alignment", 44, "I"),
+        Field("max_write_zeroes_sectors", 48, "I"),
+        Field("max_write_zeroes_seg", 52, "I"),
+        Field("write_zeroes_may_unmap", 56, "B"),
+    ),
+    packed=True,
+)
+BLK_REQ = Struct("virtio_blk_req", 16, "VOP 9.4", (Field("type", 0, "I"), Field("ioprio", 4, "I"), Field("sector", 8, "Q")))
+BLK_RANGE = Struct("virtio_blk_range", 16, "VOP 9.4", (Field("sector", 0, "Q"), Field("num_sectors", 8, "I"), Field("flags", 12, "I")))
+SCIF_MSG = Struct(
+    "scif_msg",
+    44,
+    "SCIF 3.3",
+    (
+        Field("src_node", 0, "H"),
+        Field("src_port", 2, "H"),
+        Field("dst_node", 4, "H"),
+        Field("dst_port", 6, "H"),
+        Field("op", 8, "I"),
+        Field("p0", 12, "Q"),
+        Field("p1", 20, "Q"),
+        Field("p2", 28, "Q"),
+        Field("p3", 36, "Q"),
+    ),
+    packed=True,
+)
+SCIF_QP = Struct(
+    "scif_qp",
+    256,
+    "SCIF 3.2",
+    (
+        Field("magic", 0, "Q"),
+        Field("local_write", 128, "I", "receiver's write index, written by the sender"),
+        Field("local_read", 192, "I", "sender's read index, written by the receiver"),
+        Field("remote_qp", 200, "Q"),
+        Field("local_buf", 208, "Q", "bus address of the receive buffer"),
+        Field("local_qp", 216, "Q", "bus address of this queue pair"),
+        Field("remote_buf", 224, "Q"),
+        Field("qp_state", 232, "I"),
+    ),
+)
+COSM_MSG = Struct("cosm_msg", 24, "COSM 5.2", (Field("id", 0, "Q"), Field("value", 8, "Q"), Field("nsec", 16, "Q")))
+
+STRUCTS: tuple[Struct, ...] = (
+    BOOTPARAM, DEVICE_DESC, VQCONFIG, DEVICE_CTRL, VRING_INFO, VRING_DESC, VRING_USED_ELEM, COPY_DESC,
+    DMA_DESC, NET_HDR, NET_CONFIG, CONSOLE_CONFIG, BLK_CONFIG, BLK_REQ, BLK_RANGE, SCIF_MSG, SCIF_QP, COSM_MSG,
+)  # fmt: skip
+
+# --- Look-ups ----------------------------------------------------------------------------------
+
+_BY_NAME = {r.name: r for r in MMIO}
+
+
+def reg(name: str, index: int = 0) -> int:
+    """Offset in BAR 4 of register ``name``, or of element ``index`` of a row of registers."""
+    row = _BY_NAME[name]
+    if not 0 <= index < row.count:
+        raise IndexError(f"{name}: index {index} is outside 0..{row.count - 1}")
+    return row.off + index * row.stride
+
+
+def register_words() -> Iterator[tuple[int, str, Reg]]:
+    """Every 32-bit register as (offset, printable name, row), ascending."""
+    words = []
+    for row in MMIO:
+        for i in range(row.count):
+            words.append((row.off + i * row.stride, row.name if row.count == 1 else f"{row.name}[{i}]", row))
+    return iter(sorted(words, key=lambda w: w[0]))
+
+
+def check() -> None:
+    """Raise AssertionError when the table contradicts itself (run by the generator and by tests)."""
+    end = -1
+    for off, name, _ in register_words():
+        assert off % 4 == 0, f"{name}: not aligned"
+        assert off >= end, f"{name}: overlaps its neighbour"
+        end = off + 4
+    assert end <= MMIO_SIZE
+    for s in STRUCTS:
+        end = 0
+        for f in s.fields:
+            assert f.off >= end, f"{s.name}.{f.name}: overlaps its neighbour"
+            end = f.off + f.size
+        assert end <= s.size, f"{s.name}: fields beyond its size"
+
+
+# --- C header ----------------------------------------------------------------------------------
+
+
+def _c_struct(s: Struct) -> Iterator[str]:
+    yield f"/* {s.clause} */"
+    yield f"struct mic_{s.name} {{"
+    end = pads = 0
+    for f in s.fields:
+        if f.off > end:
+            yield f"\tuint8_t reserved{pads}[{f.off - end}];"
+            pads += 1
+        doc = f" /* {f.doc} */" if f.doc else ""
+        if f.fmt.endswith("s"):
+            yield f"\tuint8_t {f.name}[{f.size}];{doc}"
+        else:
+            yield f"\t{_C_TYPES[f.fmt]} {f.name};{doc}"
+        end = f.off + f.size
+    if end < s.size:
+        yield f"\tuint8_t reserved{pads}[{s.size - end}];"
+    yield "} __attribute__((packed));" if s.packed else "};"
+    yield f'_Static_assert(sizeof(struct mic_{s.name}) == {s.size}, "{s.name}: size");'
+    for f in s.fields:
+        yield f'_Static_assert(offsetof(struct mic_{s.name}, {f.name}) == {f.off}, "{s.name}.{f.name}");'
+    yield ""
+
+
+def c_header() -> str:
+    """The text of ``layout_gen.h``."""
+    check()
+    out = [
+        "/* Generated by `make layout` from mic_emu/layout.py. Do not edit. */",
+        "#ifndef MIC_LAYOUT_GEN_H",
+        "#define MIC_LAYOUT_GEN_H",
+        "#include <stddef.h>",
+        "#include <stdint.h>",
+        "",
+        "/* clang-format off */",
+    ]
+    for name, value in CONSTANTS.items():
+        suffix = "ull" if value > 0xFFFFFFFF else "u"
+        out.append(f"#define MIC_{name.removeprefix('MIC_')} {value:#x}{suffix}")
+    out.append("")
+    for r in MMIO:
+        macro = f"MIC_REG_{r.name.upper()}"
+        if r.count > 1:
+            out.append(f"#define {macro}(n) ({r.off:#x}u + {r.stride:#x}u * (n)) /* {r.doc} ({r.clause}) */")
+        else:
+            out.append(f"#define {macro} {r.off:#x}u /* {r.doc} ({r.clause}) */")
+    out += ["", "enum mic_reg_access {"]
+    kinds = list(dict.fromkeys(r.access for r in MMIO))
+    out += [f"\tMIC_ACCESS_{k.upper()}," for k in kinds]
+    out += ["};", "", "struct mic_reg_row {", "\tuint32_t off, count, stride, reset;", "\tenum mic_reg_access access;", "};"]
+    out += ["", f"#define MIC_REG_ROWS {len(MMIO)}", "#define MIC_REG_TABLE \\"]
+    rows = [f"\t{{ {r.off:#x}u, {r.count}u, {r.stride:#x}u, {r.reset:#x}u, MIC_ACCESS_{r.access.upper()} }}" for r in MMIO]
+    out += [f"{row}, \\" for row in rows[:-1]] + [rows[-1]]
+    out.append("")
+    for s in STRUCTS:
+        out += _c_struct(s)
+    out += ["/* clang-format on */", "#endif", ""]
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(c_header(), end="")

@@ -1,0 +1,83 @@
+/* One process's view of one card: its memories, its register file and its interrupt lines.
+ *
+ * A doorbell is the register bit of the specification plus an eventfd, as with MSI-X vectors; the
+ * process that writes the register also signals the line. No lock is shared between processes:
+ * registers change by single atomic operations only. */
+#ifndef MIC_BUS_H
+#define MIC_BUS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "mic/layout_gen.h"
+
+/* cffi-begin */
+/* Order of the descriptors that mic_bus_attach() takes. */
+enum mic_bus_fd {
+	MIC_FD_GDDR,   /* BAR 0: offset = card physical address */
+	MIC_FD_MMIO,   /* BAR 4 */
+	MIC_FD_HOST,   /* host memory: offset = host bus address */
+	MIC_FD_CONFIG, /* PCI configuration space */
+	MIC_FD_RESET,  /* eventfd: RGCR bit 0 was written */
+	MIC_FD_BOOT,   /* eventfd: the bootstrap interrupt */
+	MIC_FD_VEC,    /* 16 eventfds: interrupts to the host, by vector */
+	MIC_FD_IRQ = 22,   /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
+	MIC_FD_CHAN = 42,  /* 8 eventfds: DMA channel c has something to do */
+	MIC_FD_COUNT = 50
+};
+
+struct mic_bus;
+
+/* Map a card. `fds` has MIC_FD_COUNT open descriptors; the caller keeps them open (they are used by
+ * number) and closes them after mic_bus_detach(). Memory sizes are taken from the descriptors.
+ * Returns NULL with errno set when a mapping fails. */
+struct mic_bus *mic_bus_attach(const int *fds);
+void mic_bus_detach(struct mic_bus *bus);
+
+/* Register access; `off` is in bytes from the start of BAR 4. Unknown registers read 0 and ignore
+ * writes, which are counted (HW-4). A write does what the hardware does: cause bits, doorbells,
+ * reset and boot interrupts, DMA kicks. */
+uint32_t mic_mmio_read(struct mic_bus *bus, uint32_t off);
+void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value);
+uint64_t mic_mmio_ignored(struct mic_bus *bus);
+
+/* Registers as the hardware itself changes them, for the board process only. */
+void mic_hw_store(struct mic_bus *bus, uint32_t off, uint32_t value);
+void mic_hw_reset(struct mic_bus *bus);
+
+/* Interrupts. mic_raise_host() sets cause bits (source offsets, HW 4.2) and delivers those that are
+ * enabled; mic_raise_card() signals card line `irq` (index of the MIC_FD_IRQ row). */
+void mic_raise_host(struct mic_bus *bus, uint32_t sources);
+void mic_raise_card(struct mic_bus *bus, unsigned irq);
+/* The card rings host doorbell `db`; numbers that do not exist are ignored (HW-18). */
+void mic_ring_host(struct mic_bus *bus, int db);
+/* The host rings card doorbell `db` (0-7 APICICR, 8-15 RDMASR); others are ignored (HW-18). */
+void mic_ring_card(struct mic_bus *bus, int db);
+
+/* Memories. Sizes in bytes. */
+uint8_t *mic_bus_gddr(struct mic_bus *bus);
+uint64_t mic_bus_gddr_size(struct mic_bus *bus);
+uint8_t *mic_bus_host(struct mic_bus *bus);
+uint64_t mic_bus_host_size(struct mic_bus *bus);
+uint8_t *mic_bus_mmio(struct mic_bus *bus);
+
+/* Pointer to `len` bytes of GDDR at card physical `addr`, NULL when any byte is outside. */
+void *mic_gddr_at(struct mic_bus *bus, uint64_t addr, uint64_t len);
+/* The same for an address as the card sees it: GDDR, or host memory through the SMPT (HW-11).
+ * NULL when the range is outside or crosses an SMPT entry boundary. */
+void *mic_card_at(struct mic_bus *bus, uint64_t addr, uint64_t len);
+
+/* Single accesses to shared memory; size is 1, 2, 4 or 8 bytes. Loads acquire, stores release. */
+uint64_t mic_shm_load(const void *p, unsigned size);
+void mic_shm_store(void *p, unsigned size, uint64_t value);
+void mic_shm_fence(void);
+/* 0 or -errno: give the pages of [off, off + len) back to the system. */
+int mic_punch(int fd, uint64_t off, uint64_t len);
+/* 0 or -errno: reserve them, so that a later store cannot fault (ENOSPC: /dev/shm is full). */
+int mic_reserve(int fd, uint64_t off, uint64_t len);
+/* A new eventfd at 0: descriptor or -errno. */
+int mic_eventfd(int flags);
+/* cffi-end */
+
+#endif

@@ -1,0 +1,170 @@
+/* The split ring, both halves (VOP 3, 9.1).
+ *
+ * mic_vq    device half: runs in a backend process on the host. Descriptors and the available ring
+ *           lie in host memory, the used ring and all buffers in the card's GDDR.
+ * mic_dq    driver half: runs in the card OS. The same memory seen from the other side.
+ *
+ * Everything the other side can write is read once into a local, checked, and used from there. A
+ * ring that breaks its rules is `broken`: it returns its errno until it is set up again, and no
+ * other ring notices. Indices are free running 16-bit numbers; num is a power of two <= 128. */
+#ifndef MIC_VRING_H
+#define MIC_VRING_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "mic/bus.h"
+#include "mic/layout_gen.h"
+
+/* cffi-begin */
+/* --- device half ------------------------------------------------------------------------------ */
+
+struct mic_vq {
+	struct mic_bus *bus;
+	uint8_t *desc;    /* descriptor table, host memory */
+	uint8_t *avail;   /* available ring, host memory */
+	uint8_t *info;    /* mic_vring_info: the index published for observers */
+	uint8_t *used;    /* used ring, GDDR; NULL until the card handed it over */
+	uint64_t features;
+	uint16_t num;
+	uint16_t last_avail;   /* next available entry to take */
+	uint16_t used_idx;     /* next used entry to write */
+	uint16_t signalled;    /* used_idx at the last interrupt (EVENT_IDX) */
+	bool broken;
+	int error;             /* the errno that broke it, positive */
+	uint64_t popped, pushed, bytes_in, bytes_out; /* counters; in = from the card */
+};
+
+/* One chain: readable segments first (card -> host), then writable ones. */
+struct mic_chain {
+	uint16_t head;
+	unsigned out_num; /* readable segments: iov[0 .. out_num) */
+	unsigned in_num;  /* writable segments: iov[out_num .. out_num + in_num) */
+	uint64_t out_len, in_len; /* bytes */
+};
+
+/* block_off: offset of the ring block in host memory (VOP-3). used_addr: card physical address of
+ * the used ring, 0 = not yet. features: bit numbers as in layout.py, EVENT_IDX and INDIRECT_DESC
+ * matter here. Returns 0, -EINVAL (num, alignment), -EFAULT (outside the memories, VOP-47). */
+int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint64_t used_addr,
+		uint16_t num, uint64_t features);
+/* Take the next chain. iov holds up to max segments, already translated and bounds-checked.
+ * Returns 1, 0 (nothing available), or breaks the ring and returns -EINVAL (head or next out of
+ * range, readable after writable, INDIRECT not negotiated or malformed; VOP-45, 48), -ELOOP
+ * (VOP-44), -EFAULT (address outside GDDR, VOP-46), -EPROTO (avail.idx jumped by more than num,
+ * VOP-49), -ENOSPC (more than max segments). */
+int mic_vq_pop(struct mic_vq *vq, struct mic_chain *chain, struct iovec *iov, unsigned max);
+/* Complete a chain; len = bytes written into its writable part. Publishes used.idx. */
+void mic_vq_push(struct mic_vq *vq, uint16_t head, uint32_t len);
+/* True when the driver wants an interrupt for what was pushed since the last call. */
+bool mic_vq_should_interrupt(struct mic_vq *vq);
+/* Ask for kicks, then look once more: true when work arrived meanwhile (do not sleep). */
+bool mic_vq_enable_kick(struct mic_vq *vq);
+/* No kicks, please: the device is polling. */
+void mic_vq_disable_kick(struct mic_vq *vq);
+/* Is there something to pop? (cheap, no validation) */
+bool mic_vq_has_work(const struct mic_vq *vq);
+
+/* A device as its backend process sees it: slot in the device page, rings, lines. */
+struct mic_vdev {
+	struct mic_bus *bus;
+	uint8_t *desc;      /* mic_device_desc in the device page */
+	uint8_t *ctrl;      /* mic_device_ctrl in the device page */
+	int kick_fd;        /* eventfd of this device's MSI-X vector */
+	int control_fd;     /* socket to the host process; readable = leave the loop */
+	unsigned num_vq;
+	struct mic_vq vq[4];
+	uint64_t wakeups, interrupts;
+	unsigned spin_us;   /* how long to look before sleeping */
+};
+
+/* What a device loop returns to Python. */
+enum mic_run {
+	MIC_RUN_CONTROL = 1,   /* control_fd is readable */
+	MIC_RUN_HANDSHAKE = 2, /* the card set vdev_reset or used_address_updated, or changed status */
+	MIC_RUN_SIGNAL = 3,    /* EINTR: let Python run its signal handlers, then call again */
+	MIC_RUN_LOCAL = 4,     /* the local end (tap, pty) is gone */
+};
+
+/* slot_off, ctrl_off: offsets of device_desc and device_ctrl in host memory. */
+void mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, uint64_t ctrl_off,
+		   int kick_fd, int control_fd, unsigned num_vq);
+/* The card wants its host half to act: vdev_reset or used_address_updated is set. */
+bool mic_vdev_handshake(const struct mic_vdev *dev);
+bool mic_vdev_driver_ok(const struct mic_vdev *dev);
+/* Interrupt the card through h2c_vdev_db; out of range numbers are ignored (VOP-28, VOP-52). */
+void mic_vdev_interrupt(struct mic_vdev *dev);
+/* Interrupt if any of vq's pushes wants it. */
+void mic_vdev_complete(struct mic_vdev *dev, struct mic_vq *vq);
+/* A ring broke: NEEDS_RESET in the status byte, and one interrupt (VOP 11). */
+void mic_vdev_broken(struct mic_vdev *dev, struct mic_vq *vq);
+
+/* --- driver half ------------------------------------------------------------------------------ */
+
+struct mic_dq {
+	struct mic_bus *bus;
+	uint8_t *desc;  /* host memory through the SMPT */
+	uint8_t *avail;
+	uint8_t *used;  /* GDDR */
+	uint64_t features;
+	uint16_t num;
+	uint16_t free_head, free_num;
+	uint16_t avail_idx, last_used;
+	uint16_t kicked;       /* avail_idx at the last kick (EVENT_IDX) */
+	bool broken;
+	uint64_t token[128];   /* by head */
+	uint16_t chain_len[128];
+	uint16_t shadow_next[128]; /* the free list and chain links, never read back from the ring */
+	uint64_t indirect;     /* GDDR address of num * 16 * 16 bytes for indirect tables, 0 = none */
+};
+
+/* A buffer in GDDR. */
+struct mic_seg {
+	uint64_t addr; /* card physical */
+	uint32_t len;
+};
+
+/* desc_addr: card address of the ring block (an SMPT address). used_addr: card physical.
+ * indirect_addr: GDDR area for indirect tables (num tables of 16 descriptors), 0 = never use them.
+ * Zeroes the used ring. Returns 0, -EINVAL, -EFAULT. */
+int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint64_t used_addr,
+		uint16_t num, uint64_t features, uint64_t indirect_addr);
+/* Make out_num readable then in_num writable segments available as one chain.
+ * Returns 0, -ENOSPC (ring full), -EINVAL (no segments), -EIO (broken). token comes back from get. */
+int mic_dq_add(struct mic_dq *dq, const struct mic_seg *seg, unsigned out_num, unsigned in_num,
+	       uint64_t token);
+/* True when the device wants a kick for what was added since the last call. */
+bool mic_dq_should_kick(struct mic_dq *dq);
+/* Next completion: 1 (fills token and len), 0 none, -EIO the device broke the ring. */
+int mic_dq_get(struct mic_dq *dq, uint64_t *token, uint32_t *len);
+/* Ask for interrupts, then look once more: true when a completion arrived meanwhile. */
+bool mic_dq_enable_interrupt(struct mic_dq *dq);
+void mic_dq_disable_interrupt(struct mic_dq *dq);
+bool mic_dq_has_completion(const struct mic_dq *dq);
+
+/* A device as its card driver sees it. */
+struct mic_vdrv {
+	struct mic_bus *bus;
+	int irq_fd;    /* eventfd of the card interrupt line of this device */
+	int stop_fd;   /* eventfd; readable = leave the loop */
+	int c2h_db;    /* host doorbell to kick */
+	unsigned num_vq;
+	struct mic_dq dq[4];
+	uint64_t kicks, wakeups;
+	unsigned spin_us;
+};
+
+void mic_vdrv_init(struct mic_vdrv *drv, struct mic_bus *bus, int irq_fd, int stop_fd, int c2h_db,
+		   unsigned num_vq);
+void mic_vdrv_kick(struct mic_vdrv *drv, struct mic_dq *dq);
+
+/* Should a loop of this process spin at all? False when there are fewer CPUs than spinners. */
+bool mic_spin_allowed(void);
+uint64_t mic_now_ns(void);
+/* Block in poll(2) on fds[0..n), n <= 8, for at most timeout_ms (-1 = for ever). Returns a bit mask
+ * of the ready descriptors, 0 on time-out, -errno. */
+int mic_wait_fds(const int *fds, unsigned n, int timeout_ms);
+/* cffi-end */
+
+#endif

@@ -86,11 +86,11 @@ class Bus:
 
     def vector_fd(self, vector: int) -> int:
         """eventfd of interrupt vector 0..15 towards the host."""
-        return self.fds[lib.MIC_FD_VEC + vector]
+        return self.fds[int(lib.MIC_FD_VEC) + vector]
 
     def irq_fd(self, line: int) -> int:
         """eventfd of a card interrupt line: doorbells 0..15, then DMA channels 4..7."""
-        return self.fds[lib.MIC_FD_IRQ + line]
+        return self.fds[int(lib.MIC_FD_IRQ) + line]
 
     def read(self, name: str, index: int = 0) -> int:
         """Register by name."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from conftest import make_bus, rang
+from hwcard import make_bus, rang
 
 from mic_emu import pciconfig
 from mic_emu.bar import Bus
@@ -208,7 +208,7 @@ def test_hw_15_msi_needs_the_map_bit(card: Bus) -> None:
 @pytest.mark.parametrize(("kind", "index"), [(3, 0), (-1, 0), (0, 4), (0, -1), (1, 8), (2, 1)])
 def test_hw_16_unknown_source(irqs: Interrupts, kind: int, index: int) -> None:
     """HW-16: a type or index that does not exist is EINVAL."""
-    with pytest.raises(OSError, match="") as e:
+    with pytest.raises(OSError, match=r"exist|outside") as e:
         irqs.request(kind, index, "bad")
     assert e.value.errno == errno.EINVAL
 

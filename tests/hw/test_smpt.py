@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from conftest import GiB, make_bus
+from hwcard import GiB, make_bus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,7 +199,9 @@ def shared_bus() -> Iterator[Bus]:
     ),
     st.randoms(use_true_random=False),
 )
-def test_hw_07_random_maps_translate_back(shared_bus: Bus, asked: list[tuple[int, int, int]], rnd: object) -> None:
+def test_hw_07_random_maps_translate_back(
+    shared_bus: Bus, asked: list[tuple[int, int, int]], rnd: object
+) -> None:
     """HW-6..9: whatever is mapped, every live byte translates back, registers equal the table."""
     smpt = Smpt(shared_bus, LOG)
     smpt.init()

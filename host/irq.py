@@ -18,6 +18,7 @@ from enum import Enum, IntEnum
 
 from mic_emu.bar import Bus, close_all, drain, eventfd
 from mic_emu.layout import CONSTANTS as C
+from mic_emu.log import Logger
 from mic_emu.pciconfig import ConfigSpace
 
 VECTORS = C["MSIX_VECTORS"]
@@ -93,9 +94,9 @@ class Interrupts:
     EINVAL no mode is possible (HW-15), ENOSPC the forced one is not.
     """
 
-    def __init__(self, bus: Bus, mode: Mode | str | None = None, log: logging.Logger | None = None) -> None:
+    def __init__(self, bus: Bus, mode: Mode | str | None = None, log: Logger | None = None) -> None:
         self._bus = bus
-        self._log = log or logging.getLogger("micemu.irq")
+        self._log: Logger = log or logging.getLogger("micemu.irq")
         self._lock = threading.Lock()
         self._config = ConfigSpace(bus)
         self._next_db = 0
@@ -239,7 +240,7 @@ class Interrupts:
         """Give a source back; an unknown one only gives a warning."""
         with self._lock:
             if self._requests.get(irq.cookie) is not irq:
-                self._log.warning("irq: %s (cookie %#x) is not requested", irq.name, irq.cookie)
+                self._log.warning(f"irq: {irq.name} (cookie {irq.cookie:#x}) is not requested")
                 return
             del self._requests[irq.cookie]
             if self.mode is Mode.MSIX:

@@ -11,12 +11,12 @@ entries instead of failing the whole map; a request for more than 32 pieces fail
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from dataclasses import dataclass
 
 from mic_emu.bar import Bus
 from mic_emu.layout import CONSTANTS
+from mic_emu.log import Logger
 
 ENTRIES = CONSTANTS["SMPT_ENTRIES"]
 PAGE_SHIFT = CONSTANTS["SMPT_SHIFT"]
@@ -61,7 +61,7 @@ class Smpt:
     ``mapped_bytes``, ``map_count`` and ``unmap_count`` are the debug counters of HW 3.
     """
 
-    def __init__(self, bus: Bus, log: logging.Logger) -> None:
+    def __init__(self, bus: Bus, log: Logger) -> None:
         self._bus = bus
         self._log = log
         self._lock = threading.Lock()
@@ -87,7 +87,7 @@ class Smpt:
         with self._lock:
             for i, e in enumerate(self._entries):
                 if e.refs:
-                    self._log.warning("smpt: entry %d still has %d bytes mapped", i, e.refs)
+                    self._log.warning(f"smpt: entry {i} still has {e.refs} bytes mapped")
 
     def map(self, host_addr: int, size: int) -> int:
         """Card address of ``[host_addr, host_addr + size)`` bytes, or 0 when it cannot be mapped.
@@ -105,7 +105,7 @@ class Smpt:
             if first is None:
                 first = self._find_free(len(counts))
             if first is None:
-                self._log.warning("smpt: no run of %d entries for %#x+%#x", len(counts), host_addr, size)
+                self._log.warning(f"smpt: no run of {len(counts)} entries for {host_addr:#x}+{size:#x}")
                 return 0
             for i, nbytes in enumerate(counts):
                 entry = self._entries[first + i]
@@ -126,7 +126,7 @@ class Smpt:
         if size == 0:
             return
         if size < 0 or not BASE <= card_addr < END or card_addr + size > END:
-            self._log.warning("smpt: unmap of %#x+%#x is outside the window", card_addr, size)
+            self._log.warning(f"smpt: unmap of {card_addr:#x}+{size:#x} is outside the window")
             return
         first = (card_addr - BASE) >> PAGE_SHIFT
         with self._lock:
@@ -134,7 +134,7 @@ class Smpt:
                 entry = self._entries[i]
                 entry.refs -= nbytes
                 if entry.refs < 0:
-                    self._log.warning("smpt: entry %d unmapped below zero (%d bytes)", i, entry.refs)
+                    self._log.warning(f"smpt: entry {i} unmapped below zero ({entry.refs} bytes)")
             self.mapped_bytes -= size
             self.unmap_count += 1
 

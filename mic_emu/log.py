@@ -10,9 +10,15 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 LEVELS = ("debug", "info", "warning", "error")
+
+
+class Logger(Protocol):
+    """What the hardware layer needs of a log: ours, or ``logging.Logger``."""
+
+    def warning(self, message: str, /) -> object: ...
 
 
 class Log:

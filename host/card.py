@@ -16,12 +16,13 @@ from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import plan
-from mic_emu.host.driver import Driver
+from mic_emu.host.devices import close_prepared, extra_device, plan
+from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
 from mic_emu.host.spawn import Spawner
-from mic_emu.host.supervisor import Supervisor
+from mic_emu.host.network import Network
+from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
@@ -62,6 +63,7 @@ class Card:
         self.vop: VopHost | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
+        self.network: Network | None = None
         self.changed = asyncio.Condition()
         self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[Any]] = []
@@ -218,6 +220,68 @@ class Card:
             await asyncio.wait_for(watch(), limit_s)
         except asyncio.TimeoutError:
             raise TimeoutError(f"{self.name}: {what}: not within {limit_s:g} s") from None
+
+    @property
+    def is_ready(self) -> bool:
+        """Ready and not in anybody's hands."""
+        return self.cosm.state is State.READY
+
+    @property
+    def bootable(self) -> bool:
+        """Would ``boot`` be accepted? A crashed card is: it is reset first."""
+        return self.cosm.state in (State.READY, State.RESET_FAILED, State.SHUTTING_DOWN, State.RESETTING)
+
+    def reconfigure(self, config: CardConfig) -> None:
+        """New values for the next boot."""
+        self.config = config
+        self.policy.on_crash = config.on_crash
+        self.cosm.set_heartbeat(config.heartbeat)
+
+    def prepare(self, image: str) -> None:
+        """Look at what a boot needs before anything is touched. Raises MicemuError with the fix."""
+        for path, what in ((image, "card image"), (self.config.ramdisk, "ramdisk")):
+            if path:
+                check_file(path, what, self.name)
+        close_prepared(plan(self))
+
+    def backend(self, name: str) -> Backend:
+        """A device's backend by name. Raises MicemuError."""
+        backends = self.supervisor.backends if self.supervisor else []
+        for b in backends:
+            if b.name == name:
+                return b
+        known = ", ".join(b.name for b in backends) or "none; the card is not online"
+        raise MicemuError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
+
+    async def add_device(self, kind: str, options: dict[str, Any]) -> Backend:
+        """Hot-plug a device and wait until the card drives it."""
+        if self.supervisor is None or self.cosm.state is not State.ONLINE:
+            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+        backend = extra_device(self, kind, options)
+        self.supervisor.add(backend)
+        try:
+            await self.until(
+                lambda: backend.ready.is_set() or bool(backend.failed), self.clock.limit(40.0), f"{backend.name} on the card"
+            )
+        except TimeoutError:
+            await self.supervisor.remove(backend)
+            raise
+        if backend.failed:
+            await self.supervisor.remove(backend)
+            raise MicemuError(f"{self.name}: {backend.name}: {backend.failed}")
+        return backend
+
+    async def remove_device(self, name: str) -> None:
+        """Hot-unplug a device."""
+        backend = self.backend(name)
+        assert self.supervisor
+        await self.supervisor.remove(backend)
+
+    async def reboot(self) -> None:
+        """Shut down (or reset) and boot again."""
+        if self.cosm.state is State.ONLINE:
+            await self.shutdown()
+        await self.boot(self.driver.firmware, self.driver.ramdisk, self.driver.cmdline)
 
     async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
         """Boot and wait until the card is online and its devices run.

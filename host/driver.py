@@ -35,6 +35,16 @@ def read_file(path: str, what: str) -> bytes:
         raise DownloadError(f"cannot load the {what} {path}: {e.strerror}", e.errno or errno.EIO) from e
 
 
+def check_file(path: str, what: str, name: str) -> None:
+    """Raise DownloadError when ``path`` cannot be the ``what`` of card ``name``."""
+    if not os.path.exists(path):
+        raise DownloadError(f"{name}: the {what} {path} does not exist", errno.ENOENT)
+    if not os.path.isfile(path):
+        raise DownloadError(f"{name}: the {what} {path} is not a file", errno.EINVAL)
+    if not os.access(path, os.R_OK):
+        raise DownloadError(f"{name}: the {what} {path} is not readable", errno.EACCES)
+
+
 class Driver:
     """One card as the host driver sees it. ``probe`` builds everything, ``remove`` unwinds it."""
 

@@ -29,7 +29,7 @@ class RingModel(RuleBasedStateMachine):
         self.drv, self.dev = FakeDriver(self.rig), FakeDevice(self.rig)
         self.indirect = bool(features & INDIRECT_DESC)
         self.num, self.token = num, 0
-        self.free = num
+        self.free, self.since_push = num, 0
         self.available: deque[tuple[int, list[tuple[int, int]], list[tuple[int, int]]]] = deque()
         self.popped: list[tuple[int, int, list[tuple[int, int]], list[tuple[int, int]]]] = []
         self.used: deque[tuple[int, int, int]] = deque()
@@ -81,24 +81,22 @@ class RingModel(RuleBasedStateMachine):
         assert list(chain.readable) == readable
         assert list(chain.writable) == writable
         self.popped.append((chain.head, token, readable, writable))
+        self.since_push += 1
 
-    @precondition(lambda self: self.popped and not self.used_since_pop())
+    @precondition(lambda self: getattr(self, "since_push", 0))
     @rule()
     def unpop(self) -> None:
+        """Defined for what was popped since the last completion."""
+        self.since_push -= 1
         lib.mic_vq_unpop(self.dev.vq[0], 1)
         _, token, readable, writable = self.popped.pop()
         self.available.appendleft((token, readable, writable))
-
-    def used_since_pop(self) -> bool:
-        """Giving back is only defined for chains popped after everything that was completed."""
-        return any(t > self.popped[-1][1] for _, t, _, _ in self.popped) or any(
-            t > self.popped[-1][1] for t, _, _ in self.used
-        )
 
     @precondition(lambda self: self.popped)
     @rule(data=st.data(), fill=st.integers(0, 1 << 20))
     def push(self, data: st.DataObject, fill: int) -> None:
         head, token, _, writable = self.popped.pop(data.draw(st.integers(0, len(self.popped) - 1)))
+        self.since_push = 0
         self.dev.push(head, fill)
         room = sum(n for _, n in writable)
         self.used.append((token, min(fill, room), head))
@@ -155,7 +153,7 @@ class RingModel(RuleBasedStateMachine):
 
 TestRingModel = RingModel.TestCase
 TestRingModel.settings = settings(
-    max_examples=60,
+    max_examples=300,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

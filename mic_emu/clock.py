@@ -1,20 +1,26 @@
-"""The one clock of a process: every emulated wait asks it (design section 5).
+"""The one clock: every emulated delay and limit asks it.
 
-A profile names how fast machine time runs. ``x100`` keeps the times of the real stack; ``fast``
-shortens the waits of the machinery (queue pair polling, heartbeats, boot), never the waits that a
-program can see through its API (``api``). Tests turn the hands of a ``ManualClock``.
+The specification gives real times (a 30 s heartbeat, a 1 s pause after a reset). A profile scales
+them; a test turns the hands itself with ``ManualClock``. Two factors, because they are there for
+different reasons:
+
+* ``delay``: pauses that only pace the real hardware (the wait after a reset). Short in ``fast``.
+* ``limit``: how long to wait before something counts as failed (heartbeats and the watchdog, the
+  hand-shake limits). Shorter in ``fast``, but never so short that a busy machine looks broken.
+
+Within a factor all ratios of the specification hold (30 s heartbeat : 40 s watchdog).
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-PROFILES: dict[str, float] = {"x100": 1.0, "fast": 1 / 30}
+T = TypeVar("T")
 
 
 def settle(future: asyncio.Future[None]) -> None:
@@ -23,81 +29,125 @@ def settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Timer(Protocol):
+@dataclass(frozen=True)
+class Profile:
+    """Factors applied to the specification's times."""
+
+    name: str
+    delay: float
+    limit: float
+
+
+PROFILES = {
+    "x100": Profile("x100", 1.0, 1.0),
+    "fast": Profile("fast", 0.02, 0.25),
+}
+
+
+class Alarm(Protocol):
     """A call that is due later."""
 
     def cancel(self) -> None: ...
 
 
 class Clock:
-    """Real time. ``machine`` scales waits of the machinery, ``program`` those visible in an API."""
+    """Real time, scaled. All arguments are the specification's seconds.
 
-    def __init__(self, profile: str = "x100", *, machine: float | None = None, program: float = 1.0) -> None:
-        self.profile = profile
-        self.machine = PROFILES[profile] if machine is None else machine
+    ``program`` scales the limits that programs see through an API (SCIF connect); only tests change it.
+    """
+
+    def __init__(self, profile: Profile | str = "fast", *, program: float = 1.0) -> None:
+        self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.program = program
 
-    def scale(self, seconds: float) -> float:
-        """How long a wait of the machinery that takes ``seconds`` on a real card takes here."""
-        return seconds * self.machine
-
     def api(self, seconds: float) -> float:
-        """The same for a limit that the specification promises to programs."""
+        """Seconds of a limit that the specification promises to programs: the same in every profile."""
         return seconds * self.program
 
-    def now(self) -> float:
-        """Monotonic seconds."""
+    def alarm(self, real_seconds: float, fn: Callable[[], None]) -> Alarm:
+        """Call ``fn`` in the running loop after seconds that are already scaled."""
+        return asyncio.get_running_loop().call_later(real_seconds, fn)
+
+    def delay(self, seconds: float) -> float:
+        """Seconds a pacing pause really takes."""
+        return seconds * self.profile.delay
+
+    def limit(self, seconds: float) -> float:
+        """Seconds until a wait really counts as failed."""
+        return seconds * self.profile.limit
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that never goes back."""
         return time.monotonic()
 
-    def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
-        """Call ``fn`` in the running loop after ``seconds`` (already scaled)."""
-        return asyncio.get_running_loop().call_later(seconds, fn)
+    async def pause(self, seconds: float) -> None:
+        """Wait out a pacing delay."""
+        await asyncio.sleep(self.delay(seconds))
 
-    async def sleep(self, seconds: float) -> None:
-        """Sleep for ``seconds`` (already scaled)."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self.call_later(seconds, lambda: settle(done))
+    async def within(self, awaitable: Awaitable[T], seconds: float, what: str) -> T:
+        """Await with the scaled limit; TimeoutError says what was awaited and for how long."""
         try:
-            await done
-        finally:
-            timer.cancel()
+            return await asyncio.wait_for(awaitable, self.limit(seconds))
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s") from None
 
 
-class _Due:
-    def __init__(self, at: float, order: int, fn: Callable[[], None]) -> None:
-        self.at, self.order, self.fn = at, order, fn
-        self.cancelled = False
-
-    def __lt__(self, other: _Due) -> bool:
-        return (self.at, self.order) < (other.at, other.order)
+class _Cancel:
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self._future = future
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self._future.cancel()
 
 
 class ManualClock(Clock):
-    """A clock that stands still until ``advance`` turns it."""
+    """A clock that stands still until a test turns it (``advance``)."""
 
     def __init__(self) -> None:
-        super().__init__("x100")
+        super().__init__(PROFILES["x100"])
         self._now = 0.0
-        self._due: list[_Due] = []
-        self._order = itertools.count()
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._seq = 0
 
-    def now(self) -> float:
+    def monotonic(self) -> float:
         return self._now
 
-    def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
-        due = _Due(self._now + seconds, next(self._order), fn)
-        heapq.heappush(self._due, due)
-        return due
+    def _sleeper(self, seconds: float) -> asyncio.Future[None]:
+        fut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._seq += 1
+        heapq.heappush(self._sleepers, (self._now + seconds, self._seq, fut))
+        return fut
 
-    def advance(self, seconds: float) -> None:
-        """Turn the hands: everything due by then is called, in order."""
+    async def pause(self, seconds: float) -> None:
+        await self._sleeper(self.delay(seconds))
+
+    async def within(self, awaitable: Awaitable[T], seconds: float, what: str) -> T:
+        task = asyncio.ensure_future(awaitable)
+        alarm = self._sleeper(self.limit(seconds))
+        try:
+            await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s")
+        finally:
+            alarm.cancel()
+            if not task.done():
+                task.cancel()
+
+    def alarm(self, real_seconds: float, fn: Callable[[], None]) -> Alarm:
+        sleeper = self._sleeper(real_seconds)
+        sleeper.add_done_callback(lambda f: None if f.cancelled() else fn())
+        return _Cancel(sleeper)
+
+    async def advance(self, seconds: float) -> None:
+        """Turn the hands and let everything that is due run."""
         end = self._now + seconds
-        while self._due and self._due[0].at <= end:
-            due = heapq.heappop(self._due)
-            self._now = max(self._now, due.at)
-            if not due.cancelled:
-                due.fn()
+        while self._sleepers and self._sleepers[0][0] <= end:
+            self._now, _, fut = heapq.heappop(self._sleepers)
+            if not fut.done():
+                fut.set_result(None)
+            for _ in range(20):
+                await asyncio.sleep(0)
         self._now = end
+        for _ in range(20):
+            await asyncio.sleep(0)

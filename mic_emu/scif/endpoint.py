@@ -101,7 +101,7 @@ class Endpoint:
         self._waiters.add(waiter)
         timer = None
         if timeout_s is not None:
-            timer = self.node.clock.call_later(timeout_s, lambda: _expire(waiter))
+            timer = self.node.clock.alarm(timeout_s, lambda: _expire(waiter))
         try:
             await waiter
             return True
@@ -180,7 +180,7 @@ class Endpoint:
         Raises ScifError ENODEV, EINVAL, EOPNOTSUPP, EISCONN, ENOSPC, ENOMEM, ECONNREFUSED (SCIF 2.4).
         """
         answer = self.start_connect(dst)
-        limit = self.node.clock.call_later(self.node.clock.api(NODE_ALIVE_S), self._give_up)
+        limit = self.node.clock.alarm(self.node.clock.api(NODE_ALIVE_S), self._give_up)
         try:
             await answer
         except asyncio.CancelledError:
@@ -436,12 +436,12 @@ class Endpoint:
 
     async def poll(self, events: int, timeout_s: float | None = None) -> int:
         """Wait until one of ``events``, POLLERR or POLLHUP holds; returns the mask, 0 after the time-out."""
-        give_up = None if timeout_s is None else self.node.clock.now() + timeout_s
+        give_up = None if timeout_s is None else self.node.clock.monotonic() + timeout_s
         while True:
             bits = self.mask() & (events | POLLERR | POLLHUP)
             if bits:
                 return bits
-            left = None if give_up is None else give_up - self.node.clock.now()
+            left = None if give_up is None else give_up - self.node.clock.monotonic()
             if left is not None and left <= 0:
                 return 0
             await self.wait_change(left)
@@ -501,7 +501,7 @@ class Endpoint:
             self._set(State.CLOSING)
             self.path.send(Msg(Op.DISCNCT, (self.node.id, self.port), self.peer, self.id, self.remote_id))
             gone = self._gone
-            limit = self.node.clock.call_later(self.node.clock.api(NODE_ALIVE_S), lambda: settle(gone))
+            limit = self.node.clock.alarm(self.node.clock.api(NODE_ALIVE_S), lambda: settle(gone))
             try:
                 await gone
             finally:

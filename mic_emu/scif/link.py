@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import MSG_SIZE, Msg, Op
 
 if TYPE_CHECKING:
-    from mic_emu.scif.node import Node
+    from mic_emu.scif.node import Logger, Node
 
 POLL_S = 1.0  # how often the device page is looked at (HW-46)
 RING_FULL_S = 3.0
@@ -55,7 +54,7 @@ class LinkPorts:
 class Link:
     """The queue pair between ``node`` and its neighbour ``peer_id``."""
 
-    def __init__(self, node: Node, peer_id: int, ports: LinkPorts, log: logging.Logger) -> None:
+    def __init__(self, node: Node, peer_id: int, ports: LinkPorts, log: Logger) -> None:
         self.node = node
         self.peer_id = peer_id
         self.ports = ports
@@ -97,7 +96,7 @@ class Link:
             addr = self.ports.fetch()
             if addr and self.attach(addr):
                 return
-            timer = self.node.clock.call_later(self.node.clock.scale(POLL_S), self._poke.set)
+            timer = self.node.clock.alarm(self.node.clock.delay(POLL_S), self._poke.set)
             await self._poke.wait()
             timer.cancel()
             self._poke.clear()
@@ -157,7 +156,7 @@ class Link:
         if self._backlog or not self._put(frame):
             self._backlog.append(frame)
             if self._retry is None:
-                self._schedule_retry(self.node.clock.now() + self.node.clock.api(RING_FULL_S))
+                self._schedule_retry(self.node.clock.monotonic() + self.node.clock.api(RING_FULL_S))
         else:
             self.ports.ring()
 
@@ -183,10 +182,10 @@ class Link:
             moved = True
         if moved:
             self.ports.ring()
-            give_up = self.node.clock.now() + self.node.clock.api(RING_FULL_S)
+            give_up = self.node.clock.monotonic() + self.node.clock.api(RING_FULL_S)
         if not self._backlog:
             return
-        if self.node.clock.now() >= give_up:
+        if self.node.clock.monotonic() >= give_up:
             self.log.error(
                 "node %d: node %d does not take messages; %d dropped",
                 self.node.id,

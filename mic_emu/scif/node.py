@@ -28,6 +28,15 @@ HOST = 0
 PeerCallback = Callable[[int, bool], None]
 
 
+class Logger(Protocol):
+    """What the node needs of a log: ``mic_emu.log.Log`` or ``logging.Logger``."""
+
+    def debug(self, msg: str, /, *args: object) -> None: ...
+    def info(self, msg: str, /, *args: object) -> None: ...
+    def warning(self, msg: str, /, *args: object) -> None: ...
+    def error(self, msg: str, /, *args: object) -> None: ...
+
+
 class Path(Protocol):
     """How messages and memory of one online node are reached."""
 
@@ -94,7 +103,7 @@ class RelayPath:
 class Node:
     """Node ``node_id``: 0 is the host, n the card n - 1 (SCIF-126).
 
-    allocator, memory: our node memory; memory_fd: its descriptor, for programs that map parts.
+    allocator, memory: our node memory; programs map parts of it through the allocator's descriptor.
     """
 
     def __init__(
@@ -102,17 +111,15 @@ class Node:
         node_id: int,
         allocator: PageAllocator,
         memory: View,
-        log: logging.Logger | None = None,
-        *,
-        memory_fd: int = -1,
         clock: Clock | None = None,
+        log: Logger | None = None,
     ) -> None:
         self.id = node_id
         self.allocator = allocator
         self.memory = memory
-        self.memory_fd = memory_fd
+        self.memory_fd = allocator.fd
         self.clock = clock or Clock()
-        self.log = log or logging.getLogger("micemu.scif")
+        self.log: Logger = log or logging.getLogger("micemu.scif")
         self.trace = False  # log every message (SCIF 3.8)
         self.ports = Ports()
         self.endpoints: dict[int, Endpoint] = {}
@@ -148,6 +155,9 @@ class Node:
         }  # fmt: skip
 
     # --- what clients use ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Ready for use; the node is its own first peer (loopback needs no card)."""
 
     def open(self) -> Endpoint:
         """A new unbound endpoint for a kernel client."""
@@ -228,7 +238,7 @@ class Node:
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            self.log.error("node %d: %s failed", self.id, task.get_name(), exc_info=task.exception())
+            self.log.error("node %d: %s failed: %r", self.id, task.get_name(), task.exception())
 
     def _endpoint(self, ep_id: int) -> Endpoint:
         try:
@@ -374,8 +384,8 @@ class Node:
         for callback in list(self._callbacks):
             try:
                 callback(node_id, online)
-            except Exception:  # a client's mistake must not take the node down
-                self.log.exception("node %d: a client failed on node %d", self.id, node_id)
+            except Exception as e:  # a client's mistake must not take the node down
+                self.log.error("node %d: a client failed on node %d: %r", self.id, node_id, e)
 
     def lose_link(self, link: Link) -> None:
         """The neighbour is gone: drop it, and on a card everybody behind it; tell the others."""
@@ -413,7 +423,7 @@ class Node:
             link.exit_acked = asyncio.get_running_loop().create_future()
             link.send(Msg(Op.EXIT, (self.id, 0), (link.peer_id, 0)))
             acked = link.exit_acked
-            limit = self.clock.call_later(self.clock.scale(NODE_ALIVE_S), lambda: settle(acked))
+            limit = self.clock.alarm(self.clock.limit(NODE_ALIVE_S), lambda: settle(acked))
             try:
                 await acked
             finally:

@@ -91,7 +91,7 @@ def connect_irq(bus: Bus) -> None:
 def node_over(node_id: int, fd: int, view: View, clock: Clock) -> Node:
     """A node with half of a memory as its pages."""
     allocator = PageAllocator(fd, 1 * MIB, view.size)
-    return Node(node_id, allocator, view, logging.getLogger(f"scif{node_id}"), memory_fd=fd, clock=clock)
+    return Node(node_id, allocator, view, clock, logging.getLogger(f"scif{node_id}"))
 
 
 @contextlib.asynccontextmanager

@@ -148,10 +148,10 @@ def test_scif_37_unanswered_connect_times_out_and_leaves_no_stale_request() -> N
         client = fab.cards[0].node.open()
         task = asyncio.ensure_future(client.connect((0, 401)))
         await eventually(lambda: listener.pending, "the request")
-        clock.advance(29.9)
+        await clock.advance(29.9)
         await asyncio.sleep(0)
         assert not task.done()
-        clock.advance(0.2)
+        await clock.advance(0.2)
         await fails(errno.ECONNREFUSED, task)
         await eventually(lambda: not listener.pending, "the withdrawal")
         await fails(errno.EAGAIN, listener.accept(sync=False))
@@ -371,10 +371,10 @@ def test_scif_135_host_removes_a_silent_card_within_the_node_timeout() -> None:
         asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))  # the card hangs
         task = asyncio.ensure_future(card.host_link.stop())
         await asyncio.sleep(0)
-        clock.advance(29)
+        await clock.advance(29)
         await asyncio.sleep(0)
         assert not task.done()
-        clock.advance(2)
+        await clock.advance(2)
         await task
         assert fab.host.node_ids() == [0]
 

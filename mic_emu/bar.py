@@ -17,7 +17,8 @@ FD_COUNT: int = lib.MIC_FD_COUNT
 _EVENTFD_FLAGS = 0o2000000 | 0o4000  # EFD_CLOEXEC | EFD_NONBLOCK
 
 
-def _eventfd() -> int:
+def eventfd() -> int:
+    """A new non-blocking eventfd. Raises OSError."""
     fd: int = lib.mic_eventfd(_EVENTFD_FLAGS)
     if fd < 0:
         raise OSError(-fd, os.strerror(-fd))
@@ -42,7 +43,7 @@ def create_slot(name: str, gddr_size: int, host_fd: int) -> list[int]:
             if rc < 0:
                 raise OSError(-rc, f"{name}: /dev/shm has no room for the card's registers")
         while len(fds) < FD_COUNT:
-            fds.append(_eventfd())
+            fds.append(eventfd())
     except BaseException:
         close_all(fds)
         raise
@@ -68,6 +69,7 @@ class Bus:
         self.gddr = View(lib.mic_bus_gddr(self.ptr), lib.mic_bus_gddr_size(self.ptr))
         self.host = View(lib.mic_bus_host(self.ptr), lib.mic_bus_host_size(self.ptr))
         self.mmio = View(lib.mic_bus_mmio(self.ptr), layout.MMIO_SIZE)
+        self.config = View(lib.mic_bus_config(self.ptr), layout.CONSTANTS["CONFIG_SIZE"])
 
     def close(self) -> None:
         """Unmap and close; the object is useless afterwards."""
@@ -84,11 +86,11 @@ class Bus:
 
     def vector_fd(self, vector: int) -> int:
         """eventfd of interrupt vector 0..15 towards the host."""
-        return self.fds[lib.MIC_FD_VEC + vector]
+        return self.fds[int(lib.MIC_FD_VEC) + vector]
 
     def irq_fd(self, line: int) -> int:
         """eventfd of a card interrupt line: doorbells 0..15, then DMA channels 4..7."""
-        return self.fds[lib.MIC_FD_IRQ + line]
+        return self.fds[int(lib.MIC_FD_IRQ) + line]
 
     def read(self, name: str, index: int = 0) -> int:
         """Register by name."""
@@ -102,6 +104,10 @@ class Bus:
         """Store as the hardware does, without side effects (board process only)."""
         lib.mic_hw_store(self.ptr, layout.reg(name, index), value & 0xFFFFFFFF)
 
+    def hw_reset(self) -> None:
+        """Registers to their reset values, doorbells in flight dropped (board process only)."""
+        lib.mic_hw_reset(self.ptr)
+
     def ring_host(self, db: int) -> None:
         """The card rings host doorbell ``db``; unknown numbers are ignored (HW-18)."""
         lib.mic_ring_host(self.ptr, db)
@@ -109,6 +115,10 @@ class Bus:
     def ring_card(self, db: int) -> None:
         """The host rings card doorbell ``db``; unknown numbers are ignored (HW-18)."""
         lib.mic_ring_card(self.ptr, db)
+
+    def config_changed(self) -> None:
+        """Configuration space was written: deliver the interrupts that became possible."""
+        lib.mic_bus_config_changed(self.ptr)
 
     def card_view(self, addr: int, length: int) -> View:
         """Memory at a card address: GDDR, or host memory through the SMPT (HW-11).

@@ -30,6 +30,10 @@ Access = Literal[
     "dcar",  # DMA channel attributes: interrupt masks
     "dhpr",  # DMA head: starts work
     "dcr",  # DMA owner and enable bits
+    "msixtbl",  # MSI-X table: belongs to the PCI function, so a card reset leaves it alone
+    "msixctl",  # vector control in that table: clearing bit 0 sends what is pending
+    "msixpba",  # pending bits: set by hardware
+    "pbacr",  # writing 1 clears the pending bits
 ]
 
 
@@ -57,12 +61,17 @@ MMIO: tuple[Reg, ...] = (
     Reg("postcode", 0x0242C, "rw", "HW 2", "boot post code: two ASCII characters, first in bits 7:0", reset=0x3130),
     Reg("smpt", 0x13100, "rw", "HW-5", "system memory page table: bits 31:2 host address >> 34", 32),
     Reg("rgcr", 0x14010, "rgcr", "HW-36", "reset control, bit 0 resets the card"),
+    Reg("msix_addr", 0x17000, "msixtbl", "HW-14", "MSI-X table entry v: message address, low", 16, 16),
+    Reg("msix_addr_hi", 0x17004, "msixtbl", "HW-14", "message address, high", 16, 16),
+    Reg("msix_data", 0x17008, "msixtbl", "HW-14", "message data", 16, 16),
+    Reg("msix_ctrl", 0x1700C, "msixctl", "HW-14", "bit 0 masks the vector", 16, 16, reset=1),
+    Reg("msix_pba", 0x18000, "msixpba", "HW-14", "vectors that became pending while masked"),
     Reg("sicr0", 0x19004, "cause", "HW-13", "interrupt cause: doorbells 3:0, DMA 15:8, ERR 30"),
     Reg("sice0", 0x1900C, "enable", "HW-12", "interrupt enable, bits as in sicr0"),
     Reg("sicc0", 0x19010, "disable", "HW-13", "interrupt enable clear"),
     Reg("siac0", 0x19014, "rw", "HW-13", "interrupt auto-clear, MSI-X only"),
     Reg("mxar", 0x19044, "rw", "HW-14", "vector map: bitmap of the sources that raise vector v", 16),
-    Reg("msixpbacr", 0x19084, "rw", "HW-21", "write 1 clears the MSI-X pending bit array (A0)"),
+    Reg("msixpbacr", 0x19084, "pbacr", "HW-21", "write 1 clears the MSI-X pending bit array (A0)"),
     Reg("dcar", _DMA + 0x00, "dcar", "HW-35", "DMA channel attributes: IM0 24, IM1 25, IS0 26", **_CHANNELS),
     Reg("dhpr", _DMA + 0x04, "dhpr", "HW-27", "DMA head: next slot software fills; a write starts work", **_CHANNELS),
     Reg("dtpr", _DMA + 0x08, "ro", "HW-23", "DMA tail: next slot hardware fetches", **_CHANNELS),
@@ -88,6 +97,31 @@ CONSTANTS: dict[str, int] = {
     "MMIO_SIZE": MMIO_SIZE,
     "CONFIG_SIZE": 4096,
     "PAGE_SIZE": 4096,
+    # PCI configuration space (HW 1): registers, bits, and where a real X100 has its capabilities
+    "PCI_VENDOR": 0x8086,
+    "PCI_DEVICE_FIRST": 0x2250,
+    "PCI_DEVICE_LAST": 0x225E,
+    "PCI_COMMAND": 0x04,
+    "PCI_COMMAND_IO": 1 << 0,
+    "PCI_COMMAND_MEMORY": 1 << 1,
+    "PCI_COMMAND_MASTER": 1 << 2,
+    "PCI_COMMAND_INTX_OFF": 1 << 10,
+    "PCI_STATUS": 0x06,
+    "PCI_STATUS_INTX": 1 << 3,
+    "PCI_STATUS_CAPS": 1 << 4,
+    "PCI_REVISION": 0x08,
+    "PCI_BAR0": 0x10,
+    "PCI_BAR4": 0x20,
+    "PCI_CAP_POINTER": 0x34,
+    "PCI_INTERRUPT_PIN": 0x3D,
+    "PCI_CAP_PM": 0x44,
+    "PCI_CAP_EXP": 0x4C,
+    "PCI_CAP_MSI": 0x88,
+    "PCI_CAP_MSIX": 0x98,
+    "PCI_MSI_ENABLE": 1 << 0,
+    "PCI_MSIX_ENABLE": 1 << 15,
+    "PCI_MSIX_MASKALL": 1 << 14,
+    "MSIX_TABLE_SIZE": 16,
     # scratchpads (HW 2)
     "SPAD_DOWNLOAD": 2,
     "SPAD_FW_SIZE": 5,
@@ -106,6 +140,9 @@ CONSTANTS: dict[str, int] = {
     "BOOT_RAMDISK_IMAGE": 0x218,
     "BOOT_RAMDISK_SIZE": 0x21C,
     "CMDLINE_MAX": 2048,
+    # the card's kernel log in GDDR (COSM 9; the place is ours): length word, then text
+    "CARD_LOG": 0x0100_0000,
+    "CARD_LOG_SIZE": 0x0010_0004,
     # card address map (HW 1)
     "CARD_MMIO_BASE": 0x08_007C_0000,
     "SMPT_BASE": 0x80_0000_0000,

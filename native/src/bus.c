@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -125,10 +126,16 @@ void mic_hw_store(struct mic_bus *bus, uint32_t off, uint32_t value)
 	mic_store_release(reg_at(bus, off), value);
 }
 
+/* The MSI-X table lives in BAR 4 but belongs to the PCI function: RGCR resets the card behind it. */
+static bool of_pci_function(enum mic_reg_access access)
+{
+	return access == MIC_ACCESS_MSIXTBL || access == MIC_ACCESS_MSIXCTL || access == MIC_ACCESS_MSIXPBA;
+}
+
 void mic_hw_reset(struct mic_bus *bus)
 {
 	for (unsigned i = 0; i < MIC_REG_ROWS; i++)
-		for (uint32_t k = 0; k < reg_table[i].count; k++)
+		for (uint32_t k = 0; k < reg_table[i].count && !of_pci_function(reg_table[i].access); k++)
 			mic_hw_store(bus, reg_table[i].off + k * reg_table[i].stride, reg_table[i].reset);
 	for (unsigned f = MIC_FD_RESET; f < MIC_FD_COUNT; f++) {
 		eventfd_t drop;
@@ -143,29 +150,111 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus)
 
 /* --- interrupts to the host ------------------------------------------------------------------- */
 
-static void deliver_host(struct mic_bus *bus, uint32_t sources)
+enum irq_mode {
+	IRQ_NONE, /* the function may not send anything now */
+	IRQ_BARE, /* no configuration space: MSI-X without masks */
+	IRQ_MSIX,
+	IRQ_MSI,
+	IRQ_INTX,
+};
+
+static uint16_t config16(struct mic_bus *bus, uint32_t off)
 {
-	uint32_t autoclear = mic_load_acquire(reg_at(bus, MIC_REG_SIAC0)) & sources;
+	return mic_load_acquire((uint16_t *)(void *)(bus->config.base + off));
+}
 
-	if (autoclear)
-		mic_fetch_and(reg_at(bus, MIC_REG_SICR0), ~autoclear);
-	uint32_t mapped = 0;
-	for (unsigned v = 0; v < MIC_MXAR_COUNT; v++) {
-		uint32_t map = mic_load_acquire(reg_at(bus, MIC_REG_MXAR(v)));
+/* How the function signals now: what the driver wrote into configuration space decides (HW 4.3). */
+static enum irq_mode irq_mode(struct mic_bus *bus)
+{
+	if (!config16(bus, 0))
+		return IRQ_BARE;
+	uint16_t command = config16(bus, MIC_PCI_COMMAND);
+	bool master = command & MIC_PCI_COMMAND_MASTER;
 
-		mapped |= map & sources;
-		if (map & sources)
+	if (config16(bus, MIC_PCI_CAP_MSIX + 2) & MIC_PCI_MSIX_ENABLE)
+		return IRQ_MSIX; /* bus mastering is looked at per vector: without it messages stay pending */
+	if (config16(bus, MIC_PCI_CAP_MSI + 2) & MIC_PCI_MSI_ENABLE)
+		return master ? IRQ_MSI : IRQ_NONE;
+	return command & MIC_PCI_COMMAND_INTX_OFF ? IRQ_NONE : IRQ_INTX;
+}
+
+static bool vector_masked(struct mic_bus *bus, unsigned v)
+{
+	return config16(bus, MIC_PCI_CAP_MSIX + 2) & MIC_PCI_MSIX_MASKALL ||
+	       !(config16(bus, MIC_PCI_COMMAND) & MIC_PCI_COMMAND_MASTER) ||
+	       mic_load_acquire(reg_at(bus, MIC_REG_MSIX_CTRL(v))) & 1u;
+}
+
+/* Send the pending messages among `vectors` that are not masked any more. */
+static void flush_pending(struct mic_bus *bus, uint32_t vectors)
+{
+	/* Pairs with the fence in send_vector(): either it sees the unmasking or we see its bit. */
+	mic_full_fence();
+	for (unsigned v = 0; v < MIC_MSIX_TABLE_SIZE; v++) {
+		uint32_t bit = vectors & 1u << v;
+
+		if (bit && !vector_masked(bus, v) && mic_fetch_and(reg_at(bus, MIC_REG_MSIX_PBA), ~bit) & bit)
 			signal_fd(bus->fd[MIC_FD_VEC + v]);
 	}
-	/* Sources without auto-clear and without a vector: INTx, the line is vector 0's (HW 4.3). */
-	if (sources & ~mapped & ~autoclear)
-		signal_fd(bus->fd[MIC_FD_VEC]);
+}
+
+static void send_vector(struct mic_bus *bus, unsigned v)
+{
+	if (!vector_masked(bus, v)) {
+		signal_fd(bus->fd[MIC_FD_VEC + v]);
+		return;
+	}
+	mic_fetch_or(reg_at(bus, MIC_REG_MSIX_PBA), 1u << v);
+	mic_full_fence(); /* pairs with the fence in flush_pending() */
+	flush_pending(bus, 1u << v);
+}
+
+static void deliver_msix(struct mic_bus *bus, uint32_t sources, bool bare)
+{
+	uint32_t map[MIC_MXAR_COUNT], mapped = 0;
+
+	for (unsigned v = 0; v < MIC_MXAR_COUNT; v++) {
+		map[v] = mic_load_acquire(reg_at(bus, MIC_REG_MXAR(v))) & sources;
+		mapped |= map[v];
+	}
+	/* Auto-clear happens before the message, or a cause set meanwhile would be lost (HW-13). */
+	mapped &= mic_load_acquire(reg_at(bus, MIC_REG_SIAC0));
+	if (mapped)
+		mic_fetch_and(reg_at(bus, MIC_REG_SICR0), ~mapped);
+	for (unsigned v = 0; v < MIC_MXAR_COUNT; v++) {
+		if (map[v] && bare)
+			signal_fd(bus->fd[MIC_FD_VEC + v]);
+		else if (map[v])
+			send_vector(bus, v);
+	}
+}
+
+/* `sources`: causes that are set and enabled. */
+static void deliver_host(struct mic_bus *bus, uint32_t sources)
+{
+	switch (irq_mode(bus)) {
+	case IRQ_NONE:
+		break; /* the cause stays; mic_bus_config_changed() comes back to it */
+	case IRQ_BARE:
+		deliver_msix(bus, sources, true);
+		break;
+	case IRQ_MSIX:
+		deliver_msix(bus, sources, false);
+		break;
+	case IRQ_MSI:
+		if (mic_load_acquire(reg_at(bus, MIC_REG_MXAR(0))) & sources)
+			signal_fd(bus->fd[MIC_FD_VEC]);
+		break;
+	case IRQ_INTX:
+		signal_fd(bus->fd[MIC_FD_VEC]); /* the line is vector 0's, whatever the map says */
+		break;
+	}
 }
 
 void mic_raise_host(struct mic_bus *bus, uint32_t sources)
 {
 	mic_fetch_or(reg_at(bus, MIC_REG_SICR0), sources);
-	/* Pairs with the or in write_enable(): one of the two sees the other's bit. */
+	mic_full_fence(); /* pairs with write_enable(): one of the two sees the other's bit */
 	uint32_t enabled = mic_load_acquire(reg_at(bus, MIC_REG_SICE0)) & sources;
 
 	if (enabled)
@@ -175,7 +264,20 @@ void mic_raise_host(struct mic_bus *bus, uint32_t sources)
 static void write_enable(struct mic_bus *bus, uint32_t value)
 {
 	uint32_t old = mic_fetch_or(reg_at(bus, MIC_REG_SICE0), value);
+
+	mic_full_fence(); /* pairs with mic_raise_host() */
 	uint32_t pending = mic_load_acquire(reg_at(bus, MIC_REG_SICR0)) & value & ~old;
+
+	if (pending)
+		deliver_host(bus, pending);
+}
+
+void mic_bus_config_changed(struct mic_bus *bus)
+{
+	if (irq_mode(bus) == IRQ_MSIX)
+		flush_pending(bus, UINT32_MAX);
+	uint32_t pending =
+		mic_load_acquire(reg_at(bus, MIC_REG_SICR0)) & mic_load_acquire(reg_at(bus, MIC_REG_SICE0));
 
 	if (pending)
 		deliver_host(bus, pending);
@@ -248,6 +350,19 @@ void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 	case MIC_ACCESS_RW:
 		mic_store_release(reg_at(bus, off), value);
 		break;
+	case MIC_ACCESS_MSIXTBL:
+		mic_store_release(reg_at(bus, off), value);
+		break;
+	case MIC_ACCESS_MSIXCTL:
+		mic_store_release(reg_at(bus, off), value & 1u);
+		if (!(value & 1u))
+			flush_pending(bus, 1u << index);
+		break;
+	case MIC_ACCESS_PBACR:
+		if (value & 1u)
+			mic_fetch_and(reg_at(bus, MIC_REG_MSIX_PBA), 0u);
+		break;
+	case MIC_ACCESS_MSIXPBA:
 	case MIC_ACCESS_RO:
 		mic_fetch_add(&bus->ignored, 1);
 		break;
@@ -316,6 +431,11 @@ uint64_t mic_bus_host_size(struct mic_bus *bus)
 uint8_t *mic_bus_mmio(struct mic_bus *bus)
 {
 	return bus->mmio.base;
+}
+
+uint8_t *mic_bus_config(struct mic_bus *bus)
+{
+	return bus->config.base;
 }
 
 static void *within(const struct mic_map *m, uint64_t addr, uint64_t len)

@@ -46,7 +46,10 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus);
 void mic_hw_store(struct mic_bus *bus, uint32_t off, uint32_t value);
 void mic_hw_reset(struct mic_bus *bus);
 
-/* Interrupts. mic_raise_host() sets cause bits (source offsets, HW 4.2) and delivers those that are
+/* Interrupts to the host follow the mode that configuration space shows: MSI-X with its table and
+ * pending bits, MSI (vector 0, MXAR0), INTx (vector 0), none while bus mastering or INTx is off. A
+ * card without configuration space (vendor id 0) delivers as MSI-X without masks.
+ * mic_raise_host() sets cause bits (source offsets, HW 4.2) and delivers those that are
  * enabled; mic_raise_card() signals card line `irq` (index of the MIC_FD_IRQ row). */
 void mic_raise_host(struct mic_bus *bus, uint32_t sources);
 void mic_raise_card(struct mic_bus *bus, unsigned irq);
@@ -55,12 +58,16 @@ void mic_ring_host(struct mic_bus *bus, int db);
 /* The host rings card doorbell `db` (0-7 APICICR, 8-15 RDMASR); others are ignored (HW-18). */
 void mic_ring_card(struct mic_bus *bus, int db);
 
+/* Configuration space was written: deliver what became possible. */
+void mic_bus_config_changed(struct mic_bus *bus);
+
 /* Memories. Sizes in bytes. */
 uint8_t *mic_bus_gddr(struct mic_bus *bus);
 uint64_t mic_bus_gddr_size(struct mic_bus *bus);
 uint8_t *mic_bus_host(struct mic_bus *bus);
 uint64_t mic_bus_host_size(struct mic_bus *bus);
 uint8_t *mic_bus_mmio(struct mic_bus *bus);
+uint8_t *mic_bus_config(struct mic_bus *bus); /* MIC_CONFIG_SIZE bytes */
 
 /* Pointer to `len` bytes of GDDR at card physical `addr`, NULL when any byte is outside. */
 void *mic_gddr_at(struct mic_bus *bus, uint64_t addr, uint64_t len);

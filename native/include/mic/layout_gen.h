@@ -8,6 +8,30 @@
 #define MIC_MMIO_SIZE 0x20000u
 #define MIC_CONFIG_SIZE 0x1000u
 #define MIC_PAGE_SIZE 0x1000u
+#define MIC_PCI_VENDOR 0x8086u
+#define MIC_PCI_DEVICE_FIRST 0x2250u
+#define MIC_PCI_DEVICE_LAST 0x225eu
+#define MIC_PCI_COMMAND 0x4u
+#define MIC_PCI_COMMAND_IO 0x1u
+#define MIC_PCI_COMMAND_MEMORY 0x2u
+#define MIC_PCI_COMMAND_MASTER 0x4u
+#define MIC_PCI_COMMAND_INTX_OFF 0x400u
+#define MIC_PCI_STATUS 0x6u
+#define MIC_PCI_STATUS_INTX 0x8u
+#define MIC_PCI_STATUS_CAPS 0x10u
+#define MIC_PCI_REVISION 0x8u
+#define MIC_PCI_BAR0 0x10u
+#define MIC_PCI_BAR4 0x20u
+#define MIC_PCI_CAP_POINTER 0x34u
+#define MIC_PCI_INTERRUPT_PIN 0x3du
+#define MIC_PCI_CAP_PM 0x44u
+#define MIC_PCI_CAP_EXP 0x4cu
+#define MIC_PCI_CAP_MSI 0x88u
+#define MIC_PCI_CAP_MSIX 0x98u
+#define MIC_PCI_MSI_ENABLE 0x1u
+#define MIC_PCI_MSIX_ENABLE 0x8000u
+#define MIC_PCI_MSIX_MASKALL 0x4000u
+#define MIC_MSIX_TABLE_SIZE 0x10u
 #define MIC_SPAD_DOWNLOAD 0x2u
 #define MIC_SPAD_FW_SIZE 0x5u
 #define MIC_SPAD_DP_LO 0xeu
@@ -24,6 +48,8 @@
 #define MIC_BOOT_RAMDISK_IMAGE 0x218u
 #define MIC_BOOT_RAMDISK_SIZE 0x21cu
 #define MIC_CMDLINE_MAX 0x800u
+#define MIC_CARD_LOG 0x1000000u
+#define MIC_CARD_LOG_SIZE 0x100004u
 #define MIC_CARD_MMIO_BASE 0x8007c0000ull
 #define MIC_SMPT_BASE 0x8000000000ull
 #define MIC_SMPT_END 0x10000000000ull
@@ -137,6 +163,11 @@
 #define MIC_REG_POSTCODE 0x242cu /* boot post code: two ASCII characters, first in bits 7:0 (HW 2) */
 #define MIC_REG_SMPT(n) (0x13100u + 0x4u * (n)) /* system memory page table: bits 31:2 host address >> 34 (HW-5) */
 #define MIC_REG_RGCR 0x14010u /* reset control, bit 0 resets the card (HW-36) */
+#define MIC_REG_MSIX_ADDR(n) (0x17000u + 0x10u * (n)) /* MSI-X table entry v: message address, low (HW-14) */
+#define MIC_REG_MSIX_ADDR_HI(n) (0x17004u + 0x10u * (n)) /* message address, high (HW-14) */
+#define MIC_REG_MSIX_DATA(n) (0x17008u + 0x10u * (n)) /* message data (HW-14) */
+#define MIC_REG_MSIX_CTRL(n) (0x1700cu + 0x10u * (n)) /* bit 0 masks the vector (HW-14) */
+#define MIC_REG_MSIX_PBA 0x18000u /* vectors that became pending while masked (HW-14) */
 #define MIC_REG_SICR0 0x19004u /* interrupt cause: doorbells 3:0, DMA 15:8, ERR 30 (HW-13) */
 #define MIC_REG_SICE0 0x1900cu /* interrupt enable, bits as in sicr0 (HW-12) */
 #define MIC_REG_SICC0 0x19010u /* interrupt enable clear (HW-13) */
@@ -166,9 +197,13 @@
 enum mic_reg_access {
 	MIC_ACCESS_RW,
 	MIC_ACCESS_RGCR,
+	MIC_ACCESS_MSIXTBL,
+	MIC_ACCESS_MSIXCTL,
+	MIC_ACCESS_MSIXPBA,
 	MIC_ACCESS_CAUSE,
 	MIC_ACCESS_ENABLE,
 	MIC_ACCESS_DISABLE,
+	MIC_ACCESS_PBACR,
 	MIC_ACCESS_DCAR,
 	MIC_ACCESS_DHPR,
 	MIC_ACCESS_RO,
@@ -183,17 +218,22 @@ struct mic_reg_row {
 	enum mic_reg_access access;
 };
 
-#define MIC_REG_ROWS 28
+#define MIC_REG_ROWS 33
 #define MIC_REG_TABLE \
 	{ 0x242cu, 1u, 0x4u, 0x3130u, MIC_ACCESS_RW }, \
 	{ 0x13100u, 32u, 0x4u, 0x0u, MIC_ACCESS_RW }, \
 	{ 0x14010u, 1u, 0x4u, 0x0u, MIC_ACCESS_RGCR }, \
+	{ 0x17000u, 16u, 0x10u, 0x0u, MIC_ACCESS_MSIXTBL }, \
+	{ 0x17004u, 16u, 0x10u, 0x0u, MIC_ACCESS_MSIXTBL }, \
+	{ 0x17008u, 16u, 0x10u, 0x0u, MIC_ACCESS_MSIXTBL }, \
+	{ 0x1700cu, 16u, 0x10u, 0x1u, MIC_ACCESS_MSIXCTL }, \
+	{ 0x18000u, 1u, 0x4u, 0x0u, MIC_ACCESS_MSIXPBA }, \
 	{ 0x19004u, 1u, 0x4u, 0x0u, MIC_ACCESS_CAUSE }, \
 	{ 0x1900cu, 1u, 0x4u, 0x0u, MIC_ACCESS_ENABLE }, \
 	{ 0x19010u, 1u, 0x4u, 0x0u, MIC_ACCESS_DISABLE }, \
 	{ 0x19014u, 1u, 0x4u, 0x0u, MIC_ACCESS_RW }, \
 	{ 0x19044u, 16u, 0x4u, 0x0u, MIC_ACCESS_RW }, \
-	{ 0x19084u, 1u, 0x4u, 0x0u, MIC_ACCESS_RW }, \
+	{ 0x19084u, 1u, 0x4u, 0x0u, MIC_ACCESS_PBACR }, \
 	{ 0x1a000u, 8u, 0x40u, 0x0u, MIC_ACCESS_DCAR }, \
 	{ 0x1a004u, 8u, 0x40u, 0x0u, MIC_ACCESS_DHPR }, \
 	{ 0x1a008u, 8u, 0x40u, 0x0u, MIC_ACCESS_RO }, \

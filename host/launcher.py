@@ -1,0 +1,196 @@
+"""The instance's init: parent of every process on the host side.
+
+It forks the host process and, when the host asks, boards and backends. It has no threads and few
+descriptors, so a fork is clean and costs about a millisecond. When the host ends, however it ends,
+init kills what is left and removes the run directory; when init itself is killed, the kernel kills
+its children (PR_SET_PDEATHSIG) and the next command sweeps up.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from mic_emu._native import lib
+from mic_emu.log import Log
+from mic_emu.proc import kill_descendants
+from mic_emu.rundir import RunDir
+from mic_emu.wire import Channel, WireError
+
+Target = Callable[[dict[str, Any], list[int]], int]
+
+
+def close_all_but(keep: Sequence[int]) -> None:
+    """Close every descriptor that is not in ``keep``."""
+    last = -1
+    for fd in sorted(set(keep)):
+        os.closerange(last + 1, fd)
+        last = fd
+    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX") if last < 4096 else last + 4096)
+
+
+def run_child(parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]) -> NoReturn:
+    """The life of a forked process: attributes, clean descriptors, ``target``, exit status."""
+    status = 70
+    try:
+        lib.mic_proc_die_with_parent(parent)
+        lib.mic_proc_set_name(name.encode()[:15])
+        for sig in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(sig, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        close_all_but([0, 1, 2, log_fd, *fds])
+        status = target(args, fds)
+    except BaseException:
+        Log(log_fd, process=name).error("ended by an exception", traceback=traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+# By name: init powers the slot, whatever sits in it; host code does not import card code.
+TARGETS = {
+    "board": "mic_emu.card.board.main",
+    "block": "mic_emu.host.backends.block",
+    "net": "mic_emu.host.backends.net",
+    "console": "mic_emu.host.backends.console",
+}
+
+
+def targets() -> dict[str, Target]:
+    """What init can start. Imported before the first fork: children share the pages."""
+    return {kind: importlib.import_module(name).main for kind, name in TARGETS.items()}
+
+
+class Launcher:
+    """Init's loop."""
+
+    def __init__(self, rundir: RunDir, log: Log) -> None:
+        self.rundir = rundir
+        self.log = log
+        self.targets = targets()
+        self.children: dict[int, str] = {}
+
+    def fork(self, name: str, target: Target, args: dict[str, Any], fds: list[int]) -> int:
+        """Fork a child with exactly ``fds`` (plus stdio and the log). Returns its pid."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            run_child(parent, name, self.log.fd, target, {**args, "log_fd": self.log.fd}, fds)
+        self.children[pid] = name
+        return pid
+
+    def run(self, host_main: Target, args: dict[str, Any], ready_fd: int) -> None:
+        """Fork the host and serve it until it ends; then clean up."""
+        gc.collect()
+        gc.freeze()
+        ours, theirs = socket.socketpair()
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        host = self.fork("micemu-host", host_main, args, [theirs.fileno(), ready_fd])
+        theirs.close()
+        os.close(ready_fd)
+        self.rundir.write_pids({"init": os.getpid(), "host": host})
+        channel = Channel(ours)
+        poller = select.poll()
+        poller.register(ours, select.POLLIN)
+        poller.register(wake_r, select.POLLIN)
+        while host in self.children:
+            for fd, _ in poller.poll():
+                if fd == wake_r:
+                    os.read(wake_r, 4096)
+                    self.reap(channel)
+                elif not self.serve(channel):
+                    poller.unregister(ours)
+        self.finish()
+
+    def serve(self, channel: Channel) -> bool:
+        """One request of the host. False when it has gone."""
+        try:
+            msg, fds = channel.recv(1.0, "a request of the host process")
+        except (WireError, OSError):
+            return False
+        try:
+            pid = self.fork(msg["name"], self.targets[msg["kind"]], msg["args"], fds)
+            channel.send({"spawned": pid, "id": msg["id"]})
+        except OSError as e:
+            channel.send({"error": str(e), "id": msg["id"]})
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def reap(self, channel: Channel | None) -> None:
+        """Collect what ended, adopted orphans included, and tell the host."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            name = self.children.pop(pid, None)
+            if name is not None and channel is not None:
+                try:
+                    channel.send({"exited": pid, "name": name, "status": os.waitstatus_to_exitcode(status)})
+                except OSError:
+                    pass  # the host is the one that ended
+
+    def finish(self) -> None:
+        """Kill everything below us, wait for it, remove the run directory."""
+        kill_descendants()
+        with self.rundir.locked():
+            owner = self.rundir.read_pids().get("init")
+            if owner is None or owner.pid == os.getpid():  # not a successor's
+                self.rundir.remove()
+
+
+def start(rundir: RunDir, args: dict[str, Any]) -> int:
+    """Start init and the host process in the background.
+
+    Returns a descriptor: the host writes one JSON line to it when it serves its control socket, or
+    an error and closes it.
+    """
+    ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid:
+        os.close(ready_w)
+        os.waitpid(pid, 0)
+        return ready_r
+    try:
+        os.close(ready_r)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        _daemon(rundir, args, ready_w)
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+    finally:
+        os._exit(70)
+
+
+def _daemon(rundir: RunDir, args: dict[str, Any], ready_w: int) -> None:
+    os.chdir("/")
+    os.umask(0o077)
+    null = os.open("/dev/null", os.O_RDWR)
+    crash = os.open(rundir / "stderr.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for fd, src in ((0, null), (1, crash), (2, crash)):
+        os.dup2(src, fd)
+    log = Log.open(rundir.log)
+    close_all_but([0, 1, 2, log.fd, ready_w])
+    lib.mic_proc_set_name(b"micemu-init")
+    lib.mic_proc_adopt_orphans()
+    lib.mic_proc_no_core()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    from mic_emu.host.daemon import main as host_main
+
+    Launcher(rundir, log.bind(process="init")).run(host_main, args, ready_w)
+    os._exit(0)

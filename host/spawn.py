@@ -1,0 +1,58 @@
+"""The host process's side of init: start a process, hear when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mic_emu.errors import MicemuError
+from mic_emu.wire import AsyncChannel
+
+OnExit = Callable[[int], None]
+
+
+class Spawner:
+    """Asks init to fork boards and backends; ``on_exit(status)`` runs once when one ends.
+
+    ``status`` is the exit status, negative for a signal.
+    """
+
+    def __init__(self, channel: AsyncChannel) -> None:
+        self._channel = channel
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[int]] = {}
+        self._exits: dict[int, OnExit] = {}
+        self._early: dict[int, int] = {}
+
+    async def serve(self) -> None:
+        """Handle init's messages until it is gone (ConnectionError)."""
+        while True:
+            msg, _ = await self._channel.recv(None, "a message of init")
+            if "exited" in msg:
+                on_exit = self._exits.pop(msg["exited"], None)
+                if on_exit:
+                    on_exit(msg["status"])
+                else:
+                    self._early[msg["exited"]] = msg["status"]
+            else:
+                fut = self._waiting.pop(msg["id"], None)
+                if fut and not fut.done():
+                    if "spawned" in msg:
+                        fut.set_result(msg["spawned"])
+                    else:
+                        fut.set_exception(MicemuError(f"cannot start a process: {msg['error']}"))
+
+    async def start(self, kind: str, name: str, args: dict[str, Any], fds: Sequence[int], on_exit: OnExit) -> int:
+        """Fork a process of ``kind`` (init's table of targets); returns its pid."""
+        ident = next(self._ids)
+        fut: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting[ident] = fut
+        await self._channel.send({"id": ident, "kind": kind, "name": name, "args": args}, fds)
+        pid = await asyncio.wait_for(fut, 10)
+        if pid in self._early:
+            on_exit(self._early.pop(pid))
+        else:
+            self._exits[pid] = on_exit
+        return pid

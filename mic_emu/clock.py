@@ -1,0 +1,116 @@
+"""The one clock: every emulated delay and limit asks it.
+
+The specification gives real times (a 30 s heartbeat, a 1 s pause after a reset). A profile scales
+them; a test turns the hands itself with ``ManualClock``. Two factors, because they are there for
+different reasons:
+
+* ``delay``: pauses that only pace the real hardware (the wait after a reset). Short in ``fast``.
+* ``limit``: how long to wait before something counts as failed (heartbeats and the watchdog, the
+  hand-shake limits). Shorter in ``fast``, but never so short that a busy machine looks broken.
+
+Within a factor all ratios of the specification hold (30 s heartbeat : 40 s watchdog).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Factors applied to the specification's times."""
+
+    name: str
+    delay: float
+    limit: float
+
+
+PROFILES = {
+    "x100": Profile("x100", 1.0, 1.0),
+    "fast": Profile("fast", 0.02, 0.25),
+}
+
+
+class Clock:
+    """Real time, scaled. All arguments are the specification's seconds."""
+
+    def __init__(self, profile: Profile | str = "fast") -> None:
+        self.profile = PROFILES[profile] if isinstance(profile, str) else profile
+
+    def delay(self, seconds: float) -> float:
+        """Seconds a pacing pause really takes."""
+        return seconds * self.profile.delay
+
+    def limit(self, seconds: float) -> float:
+        """Seconds until a wait really counts as failed."""
+        return seconds * self.profile.limit
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that never goes back."""
+        return time.monotonic()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait out a pacing delay."""
+        await asyncio.sleep(self.delay(seconds))
+
+    async def within(self, awaitable: Awaitable[T], seconds: float, what: str) -> T:
+        """Await with the scaled limit; TimeoutError says what was awaited and for how long."""
+        try:
+            return await asyncio.wait_for(awaitable, self.limit(seconds))
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s") from None
+
+
+class ManualClock(Clock):
+    """A clock that stands still until a test turns it (``advance``)."""
+
+    def __init__(self) -> None:
+        super().__init__(PROFILES["x100"])
+        self._now = 0.0
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._seq = 0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def _sleeper(self, seconds: float) -> asyncio.Future[None]:
+        fut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._seq += 1
+        heapq.heappush(self._sleepers, (self._now + seconds, self._seq, fut))
+        return fut
+
+    async def pause(self, seconds: float) -> None:
+        await self._sleeper(self.delay(seconds))
+
+    async def within(self, awaitable: Awaitable[T], seconds: float, what: str) -> T:
+        task = asyncio.ensure_future(awaitable)
+        alarm = self._sleeper(self.limit(seconds))
+        try:
+            await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s")
+        finally:
+            alarm.cancel()
+            if not task.done():
+                task.cancel()
+
+    async def advance(self, seconds: float) -> None:
+        """Turn the hands and let everything that is due run."""
+        end = self._now + seconds
+        while self._sleepers and self._sleepers[0][0] <= end:
+            self._now, _, fut = heapq.heappop(self._sleepers)
+            if not fut.done():
+                fut.set_result(None)
+            for _ in range(20):
+                await asyncio.sleep(0)
+        self._now = end
+        for _ in range(20):
+            await asyncio.sleep(0)

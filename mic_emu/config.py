@@ -1,0 +1,197 @@
+"""Configuration: TOML with one ``[[card]]`` table per card, checked strictly.
+
+An unknown key is an error that names the nearest known one. Command line options override the
+file; ``micemu config show`` prints what is in force.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mic_emu.clock import PROFILES
+from mic_emu.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_CARDS = 256
+MIN_MEMORY = 64 << 20
+NET_MODES = ("auto", "ns", "tap", "responder", "none")
+PERSONALITIES = ("modern", "compat")
+ON_CRASH = ("keep", "reset", "reboot")
+RESTART = ("always", "never")
+STEPPINGS = ("A0", "B0", "B1", "C0")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int, what: str) -> int:
+    """Bytes from ``8G``, ``64MiB``, ``4096``. Raises UsageError naming ``what``."""
+    m = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.I)
+    if not m:
+        raise UsageError(f"{what}: {text!r} is not a size; write for example 512M or 8G")
+    return int(m[1]) * _UNITS[m[2].upper()]
+
+
+def format_size(n: int) -> str:
+    """The shortest exact spelling of ``n`` bytes."""
+    for unit in "TGMK":
+        if n and n % _UNITS[unit] == 0:
+            return f"{n // _UNITS[unit]}{unit}"
+    return str(n)
+
+
+@dataclass
+class CardConfig:
+    """One card. Sizes in bytes, paths absolute."""
+
+    memory: int = 8 << 30
+    disk: str = ""  # image path, "" = scratch image in the run directory, "none" = no disk
+    disk_size: int = 64 << 20  # of an image that is created
+    read_only: bool = False
+    net: str = "auto"
+    image: str = ""  # "" = the built-in micos
+    ramdisk: str = ""
+    cmdline: str = ""
+    stepping: str = "C0"
+    device_id: int = 0x225C
+    personality: str = "modern"
+    on_crash: str = "keep"
+    restart: str = "always"  # of a backend that died
+    namespaces: bool = True
+    heartbeat: bool = True
+
+
+@dataclass
+class Config:
+    """An instance."""
+
+    timing: str = "fast"
+    host_memory: int = 16 << 30
+    cards: list[CardConfig] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``micemu config show --json`` prints it."""
+        plain = dataclasses.asdict(self)
+        plain["card"] = plain.pop("cards")
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Config:
+        """The inverse of ``to_dict`` (trusted data from our own processes)."""
+        plain = dict(plain)
+        cards = [CardConfig(**c) for c in plain.pop("card")]
+        return cls(cards=cards, **plain)
+
+
+def _choice(value: Any, allowed: tuple[str, ...], what: str) -> str:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"{what}: {value!r} is not known; {hint}use one of {', '.join(allowed)}")
+    return str(value)
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{what}: {value!r} is not a {kind.__name__}")
+    return value
+
+
+_CHOICES = {
+    "net": NET_MODES,
+    "personality": PERSONALITIES,
+    "on_crash": ON_CRASH,
+    "restart": RESTART,
+    "stepping": STEPPINGS,
+    "timing": tuple(PROFILES),
+}
+_SIZES = {"memory", "disk_size", "host_memory"}
+_PATHS = {"image", "ramdisk"}
+
+
+def _set(target: Any, table: dict[str, Any], where: str, base: Path, also: tuple[str, ...] = ()) -> None:
+    kinds = {f.name: type(getattr(target, f.name)) for f in dataclasses.fields(target)}
+    for key, value in table.items():
+        if key in also:
+            continue
+        if key not in kinds or key == "cards":
+            near = difflib.get_close_matches(key, [*kinds, *also], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(kinds))}"
+            raise UsageError(f"{where}: unknown key {key!r}{hint}")
+        what = f"{where}: {key}"
+        if key in _SIZES:
+            value = parse_size(value, what)
+        elif key in _CHOICES:
+            value = _choice(value, _CHOICES[key], what)
+        else:
+            value = _typed(value, kinds[key], what)
+        if key in _PATHS and value:
+            value = str(base / os.path.expanduser(value))
+        if key == "disk":
+            set_disk(target, value, base)
+        else:
+            setattr(target, key, value)
+
+
+def set_disk(card: CardConfig, text: str, base: Path | None = None) -> None:
+    """``PATH``, ``PATH:ro`` or ``none``; relative paths count from ``base`` (default: here)."""
+    path = text
+    if path.endswith((":ro", ":rw")):
+        card.read_only = path.endswith(":ro")
+        path = path[:-3]
+    if path not in ("", "none"):
+        path = str((base or Path.cwd()) / os.path.expanduser(path))
+    card.disk = path
+
+
+def check_card(card: CardConfig, name: str) -> None:
+    """Raise UsageError for values that contradict each other or the machine."""
+    if card.memory < MIN_MEMORY or card.memory % (1 << 20):
+        raise UsageError(f"{name}: memory {format_size(card.memory)}: use whole MiB, at least 64M")
+    if not 0x2250 <= card.device_id <= 0x225E:
+        raise UsageError(f"{name}: device_id {card.device_id:#x} is no MIC X100: use 0x2250 to 0x225e")
+    if card.disk_size < 512 or card.disk_size % 512:
+        raise UsageError(f"{name}: disk_size {card.disk_size}: use a multiple of 512 bytes")
+
+
+def load(path: Path | None, cards: int | None = None) -> Config:
+    """Read a configuration file (None: the built-in defaults) for ``cards`` cards.
+
+    Raises UsageError with the file, the table and the key.
+    """
+    config = Config()
+    tables: list[dict[str, Any]] = []
+    if path is not None:
+        try:
+            plain = tomllib.loads(path.read_text())
+        except OSError as e:
+            raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise UsageError(f"{path} is not valid TOML: {e}") from e
+        base = path.resolve().parent
+        _set(config, plain, str(path), base, also=("card",))
+        tables = plain.get("card", [])
+        if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+            raise UsageError(f"{path}: write cards as [[card]] tables")
+        for i, table in enumerate(tables):
+            card = CardConfig()
+            _set(card, table, f"{path}: [[card]] number {i + 1} (mic{i})", base)
+            config.cards.append(card)
+    count = cards if cards is not None else max(1, len(config.cards))
+    if not 1 <= count <= MAX_CARDS:
+        raise UsageError(f"{count} cards: use 1 to {MAX_CARDS}")
+    while len(config.cards) < count:
+        config.cards.append(CardConfig())
+    del config.cards[count:]
+    for i, card in enumerate(config.cards):
+        check_card(card, f"mic{i}")
+    return config

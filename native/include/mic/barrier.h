@@ -19,6 +19,9 @@
 /* Orders an earlier store before a later load: needed before "does the peer sleep?" is asked. */
 #define mic_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
+/* Orders this thread's stores for its own signal handlers; costs nothing. */
+#define mic_signal_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+
 static inline void mic_cpu_relax(void)
 {
 	__builtin_ia32_pause();

@@ -6,6 +6,7 @@
 #ifndef MIC_BUS_H
 #define MIC_BUS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -46,6 +47,13 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus);
 void mic_hw_store(struct mic_bus *bus, uint32_t off, uint32_t value);
 void mic_hw_reset(struct mic_bus *bus);
 
+/* The engine's side of a channel: raise the completion interrupt of channel `c` towards its owner
+ * (masked: it waits for the unmasking, HW-35), and halt it with a DCHERR bit (HW-31). */
+void mic_hw_dma_interrupt(struct mic_bus *bus, unsigned c);
+void mic_hw_dma_fault(struct mic_bus *bus, unsigned c, uint32_t error);
+/* DCR holds bits of both sides' channels: change some of them in one step. Wakes the engine. */
+void mic_dcr_update(struct mic_bus *bus, uint32_t clear, uint32_t set);
+
 /* Interrupts to the host follow the mode that configuration space shows: MSI-X with its table and
  * pending bits, MSI (vector 0, MXAR0), INTx (vector 0), none while bus mastering or INTx is off. A
  * card without configuration space (vendor id 0) delivers as MSI-X without masks.
@@ -60,6 +68,11 @@ void mic_ring_card(struct mic_bus *bus, int db);
 
 /* Configuration space was written: deliver what became possible. */
 void mic_bus_config_changed(struct mic_bus *bus);
+
+/* May the function reach host memory now? False while bus mastering is off. */
+bool mic_bus_master(struct mic_bus *bus);
+/* Descriptor number `which` (enum mic_bus_fd) of this process. */
+int mic_bus_fd(struct mic_bus *bus, unsigned which);
 
 /* Memories. Sizes in bytes. */
 uint8_t *mic_bus_gddr(struct mic_bus *bus);

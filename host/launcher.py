@@ -32,9 +32,10 @@ def close_all_but(keep: Sequence[int]) -> None:
     """Close every descriptor that is not in ``keep``."""
     last = -1
     for fd in sorted(set(keep)):
-        os.closerange(last + 1, fd)
+        if fd > last + 1:  # an empty range would mean "everything" to closerange
+            os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX") if last < 4096 else last + 4096)
+    os.closerange(last + 1, max(os.sysconf("SC_OPEN_MAX"), last + 2))
 
 
 def run_child(parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]) -> NoReturn:

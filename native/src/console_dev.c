@@ -83,7 +83,7 @@ struct mic_con_dev *mic_con_dev_create(struct mic_vdev *dev, int pty_fd, int log
 		cd->clients[i].fd = -1;
 	cd->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	/* Edges, because a pty without a reader reports POLLHUP for ever; every wake looks everywhere. */
-	if (cd->epoll_fd < 0 || watch(cd, dev->control_fd, EPOLLIN) < 0 || watch(cd, dev->kick_fd, EPOLLIN) < 0 ||
+	if (cd->epoll_fd < 0 || watch(cd, dev->control_fd, EPOLLIN) < 0 || watch(cd, dev->line_fd, EPOLLIN) < 0 ||
 	    watch(cd, pty_fd, EPOLLIN | EPOLLOUT | EPOLLET) < 0 || watch(cd, listen_fd, EPOLLIN | EPOLLET) < 0) {
 		int saved = errno;
 
@@ -496,16 +496,15 @@ static int look(struct mic_con_dev *cd, int timeout_ms)
 	struct epoll_event ev[EVENTS];
 	int n = epoll_wait(cd->epoll_fd, ev, EVENTS, timeout_ms);
 	int why = 0;
-	uint64_t drop;
 
 	if (n < 0)
 		return errno == EINTR ? MIC_RUN_SIGNAL : MIC_RUN_LOCAL;
 	for (int i = 0; i < n; i++) {
 		if (ev[i].data.fd == cd->dev->control_fd)
 			why = MIC_RUN_CONTROL;
-		if (ev[i].data.fd == cd->dev->kick_fd) {
+		if (ev[i].data.fd == cd->dev->line_fd) {
 			cd->dev->wakeups++;
-			(void)!read(cd->dev->kick_fd, &drop, sizeof drop);
+			mic_line_take(cd->dev->line_fd);
 		}
 	}
 	return why;

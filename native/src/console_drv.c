@@ -54,7 +54,7 @@ static int watch(struct mic_con_drv *cd, int fd, uint32_t events)
 {
 	struct epoll_event ev = { .events = events, .data.fd = fd };
 
-	return epoll_ctl(cd->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
+	return fd >= 0 && epoll_ctl(cd->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
 
 struct mic_con_drv *mic_con_drv_create(struct mic_vdrv *drv, int local_fd, uint64_t area, uint64_t len)
@@ -86,7 +86,7 @@ struct mic_con_drv *mic_con_drv_create(struct mic_vdrv *drv, int local_fd, uint6
 	if (rc == 0)
 		rc = watch(cd, drv->stop_fd, EPOLLIN);
 	if (rc == 0)
-		rc = watch(cd, drv->irq_fd, EPOLLIN);
+		rc = watch(cd, drv->line_fd, EPOLLIN);
 	if (rc == 0)
 		rc = post_all(cd);
 	if (rc == 0)
@@ -197,16 +197,15 @@ static int look(struct mic_con_drv *cd, int timeout_ms)
 	struct epoll_event ev[EVENTS];
 	int n = epoll_wait(cd->epoll_fd, ev, EVENTS, timeout_ms);
 	int why = 0;
-	uint64_t drop;
 
 	if (n < 0)
 		return errno == EINTR ? 0 : -errno;
 	for (int i = 0; i < n; i++) {
 		if (ev[i].data.fd == cd->drv->stop_fd)
 			why = MIC_RUN_CONTROL;
-		if (ev[i].data.fd == cd->drv->irq_fd) {
+		if (ev[i].data.fd == cd->drv->line_fd) {
 			cd->drv->wakeups++;
-			(void)!read(cd->drv->irq_fd, &drop, sizeof drop);
+			mic_line_take(cd->drv->line_fd);
 		}
 	}
 	return why;

@@ -6,8 +6,8 @@
 #include <unistd.h>
 
 #include "mic/iov.h"
+#include "mic/linger.h"
 #include "mic/net.h"
-#include "mic/spin.h"
 #include "net_end.h"
 
 enum { TO_CARD = 0, FROM_CARD = 1 };
@@ -36,7 +36,7 @@ struct mic_net_dev {
 	struct mic_net_end end;
 	struct mic_pcap *cap;
 	struct mic_net_stats stats;
-	struct mic_spin spin;
+	struct mic_linger linger;
 	struct stash stash;
 	uint8_t *over;      /* what did not fit into the posted chains */
 	uint64_t held;      /* length of a frame that waits for more chains, 0 = none */
@@ -62,7 +62,7 @@ struct mic_net_dev *mic_net_dev_create(struct mic_vdev *dev, int local_fd, struc
 		errno = rc < 0 ? -rc : ENOMEM;
 		return NULL;
 	}
-	mic_spin_init(&nd->spin, dev->spin_us);
+	mic_linger_init(&nd->linger, dev->spin_us);
 	return nd;
 }
 
@@ -173,22 +173,22 @@ static int stash_fill(struct mic_net_dev *nd)
 static void stash_use(struct mic_net_dev *nd, unsigned n, uint64_t len)
 {
 	struct stash *s = &nd->stash;
-	uint32_t lens[MAX_RING];
+	struct mic_vq *vq = &nd->dev->vq[TO_CARD];
 
 	for (unsigned i = 0; i < n; i++) {
 		unsigned c = s->first + i;
 		uint64_t part = s->len[c] < len ? s->len[c] : len;
 
-		lens[i] = (uint32_t)part;
+		mic_vq_fill(vq, s->head[c], (uint32_t)part);
 		len -= part;
 		s->bytes -= s->len[c];
 		s->iov_first += s->segs[c];
 		s->iov_count -= s->segs[c];
 	}
-	mic_vq_push_many(&nd->dev->vq[TO_CARD], s->head + s->first, lens, n);
+	mic_vq_publish(vq);
 	s->first += n;
 	s->count -= n;
-	mic_vdev_complete(nd->dev, &nd->dev->vq[TO_CARD]);
+	mic_vdev_complete(nd->dev, vq);
 }
 
 /* A frame of len bytes lies in the first chains: finish its header and hand it over. */
@@ -378,9 +378,8 @@ static int look(struct mic_net_dev *nd, bool serving, int timeout_ms)
 {
 	struct mic_vdev *dev = nd->dev;
 	bool local = serving && !nd->starved && ring_ready(&dev->vq[TO_CARD]);
-	int fds[3] = { dev->control_fd, dev->kick_fd, local ? mic_net_end_fd(&nd->end) : -1 };
-	int ready = mic_wait_fds(fds, 3, timeout_ms);
-	uint64_t drop;
+	int extra = local ? mic_net_end_fd(&nd->end) : -1;
+	int ready = mic_vdev_sleep(dev, &extra, 1, timeout_ms);
 
 	if (ready == -EINTR)
 		return MIC_RUN_SIGNAL;
@@ -388,11 +387,7 @@ static int look(struct mic_net_dev *nd, bool serving, int timeout_ms)
 		nd->end.error = -ready;
 		return MIC_RUN_LOCAL;
 	}
-	if (ready & 2) {
-		dev->wakeups++;
-		(void)!read(dev->kick_fd, &drop, sizeof drop);
-	}
-	return ready & 1 ? MIC_RUN_CONTROL : 0;
+	return ready & 2 ? MIC_RUN_CONTROL : 0;
 }
 
 int mic_net_dev_run(struct mic_net_dev *nd)
@@ -412,12 +407,12 @@ int mic_net_dev_run(struct mic_net_dev *nd)
 		if (moved < 0)
 			return MIC_RUN_LOCAL;
 		if (moved) {
-			mic_spin_hit(&nd->spin);
+			mic_linger_hit(&nd->linger);
 			if (++rounds % LOOK_ROUNDS == 0)
 				why = look(nd, serving, 0);
 			if (!why && rounds % LOOK_ROUNDS == 0 && mic_now_ns() - began > SIGNAL_NS)
 				why = MIC_RUN_SIGNAL;
-		} else if (!serving || !mic_spin_again(&nd->spin)) {
+		} else if (!serving || !mic_linger_again(&nd->linger)) {
 			if (!arm(nd)) {
 				nd->stats.sleeps++;
 				why = look(nd, serving, -1);

@@ -5,9 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "mic/iov.h"
+#include "mic/linger.h"
 #include "mic/net.h"
-#include "mic/spin.h"
 #include "net_end.h"
 
 enum { RX = 0, TX = 1 };
@@ -26,7 +25,7 @@ struct mic_net_drv {
 	struct mic_vdrv *drv;
 	struct mic_net_end end;
 	struct mic_net_stats stats;
-	struct mic_spin spin;
+	struct mic_linger linger;
 	uint8_t *mem;      /* the area, mapped */
 	uint64_t addr;     /* the area, card physical */
 	unsigned rx_num, tx_num;
@@ -151,7 +150,7 @@ struct mic_net_drv *mic_net_drv_create(struct mic_vdrv *drv, int local_fd, struc
 		rc = post_all(nd);
 	if (rc < 0)
 		goto fail;
-	mic_spin_init(&nd->spin, drv->spin_us);
+	mic_linger_init(&nd->linger, drv->spin_us);
 	return nd;
 fail:
 	mic_net_drv_destroy(nd);
@@ -320,10 +319,8 @@ static bool arm(struct mic_net_drv *nd)
 
 static int look(struct mic_net_drv *nd, int timeout_ms)
 {
-	struct mic_vdrv *drv = nd->drv;
-	int fds[3] = { drv->stop_fd, drv->irq_fd, nd->tx_nfree ? mic_net_end_fd(&nd->end) : -1 };
-	int ready = mic_wait_fds(fds, 3, timeout_ms);
-	uint64_t drop;
+	int extra = nd->tx_nfree ? mic_net_end_fd(&nd->end) : -1;
+	int ready = mic_vdrv_sleep(nd->drv, &extra, 1, timeout_ms);
 
 	if (ready == -EINTR)
 		return 0;
@@ -331,11 +328,7 @@ static int look(struct mic_net_drv *nd, int timeout_ms)
 		nd->end.error = -ready;
 		return MIC_RUN_LOCAL;
 	}
-	if (ready & 2) {
-		drv->wakeups++;
-		(void)!read(drv->irq_fd, &drop, sizeof drop);
-	}
-	return ready & 1 ? MIC_RUN_CONTROL : 0;
+	return ready & 2 ? MIC_RUN_CONTROL : 0;
 }
 
 int mic_net_drv_run(struct mic_net_drv *nd)
@@ -349,10 +342,10 @@ int mic_net_drv_run(struct mic_net_drv *nd)
 		if (moved < 0)
 			return nd->end.error ? MIC_RUN_LOCAL : -EIO;
 		if (moved) {
-			mic_spin_hit(&nd->spin);
+			mic_linger_hit(&nd->linger);
 			if (++rounds % LOOK_ROUNDS == 0)
 				why = look(nd, 0);
-		} else if (!mic_spin_again(&nd->spin)) {
+		} else if (!mic_linger_again(&nd->linger)) {
 			if (!arm(nd)) {
 				nd->stats.sleeps++;
 				why = look(nd, -1);

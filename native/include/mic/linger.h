@@ -1,10 +1,12 @@
-/* Adaptive spinning: look for work a little longer before sleeping, while that pays.
+/* How long a packet loop looks for more work before it sleeps.
  *
+ * Unlike mic_vdev_spin() a look is a whole pass of the loop, local end included, and what limits it is
+ * not the last sleep but a budget: packets come in pairs of a long and a short wait (request, reply).
  * Looking in vain costs tokens; they come back at 1/16 of the time that passes, so that spinning
  * never takes more than about 6 % of a CPU for nothing, and an idle device takes none. When another
  * thread wants this CPU (a yield does not come back at once) spinning stops for a while. */
-#ifndef MIC_SPIN_H
-#define MIC_SPIN_H
+#ifndef MIC_LINGER_H
+#define MIC_LINGER_H
 
 #include <sched.h>
 #include <stdbool.h>
@@ -13,11 +15,11 @@
 #include "mic/barrier.h"
 #include "mic/vring.h"
 
-#define MIC_SPIN_TOKENS_MAX 2000000u /* ns */
-#define MIC_SPIN_YIELD_NS 4000u      /* a yield that takes longer has run somebody else */
-#define MIC_SPIN_BACKOFF_NS 5000000u
+#define MIC_LINGER_TOKENS_MAX 2000000u /* ns */
+#define MIC_LINGER_YIELD_NS 4000u      /* a yield that takes longer has run somebody else */
+#define MIC_LINGER_BACKOFF_NS 5000000u
 
-struct mic_spin {
+struct mic_linger {
 	uint64_t slice;   /* ns, longest single look */
 	uint64_t tokens;  /* ns that may be lost */
 	uint64_t filled;  /* when tokens were last topped up */
@@ -25,30 +27,32 @@ struct mic_spin {
 	uint64_t blocked; /* no looking before this time: the CPU is wanted */
 };
 
-static inline void mic_spin_init(struct mic_spin *s, unsigned spin_us)
+static inline void mic_linger_init(struct mic_linger *s, unsigned spin_us)
 {
-	*s = (struct mic_spin){ .slice = spin_us * 1000ull, .tokens = MIC_SPIN_TOKENS_MAX };
-	if (!mic_spin_allowed())
-		s->slice = 0;
+	*s = (struct mic_linger){ .slice = spin_us * 1000ull, .tokens = MIC_LINGER_TOKENS_MAX };
+	cpu_set_t set;
+
+	if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < 2)
+		s->slice = 0; /* nobody could bring work while we look */
 }
 
 /* There was work: the look, if any, has paid. */
-static inline void mic_spin_hit(struct mic_spin *s)
+static inline void mic_linger_hit(struct mic_linger *s)
 {
 	s->begun = 0;
 }
 
-static inline void mic_spin_start(struct mic_spin *s, uint64_t now)
+static inline void mic_linger_start(struct mic_linger *s, uint64_t now)
 {
 	s->tokens += (now - s->filled) / 16;
-	if (s->tokens > MIC_SPIN_TOKENS_MAX)
-		s->tokens = MIC_SPIN_TOKENS_MAX;
+	if (s->tokens > MIC_LINGER_TOKENS_MAX)
+		s->tokens = MIC_LINGER_TOKENS_MAX;
 	s->filled = now;
 	s->begun = now;
 }
 
 /* No work found: look again (true) or go to sleep (false)? */
-static inline bool mic_spin_again(struct mic_spin *s)
+static inline bool mic_linger_again(struct mic_linger *s)
 {
 	if (!s->slice)
 		return false;
@@ -57,7 +61,7 @@ static inline bool mic_spin_again(struct mic_spin *s)
 	if (!s->begun) {
 		if (now < s->blocked)
 			return false;
-		mic_spin_start(s, now);
+		mic_linger_start(s, now);
 	}
 	uint64_t spent = now - s->begun;
 
@@ -67,9 +71,9 @@ static inline bool mic_spin_again(struct mic_spin *s)
 		return false;
 	}
 	sched_yield();
-	if (mic_now_ns() - now > MIC_SPIN_YIELD_NS) {
+	if (mic_now_ns() - now > MIC_LINGER_YIELD_NS) {
 		/* Work may have come meanwhile, so one more look, but no more spinning for now. */
-		s->blocked = now + MIC_SPIN_BACKOFF_NS;
+		s->blocked = now + MIC_LINGER_BACKOFF_NS;
 		s->begun = 0;
 		return true;
 	}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -179,7 +180,13 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
     """Entry point in the process that init forked. fds: channel to init, ready pipe."""
     log = Log(args["log_fd"], process="host")
     channel = AsyncChannel(socket.socket(fileno=fds[0]))
-    asyncio.run(serve(args, channel, fds[1], log))
+    try:
+        asyncio.run(serve(args, channel, fds[1], log))
+    except BaseException as e:
+        # Before it served, somebody waits at the pipe for the reason; afterwards it is closed.
+        with contextlib.suppress(OSError):
+            os.write(fds[1], json.dumps({"error": f"{type(e).__name__}: {e}"}).encode() + b"\n")
+        raise
     return 0
 
 

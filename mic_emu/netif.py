@@ -104,9 +104,9 @@ def open_tap(name: str, *, header: int = 12, offload: int = 0) -> Tap:
     if exists(name):
         raise tap_error(errno.EEXIST, f"TAP {name}")
     step = ffi.new("int *")
-    fd = lib.mic_ns_tap(-1, -1, name.encode(), step)
+    fd = lib.mic_netns_tap(-1, -1, name.encode(), step)
     if fd < 0:
-        raise tap_error(-fd, "/dev/net/tun" if step[0] == lib.MIC_NS_OPEN else f"TAP {name}")
+        raise tap_error(-fd, "/dev/net/tun" if step[0] == lib.MIC_NETNS_OPEN else f"TAP {name}")
     tap = Tap(fd, name)
     try:
         tap.set_header(header)

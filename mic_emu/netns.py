@@ -19,13 +19,13 @@ from mic_emu.netif import NetError
 Mode = Literal["ns", "tap", "responder"]
 
 _STEP_NAMES = {
-    lib.MIC_NS_FORK: "a helper process",
-    lib.MIC_NS_USER: "a user namespace",
-    lib.MIC_NS_MAP: "the uid map of a user namespace",
-    lib.MIC_NS_NET: "a network namespace",
-    lib.MIC_NS_ENTER: "entering a namespace",
-    lib.MIC_NS_OPEN: "/dev/net/tun",
-    lib.MIC_NS_TAP: "a TAP",
+    lib.MIC_NETNS_FORK: "a helper process",
+    lib.MIC_NETNS_USER: "a user namespace",
+    lib.MIC_NETNS_MAP: "the uid map of a user namespace",
+    lib.MIC_NETNS_NET: "a network namespace",
+    lib.MIC_NETNS_ENTER: "entering a namespace",
+    lib.MIC_NETNS_OPEN: "/dev/net/tun",
+    lib.MIC_NETNS_TAP: "a TAP",
 }
 _NO_USERNS = (
     "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, or on Ubuntu "
@@ -44,7 +44,7 @@ _FIXES = {
 
 def _error(err: int, step: int) -> NetError:
     what = _STEP_NAMES.get(step, "a namespace")
-    if step in (lib.MIC_NS_OPEN, lib.MIC_NS_TAP):
+    if step in (lib.MIC_NETNS_OPEN, lib.MIC_NETNS_TAP):
         return netif.tap_error(err, what)
     fix = _FIXES.get(err)
     return NetError(err, f"{what}: {os.strerror(err)}" + (f"; {fix}" if fix else ""))
@@ -81,7 +81,7 @@ class Namespaces:
     def open_tap(self, name: str) -> netif.Tap:
         """A TAP in here, from any process and thread. Raises NetError."""
         step = ffi.new("int *")
-        fd = lib.mic_ns_tap(self.user_fd, self.net_fd, name.encode(), step)
+        fd = lib.mic_netns_tap(self.user_fd, self.net_fd, name.encode(), step)
         if fd < 0:
             raise _error(-fd, step[0])
         return netif.Tap(fd, name)
@@ -107,7 +107,7 @@ def create() -> Namespaces:
     """
     uid_map, gid_map, deny = _maps(os.geteuid(), os.getegid())
     user_fd, net_fd, step = ffi.new("int *"), ffi.new("int *"), ffi.new("int *")
-    rc = lib.mic_ns_create(uid_map.encode(), gid_map.encode(), deny, user_fd, net_fd, step)
+    rc = lib.mic_netns_create(uid_map.encode(), gid_map.encode(), deny, user_fd, net_fd, step)
     if rc < 0:
         raise _error(-rc, step[0])
     return Namespaces(user_fd[0], net_fd[0])
@@ -115,11 +115,11 @@ def create() -> Namespaces:
 
 def enter(user_fd: int, net_fd: int) -> None:
     """Move this process into namespaces; -1 keeps one. Raises NetError."""
-    rc = lib.mic_ns_enter(user_fd, net_fd)
+    rc = lib.mic_netns_enter(user_fd, net_fd)
     if rc == -errno.EINVAL:
         raise NetError(errno.EINVAL, "a process with several threads cannot enter a user namespace")
     if rc < 0:
-        raise _error(-rc, lib.MIC_NS_ENTER)
+        raise _error(-rc, lib.MIC_NETNS_ENTER)
 
 
 @dataclass(frozen=True, slots=True)

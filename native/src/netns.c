@@ -66,13 +66,13 @@ static void create_child(int sock)
 	char go;
 
 	if (unshare(CLONE_NEWUSER) < 0) {
-		say(sock, MIC_NS_USER, errno);
+		say(sock, MIC_NETNS_USER, errno);
 		return;
 	}
-	say(sock, MIC_NS_USER, 0);
+	say(sock, MIC_NETNS_USER, 0);
 	if (read(sock, &go, 1) != 1)
 		return;
-	say(sock, MIC_NS_NET, unshare(CLONE_NEWNET) < 0 ? errno : 0);
+	say(sock, MIC_NETNS_NET, unshare(CLONE_NEWNET) < 0 ? errno : 0);
 	(void)!read(sock, &go, 1);
 }
 
@@ -102,7 +102,7 @@ static int create_parent(pid_t pid, int sock, const char *uid_map, const char *g
 
 	if (rc < 0)
 		return rc;
-	*step = MIC_NS_MAP;
+	*step = MIC_NETNS_MAP;
 	rc = write_maps(pid, uid_map, gid_map, deny_setgroups);
 	if (rc < 0)
 		return rc;
@@ -151,13 +151,13 @@ static void reap(pid_t pid)
 		;
 }
 
-int mic_ns_create(const char *uid_map, const char *gid_map, int deny_setgroups, int *user_fd, int *net_fd,
+int mic_netns_create(const char *uid_map, const char *gid_map, int deny_setgroups, int *user_fd, int *net_fd,
 		  int *step)
 {
 	int sock;
 	pid_t pid = fork_with_socket(&sock);
 
-	*step = MIC_NS_FORK;
+	*step = MIC_NETNS_FORK;
 	if (pid < 0)
 		return last_error();
 	if (pid == 0) {
@@ -179,7 +179,7 @@ static int same_ns(int fd, const char *name)
 	return fstat(fd, &a) == 0 && stat(name, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev;
 }
 
-int mic_ns_enter(int user_fd, int net_fd)
+int mic_netns_enter(int user_fd, int net_fd)
 {
 	if (user_fd >= 0 && !same_ns(user_fd, "/proc/self/ns/user") && setns(user_fd, CLONE_NEWUSER) < 0)
 		return last_error();
@@ -191,18 +191,18 @@ static int open_tap(const char *name, int *step)
 	struct ifreq r = { 0 };
 	size_t len = strlen(name);
 
-	*step = MIC_NS_TAP;
+	*step = MIC_NETNS_TAP;
 	if (!len || len >= sizeof r.ifr_name)
 		return -ENAMETOOLONG;
 	memcpy(r.ifr_name, name, len);
 	/* Never an interface that is there already. */
 	r.ifr_flags = (short)(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_TUN_EXCL);
-	*step = MIC_NS_OPEN;
+	*step = MIC_NETNS_OPEN;
 	int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
 
 	if (fd < 0)
 		return last_error();
-	*step = MIC_NS_TAP;
+	*step = MIC_NETNS_TAP;
 	if (ioctl(fd, TUNSETIFF, &r) < 0) {
 		int rc = last_error();
 
@@ -260,20 +260,20 @@ static int receive_fd(int sock, int *step)
 
 static void tap_child(int sock, int user_fd, int net_fd, const char *name)
 {
-	int step = MIC_NS_ENTER, fd = mic_ns_enter(user_fd, net_fd);
+	int step = MIC_NETNS_ENTER, fd = mic_netns_enter(user_fd, net_fd);
 
 	if (fd == 0)
 		fd = open_tap(name, &step);
 	send_fd(sock, (struct report){ step, fd < 0 ? -fd : 0 }, fd);
 }
 
-int mic_ns_tap(int user_fd, int net_fd, const char *name, int *step)
+int mic_netns_tap(int user_fd, int net_fd, const char *name, int *step)
 {
 	int sock;
 
 	if (user_fd < 0 && net_fd < 0)
 		return open_tap(name, step);
-	*step = MIC_NS_FORK;
+	*step = MIC_NETNS_FORK;
 	pid_t pid = fork_with_socket(&sock);
 
 	if (pid < 0)

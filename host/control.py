@@ -50,7 +50,7 @@ class Control:
     async def open(self) -> None:
         """Listen."""
         self.instance.log.set_hook(self.publish)
-        self._server = await serve_unix(str(self.instance.rundir.control), self._serve)
+        self._server = serve_unix(str(self.instance.rundir.control), self._serve)
 
     async def close(self) -> None:
         """Stop listening; requests in work are cut off."""
@@ -102,7 +102,7 @@ class Control:
         try:
             await self.instance.plug(configs)
             cards = self.instance.select(names)
-            images = {c.name: c.config.image or str(await asyncio.to_thread(image.built_in)) for c in cards}
+            images = {c.name: c.config.image or str(image.default_image(self.instance.rundir.path)) for c in cards}
             for card in cards:
                 card.cwd = msg.get("cwd", "/")
                 card.prepare(images[card.name])

@@ -15,14 +15,13 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mic_emu._native import lib
 from mic_emu.log import Log
+from mic_emu.proc import kill_descendants
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
 
@@ -146,42 +145,11 @@ class Launcher:
 
     def finish(self) -> None:
         """Kill everything below us, wait for it, remove the run directory."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            alive = descendants()
-            if not alive:
-                break
-            for pid in alive:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
-            self.reap(None)
+        kill_descendants()
         with self.rundir.locked():
-            if self.rundir.read_pids().get("init", None) is None or self._ours():
+            owner = self.rundir.read_pids().get("init")
+            if owner is None or owner.pid == os.getpid():  # not a successor's
                 self.rundir.remove()
-
-    def _ours(self) -> bool:
-        pids = self.rundir.read_pids()
-        return "init" in pids and pids["init"].pid == os.getpid()
-
-
-def descendants() -> list[int]:
-    """Our children; as a subreaper we inherit every orphan below us, so this empties level by level."""
-    me = os.getpid()
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == me:
-            found.append(int(stat.parent.name))
-    return found
 
 
 def start(rundir: RunDir, args: dict[str, Any]) -> int:

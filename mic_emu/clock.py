@@ -16,11 +16,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """Complete ``future`` unless it is already done."""
+    if not future.done():
+        future.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,29 @@ PROFILES = {
 }
 
 
-class Clock:
-    """Real time, scaled. All arguments are the specification's seconds."""
+class Alarm(Protocol):
+    """A call that is due later."""
 
-    def __init__(self, profile: Profile | str = "fast") -> None:
+    def cancel(self) -> None: ...
+
+
+class Clock:
+    """Real time, scaled. All arguments are the specification's seconds.
+
+    ``program`` scales the limits that programs see through an API (SCIF connect); only tests change it.
+    """
+
+    def __init__(self, profile: Profile | str = "fast", *, program: float = 1.0) -> None:
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
+        self.program = program
+
+    def api(self, seconds: float) -> float:
+        """Seconds of a limit that the specification promises to programs: the same in every profile."""
+        return seconds * self.program
+
+    def alarm(self, real_seconds: float, fn: Callable[[], None]) -> Alarm:
+        """Call ``fn`` in the running loop after seconds that are already scaled."""
+        return asyncio.get_running_loop().call_later(real_seconds, fn)
 
     def delay(self, seconds: float) -> float:
         """Seconds a pacing pause really takes."""
@@ -66,6 +90,14 @@ class Clock:
             return await asyncio.wait_for(awaitable, self.limit(seconds))
         except asyncio.TimeoutError:
             raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s") from None
+
+
+class _Cancel:
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self._future = future
+
+    def cancel(self) -> None:
+        self._future.cancel()
 
 
 class ManualClock(Clock):
@@ -101,6 +133,11 @@ class ManualClock(Clock):
             alarm.cancel()
             if not task.done():
                 task.cancel()
+
+    def alarm(self, real_seconds: float, fn: Callable[[], None]) -> Alarm:
+        sleeper = self._sleeper(real_seconds)
+        sleeper.add_done_callback(lambda f: None if f.cancelled() else fn())
+        return _Cancel(sleeper)
 
     async def advance(self, seconds: float) -> None:
         """Turn the hands and let everything that is due run."""

@@ -140,6 +140,9 @@ CONSTANTS: dict[str, int] = {
     "BOOT_RAMDISK_IMAGE": 0x218,
     "BOOT_RAMDISK_SIZE": 0x21C,
     "CMDLINE_MAX": 2048,
+    # the card's kernel log in GDDR (COSM 9; the place is ours): length word, then text
+    "CARD_LOG": 0x0100_0000,
+    "CARD_LOG_SIZE": 0x0010_0004,
     # card address map (HW 1)
     "CARD_MMIO_BASE": 0x08_007C_0000,
     "SMPT_BASE": 0x80_0000_0000,

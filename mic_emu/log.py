@@ -54,14 +54,14 @@ class Log:
         if self._hook:
             self._hook(record)
 
-    def debug(self, message: str, **fields: Any) -> None:
-        self._write("debug", message, fields)
+    def debug(self, message: str, *args: Any, **fields: Any) -> None:
+        self._write("debug", message % args if args else message, fields)
 
-    def info(self, message: str, **fields: Any) -> None:
-        self._write("info", message, fields)
+    def info(self, message: str, *args: Any, **fields: Any) -> None:
+        self._write("info", message % args if args else message, fields)
 
-    def warning(self, message: str, **fields: Any) -> None:
-        self._write("warning", message, fields)
+    def warning(self, message: str, *args: Any, **fields: Any) -> None:
+        self._write("warning", message % args if args else message, fields)
 
-    def error(self, message: str, **fields: Any) -> None:
-        self._write("error", message, fields)
+    def error(self, message: str, *args: Any, **fields: Any) -> None:
+        self._write("error", message % args if args else message, fields)

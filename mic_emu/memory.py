@@ -110,6 +110,11 @@ class PageAllocator:
         self._used: dict[int, int] = {}
 
     @property
+    def fd(self) -> int:
+        """The memory object; stays the caller's."""
+        return self._fd
+
+    @property
     def used_bytes(self) -> int:
         """Bytes handed out now."""
         return sum(self._used.values())

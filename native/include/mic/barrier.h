@@ -5,7 +5,9 @@
 #ifndef MIC_BARRIER_H
 #define MIC_BARRIER_H
 
+#include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define mic_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define mic_load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
@@ -21,6 +23,13 @@
 
 /* Orders this thread's stores for its own signal handlers; costs nothing. */
 #define mic_signal_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+
+/* A private copy of shared bytes that the compiler cannot replace by later reads of the original. */
+static inline void mic_copy_once(void *dst, const void *src, size_t len)
+{
+	memcpy(dst, src, len);
+	__asm__ __volatile__("" : : "r"(dst) : "memory");
+}
 
 static inline void mic_cpu_relax(void)
 {

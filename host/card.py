@@ -1,0 +1,400 @@
+"""One card as the host process holds it: slot, board process, driver, COSM, SCIF link, devices."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mic_emu import layout as L
+from mic_emu.bar import Bus, create_slot
+from mic_emu.clock import Clock
+from mic_emu.config import CardConfig
+from mic_emu.cosm.states import State
+from mic_emu.errors import MicemuError, StateError
+from mic_emu.host.cosm import CosmDevice
+from mic_emu.host.devices import close_prepared, extra_device, plan
+from mic_emu.host.driver import Driver, check_file
+from mic_emu.host.policy import Policy
+from mic_emu.host.scif_link import HostLink
+from mic_emu.host.spawn import Spawner
+from mic_emu.host.network import Network
+from mic_emu.host.supervisor import Backend, Supervisor
+from mic_emu.host.vop import VopHost
+from mic_emu.log import Log
+from mic_emu.memory import PageAllocator
+from mic_emu.pciconfig import PciIdentity, build, revision_of
+from mic_emu.scif.node import Node
+from mic_emu.wire import AsyncChannel
+
+C = L.CONSTANTS
+POWER_ON_LIMIT_S = 10.0
+BOOT_LIMIT = 240.0  # the specification's seconds until `boot` gives up; the state machine itself never does
+STATE_WORDS = {s.word: s for s in State}
+
+
+class Card:
+    """Created by ``open``; ``close`` undoes everything."""
+
+    def __init__(
+        self, index: int, config: CardConfig, rundir: Path, spawner: Spawner, node: Node, memory: PageAllocator,
+        clock: Clock, log: Log,
+    ) -> None:  # fmt: skip
+        self.index = index
+        self.name = f"mic{index}"
+        self.config = config
+        self.dir = rundir / self.name
+        self.spawner = spawner
+        self.node = node
+        self.memory = memory
+        self.clock = clock
+        self.log = log.bind(card=self.name)
+        self.board_pid = 0
+        self.os_pid = 0
+        self.contained: dict[str, Any] = {}
+        self.refused = ""  # why the bootstrap refused the last image
+        self.os_ended = ""
+        self.boots = 0
+        self.crashes = 0
+        self.cwd = "/"
+        self.vop: VopHost | None = None
+        self.supervisor: Supervisor | None = None
+        self.link: HostLink | None = None
+        self.network: Network | None = None
+        self.changed = asyncio.Condition()
+        self._channel: AsyncChannel | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._closing = False
+
+    # --- power ----------------------------------------------------------------------------------
+
+    async def open(self, host_fd: int) -> None:
+        """Plug the card in: slot, board process, probe."""
+        self.dir.mkdir(mode=0o700, exist_ok=True)
+        fds = create_slot(self.name, self.config.memory, host_fd)
+        self.bus = Bus(fds)
+        build(self.bus, PciIdentity(device=self.config.device_id, revision=revision_of(self.config.stepping)))
+        await self._power_on()
+        self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
+        self.driver.bring_up = self._bring_up
+        self.driver.tear_down = self._tear_down
+        self.cosm = CosmDevice(self.index, self.driver, self.clock, self.log)
+        self.cosm.heartbeat_enable = self.config.heartbeat
+        self.cosm.on_change.append(self.notify)
+        self.policy = Policy(self.cosm, self.config.on_crash, self.clock, self.log, self._boot_again)
+        self._tasks.append(asyncio.ensure_future(self.policy.run()))
+
+    async def _power_on(self) -> None:
+        """Start the board process over the slot's memories."""
+        ours, theirs = socket.socketpair()
+        self._channel = AsyncChannel(ours)
+        args = {
+            "name": self.name, "index": self.index, "dir": str(self.dir), "namespaces": self.config.namespaces,
+            "timing": self.clock.profile.name,
+        }  # fmt: skip
+        try:
+            self.board_pid = await self.spawner.start(
+                "board", f"{self.name}-board", args, [theirs.fileno(), *self.bus.fds], self._board_exit
+            )
+        finally:
+            theirs.close()
+        powered = asyncio.Event()
+        self._tasks.append(asyncio.ensure_future(self._serve_board(self._channel, powered)))
+        await asyncio.wait_for(powered.wait(), POWER_ON_LIMIT_S)
+
+    async def _serve_board(self, channel: AsyncChannel, powered: asyncio.Event) -> None:
+        try:
+            while True:
+                msg, _ = await channel.recv(None, "a message of the board")
+                event = msg.get("event")
+                if event == "power_on":
+                    powered.set()
+                elif event == "os_start":
+                    self.os_pid, self.contained = msg["pid"], msg["contained"]
+                    self.log.info("card OS started", event="os_start", pid=msg["pid"], contained=msg["contained"])
+                elif event == "refused":
+                    self.refused = msg["why"]
+                elif event == "os_exit":
+                    self._os_exit(msg["status"], msg["reset"])
+                self.notify()
+        except OSError:
+            return
+
+    def _os_exit(self, status: int, reset: bool) -> None:
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        self.log.info(f"card OS ended: {how}", event="os_exit", status=status, reset=reset)
+        self.os_pid = 0
+        if reset:
+            return
+        self._peer_died()
+        if status != 0:
+            self.os_ended = how
+            self.crashes += 1
+            self.cosm.os_died(f"the card OS ended with {how}")
+
+    def _peer_died(self) -> None:
+        if self.link:
+            self.link.down()
+        if self.vop:
+            self.vop.peer_died()
+
+    def _board_exit(self, status: int) -> None:
+        """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
+        self.board_pid = self.os_pid = 0
+        if self._closing:
+            return
+        self.log.error("the board process died; a new board takes its place", event="board_exit", status=status)
+        self.crashes += 1
+        self._peer_died()
+        self.cosm.os_died("the board is gone")
+        self._tasks.append(asyncio.ensure_future(self._replace_board()))
+
+    async def _replace_board(self) -> None:
+        await self._power_on()
+        if self.cosm.state in (State.BOOTING, State.ONLINE):
+            self.os_ended = "the board process was killed"
+        self.notify()
+
+    async def close(self) -> None:
+        """Stop, power off, unplug."""
+        self._closing = True
+        await self.cosm.stop(force=False)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.driver.remove()
+        if self._channel:
+            self._channel.close()
+        self.bus.close()
+
+    # --- what start and stop bring up (HW 6.3, 8.2) -------------------------------------------------
+
+    async def _bring_up(self) -> None:
+        self.boots += 1
+        self.refused = self.os_ended = ""
+        self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
+        self.link.start()
+        self.vop = VopHost(
+            self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
+        )
+        self.vop.peer_alive = lambda: self.os_pid != 0
+        self.supervisor = Supervisor(
+            self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
+        )
+        for backend in plan(self):
+            self.supervisor.add(backend)
+
+    async def _tear_down(self) -> None:
+        """VOP, then SCIF (HW-49)."""
+        if self.supervisor:
+            await self.supervisor.stop()
+            self.supervisor = None
+        if self.vop:
+            await self.vop.close()
+            self.vop = None
+        if self.link:
+            await self.link.stop()
+            self.link = None
+
+    # --- requests of people -------------------------------------------------------------------------
+
+    def notify(self) -> None:
+        """Something that ``wait`` or ``boot`` looks at has changed."""
+        asyncio.ensure_future(self._notify())
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def until(self, condition: Callable[[], bool], limit_s: float | None, what: str) -> None:
+        """Wait for a condition on this card. Raises TimeoutError with ``what``."""
+
+        async def watch() -> None:
+            async with self.changed:
+                await self.changed.wait_for(condition)
+
+        try:
+            await asyncio.wait_for(watch(), limit_s)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"{self.name}: {what}: not within {limit_s:g} s") from None
+
+    @property
+    def is_ready(self) -> bool:
+        """Ready and not in anybody's hands."""
+        return self.cosm.state is State.READY
+
+    @property
+    def bootable(self) -> bool:
+        """Would ``boot`` be accepted? A crashed card is: it is reset first."""
+        return self.cosm.state in (State.READY, State.RESET_FAILED, State.SHUTTING_DOWN, State.RESETTING)
+
+    def reconfigure(self, config: CardConfig) -> None:
+        """New values for the next boot."""
+        self.config = config
+        self.policy.on_crash = config.on_crash
+        self.cosm.set_heartbeat(config.heartbeat)
+
+    def prepare(self, image: str) -> None:
+        """Look at what a boot needs before anything is touched. Raises MicemuError with the fix."""
+        for path, what in ((image, "card image"), (self.config.ramdisk, "ramdisk")):
+            if path:
+                check_file(path, what, self.name)
+        close_prepared(plan(self))
+
+    def backend(self, name: str) -> Backend:
+        """A device's backend by name. Raises MicemuError."""
+        backends = self.supervisor.backends if self.supervisor else []
+        for b in backends:
+            if b.name == name:
+                return b
+        known = ", ".join(b.name for b in backends) or "none; the card is not online"
+        raise MicemuError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
+
+    async def add_device(self, kind: str, options: dict[str, Any]) -> Backend:
+        """Hot-plug a device and wait until the card drives it."""
+        if self.supervisor is None or self.cosm.state is not State.ONLINE:
+            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+        backend = extra_device(self, kind, options)
+        self.supervisor.add(backend)
+        try:
+            await self.until(
+                lambda: backend.ready.is_set() or bool(backend.failed), self.clock.limit(40.0), f"{backend.name} on the card"
+            )
+        except TimeoutError:
+            await self.supervisor.remove(backend)
+            raise
+        if backend.failed:
+            await self.supervisor.remove(backend)
+            raise MicemuError(f"{self.name}: {backend.name}: {backend.failed}")
+        return backend
+
+    async def remove_device(self, name: str) -> None:
+        """Hot-unplug a device."""
+        backend = self.backend(name)
+        assert self.supervisor
+        await self.supervisor.remove(backend)
+
+    async def reboot(self) -> None:
+        """Shut down (or reset) and boot again."""
+        if self.cosm.state is State.ONLINE:
+            await self.shutdown()
+        await self.boot(self.driver.firmware, self.driver.ramdisk, self.driver.cmdline)
+
+    async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
+        """Boot and wait until the card is online and its devices run.
+
+        A crashed card is reset first. When the boot fails, the card is back in the state in which it
+        was, or reset, and the error says why.
+        """
+        if self.cosm.state is State.SHUTTING_DOWN or self.cosm.state is State.RESET_FAILED:
+            self.cosm.reset()
+        if self.cosm.state is State.RESETTING:
+            await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        if self.cosm.state is not State.READY:
+            raise StateError(
+                f"{self.name} is {self.cosm.state.word}: only a ready card can boot "
+                f"(micemu reboot {self.name}, or micemu shutdown {self.name} first)",
+                errno.EINVAL,
+            )
+        self.cosm.bootmode = self.driver.bootmode = "linux"
+        self.driver.firmware, self.driver.ramdisk, self.driver.cmdline = image, ramdisk, cmdline
+        self.cosm.firmware, self.cosm.ramdisk, self.cosm.cmdline = image, ramdisk or None, cmdline or None
+        await self.cosm.boot()
+        try:
+            await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
+        except TimeoutError as e:
+            self.os_ended = str(e)
+        if self.cosm.state is State.ONLINE:
+            return
+        why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
+        log = self.log_tail()
+        self.cosm.reset()
+        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        if self.refused:
+            raise MicemuError(f"{self.name}: the bootstrap refused {image}: {why}")
+        raise MicemuError(f"{self.name} did not boot: {why}" + (f"; its last words: {log}" if log else ""))
+
+    def _boot_settled(self) -> bool:
+        if self.refused or self.os_ended or self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE:
+            return True
+        if self.cosm.state is not State.ONLINE or self.supervisor is None:
+            return False
+        return all(b.ready.is_set() or b.failed for b in self.supervisor.backends)
+
+    async def _boot_again(self) -> None:
+        await self.boot(self.driver.firmware, self.driver.ramdisk, self.driver.cmdline)
+
+    async def shutdown(self, limit_s: float | None = None) -> None:
+        """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
+        await self.cosm.shutdown()
+        limit = self.clock.limit(BOOT_LIMIT) if limit_s is None else limit_s
+        await self.until(
+            lambda: self.cosm.state in (State.READY, State.RESET_FAILED), limit, "the card did not power off"
+        )
+
+    async def reset(self) -> None:
+        """Reset and wait. Raises StateError when the card is ready already."""
+        self.cosm.reset()
+        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        if self.cosm.state is State.RESET_FAILED:
+            raise MicemuError(f"{self.name}: the firmware did not become ready after the reset", errno.EIO)
+
+    # --- what people see ----------------------------------------------------------------------------
+
+    def log_tail(self, lines: int = 1) -> str:
+        """The last lines of the card's kernel log, out of GDDR."""
+        text = self.log_buffer().decode(errors="replace").strip().splitlines()
+        return " / ".join(text[-lines:])
+
+    def log_buffer(self) -> bytes:
+        """The card's log: length word, then text; empty when either lies outside (COSM-62)."""
+        at, room = C["CARD_LOG"], C["CARD_LOG_SIZE"]
+        gddr = self.bus.gddr
+        if at + room > gddr.size:
+            return b""
+        length = gddr.load(at, 4)
+        return gddr.read(at + 4, length) if 0 < length <= room - 4 else b""
+
+    @property
+    def net_mode(self) -> str:
+        """How the card's network is connected now."""
+        for b in self.supervisor.backends if self.supervisor else []:
+            if b.kind == "net":
+                return str(b.facts.get("mode", "starting"))
+        return "none" if self.cosm.state in (State.ONLINE, State.BOOTING) else self.config.net
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Rows of ``status --json``."""
+        rows = []
+        for b in self.supervisor.backends if self.supervisor else []:
+            row = {"type": b.name, "pid": b.pid or None, "state": b.state, "restarts": b.restarts, **b.facts}
+            if b.failed:
+                row["error"] = b.failed
+            rows.append(row)
+        return rows
+
+    def status(self) -> dict[str, Any]:
+        """One card of ``status --json`` (schema 1)."""
+        return {
+            "name": self.name,
+            "state": self.cosm.state.word,
+            "shutdown_status": self.cosm.shutdown_status.word,
+            "pids": {"board": self.board_pid or None, "os": self.os_pid or None},
+            "net": self.net_mode,
+            "devices": self.devices(),
+            "memory": self.config.memory,
+            "contained": self.contained,
+            "boots": self.boots,
+            "crashes": self.crashes,
+            "post_code": self.post_code,
+            "addresses": {"host": f"172.31.{self.index + 1}.254", "card": f"172.31.{self.index + 1}.1"},
+            "run_dir": str(self.dir),
+        }
+
+    @property
+    def post_code(self) -> str:
+        word = self.bus.read("postcode")
+        return chr(word & 0xFF) + chr(word >> 8 & 0xFF)

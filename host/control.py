@@ -1,0 +1,267 @@
+"""The control socket: what the CLI and scripts ask of the host process.
+
+One connection, one request; a request may answer with several messages (progress, a stream of
+events) and ends with ``{"done": true, ...}`` or ``{"error": sentence, "kind": class, "errno": n}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from mic_emu import image
+from mic_emu.config import CardConfig, Config
+from mic_emu.cosm.states import State
+from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
+from mic_emu.host import inspection
+from mic_emu.wire import AsyncChannel, UnixServer, serve_unix
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+    from mic_emu.host.daemon import Instance
+
+EVENT_SCHEMA = 1
+BACKLOG = 1000
+
+Reply = dict[str, Any]
+Request = Callable[[AsyncChannel, dict[str, Any], list[int]], Awaitable[Reply]]
+
+
+class Control:
+    """Front end of an instance."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self._server: UnixServer | None = None
+        self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._recent: deque[dict[str, Any]] = deque(maxlen=BACKLOG)
+        self._requests: dict[str, Request] = {
+            "status": self._status, "boot": self._boot, "shutdown": self._shutdown, "reset": self._reset,
+            "reboot": self._reboot, "wait": self._wait, "stop": self._stop, "events": self._events,
+            "run": self._run, "host_ns": self._host_ns, "config": self._config, "dump": self._dump,
+            "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "pcap": self._pcap,
+            "backend": self._backend,
+        }  # fmt: skip
+
+    async def open(self) -> None:
+        """Listen."""
+        self.instance.log.set_hook(self.publish)
+        self._server = await serve_unix(str(self.instance.rundir.control), self._serve)
+
+    async def close(self) -> None:
+        """Stop listening; requests in work are cut off."""
+        if self._server:
+            await self._server.close()
+
+    def publish(self, record: dict[str, Any]) -> None:
+        """A log record that is an event goes to every listener."""
+        if "event" not in record:
+            return
+        event = {"schema": EVENT_SCHEMA, **record}
+        self._recent.append(event)
+        for queue in self._listeners:
+            if queue.qsize() < BACKLOG:
+                queue.put_nowait(event)
+
+    async def _serve(self, channel: AsyncChannel) -> None:
+        msg, fds = await channel.recv(10.0, "a request")
+        try:
+            handler = self._requests.get(msg.get("op", ""))
+            if handler is None:
+                raise UsageError(f"unknown request {msg.get('op')!r}: is this micemu of another version?")
+            reply = await handler(channel, msg, fds)
+            out = reply.pop("_fds", [])
+            await channel.send({"done": True, **reply}, out)
+        except MicemuError as e:
+            await channel.send({"error": str(e), "kind": type(e).__name__, "errno": e.errno, "code": e.code})
+        except TimeoutError as e:
+            await channel.send({"error": str(e), "kind": "WaitTimeout", "errno": errno.ETIMEDOUT})
+        finally:
+            for fd in fds:
+                _close_quietly(fd)
+
+    # --- life cycle ---------------------------------------------------------------------------
+
+    async def _status(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"status": self.instance.status()}
+
+    async def _boot(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        configs = [CardConfig(**c) for c in msg["cards"]]
+        names: list[str] = msg.get("names") or [f"mic{i}" for i in range(len(configs))]
+        before = set(self.instance.cards)
+        for name in names:
+            card = self.instance.cards.get(name)
+            if card and not card.bootable:
+                raise StateError(
+                    f"{name} is {card.cosm.state.word} already: micemu reboot {name} restarts it", errno.EINVAL
+                )
+        try:
+            await self.instance.plug(configs)
+            cards = self.instance.select(names)
+            images = {c.name: c.config.image or str(await asyncio.to_thread(image.built_in)) for c in cards}
+            for card in cards:
+                card.cwd = msg.get("cwd", "/")
+                card.prepare(images[card.name])
+            results = await asyncio.gather(
+                *(self._boot_one(channel, c, images[c.name]) for c in cards), return_exceptions=True
+            )
+        except BaseException:
+            await self._unplug_new(before)
+            raise
+        failed = [r for r in results if isinstance(r, BaseException)]
+        if failed:
+            await self._unplug_new(before, only_ready=True)
+            if all(isinstance(f, MicemuError) for f in failed):
+                first = failed[0]
+                assert isinstance(first, MicemuError)
+                if len(failed) > 1:
+                    raise type(first)("; ".join(str(f) for f in failed), first.errno)
+            raise failed[0]
+        return {"status": self.instance.status()}
+
+    async def _boot_one(self, channel: AsyncChannel, card: Card, image_path: str) -> None:
+        await channel.send({"progress": card.name, "state": "booting"})
+        await card.boot(image_path, card.config.ramdisk, card.config.cmdline)
+        await channel.send({"progress": card.name, "state": card.cosm.state.word})
+
+    async def _unplug_new(self, before: set[str], only_ready: bool = False) -> None:
+        """A boot that failed leaves the instance as it was; cards that came up stay."""
+        for card in list(self.instance.cards.values()):
+            if card.name not in before and (not only_ready or card.cosm.state is State.READY):
+                await self.instance.unplug(card)
+
+    async def _each(self, names: list[str], action: Callable[[Card], Awaitable[None]]) -> Reply:
+        cards = self.instance.select(names)
+        results = await asyncio.gather(*(action(c) for c in cards), return_exceptions=True)
+        failed = [r for r in results if isinstance(r, BaseException)]
+        if not failed:
+            return {"status": self.instance.status()}
+        first = failed[0]
+        if isinstance(first, MicemuError) and len(failed) > 1:
+            raise type(first)("; ".join(str(f) for f in failed), first.errno)
+        raise first
+
+    async def _shutdown(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        names = msg.get("cards", [])
+        if not names or names == ["all"]:
+            names = [c.name for c in self.instance.cards.values() if c.cosm.state is not State.READY]
+            if not names:
+                return {"status": self.instance.status()}
+        return await self._each(names, lambda c: c.shutdown(msg.get("timeout")))
+
+    async def _reset(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        names = msg.get("cards", [])
+        if not names or names == ["all"]:
+            names = [c.name for c in self.instance.cards.values() if c.cosm.state is not State.READY]
+            if not names:
+                return {"status": self.instance.status()}
+        return await self._each(names, lambda c: c.reset())
+
+    async def _reboot(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return await self._each(msg.get("cards", []), lambda c: c.reboot())
+
+    async def _wait(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        words = set(msg["states"])
+        for card in self.instance.select(msg.get("cards", [])):
+
+            def there(c: Card = card) -> bool:
+                return c.cosm.state.word in words or c.cosm.shutdown_status.word in words
+
+            try:
+                await card.until(there, msg.get("timeout"), f"waiting for {' or '.join(sorted(words))}")
+            except TimeoutError as e:
+                raise WaitTimeout(f"{e}; it is {card.cosm.state.word}") from None
+        return {"status": self.instance.status()}
+
+    async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        for card in self.instance.cards.values():
+            if msg.get("orderly") and card.cosm.state is State.ONLINE:
+                try:
+                    await card.shutdown(msg.get("timeout"))
+                except (MicemuError, TimeoutError) as e:
+                    self.instance.log.warning(f"{card.name}: {e}; it is reset")
+        self.instance.stopping.set()
+        return {}
+
+    # --- people and programs --------------------------------------------------------------------
+
+    async def _events(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        if msg.get("recent"):
+            for event in self._recent:
+                await channel.send(event)
+        self._listeners.add(queue)
+        gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))
+        try:
+            while True:
+                item = asyncio.ensure_future(queue.get())
+                await asyncio.wait({item, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    item.cancel()
+                    gone.exception()
+                    return {}
+                await channel.send(item.result())
+        finally:
+            self._listeners.discard(queue)
+            gone.cancel()
+
+    async def _run(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        if card.cosm.state is not State.ONLINE:
+            raise StateError(f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot)", errno.EINVAL)
+        return {"socket": str(card.dir / "run.sock"), "node": card.index + 1}
+
+    async def _host_ns(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Descriptors of the emulator's own namespaces, for ``run host``."""
+        return {"_fds": self.instance.network.namespace_fds(), "socket": str(self.instance.rundir / "scif.sock")}
+
+    async def _config(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        config = Config(
+            self.instance.config.timing, self.instance.config.host_memory,
+            [c.config for c in self.instance.cards.values()],
+        )  # fmt: skip
+        return {"config": config.to_dict()}
+
+    async def _dump(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        return {"dump": inspection.dump(card, msg["what"], msg.get("device"))}
+
+    # --- devices ------------------------------------------------------------------------------------
+
+    async def _vop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"cards": {c.name: c.devices() for c in self.instance.select(msg.get("cards", []))}}
+
+    async def _vop_add(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        backend = await card.add_device(msg["kind"], msg.get("options", {}))
+        return {"device": backend.name}
+
+    async def _vop_remove(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        await card.remove_device(msg["device"])
+        return {}
+
+    async def _pcap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        reply = await card.backend("net").call("pcap", fds)
+        return {k: v for k, v in reply.items() if k != "reply"}
+
+    async def _backend(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Any request of a backend's own (``stats``, ``ping``)."""
+        (card,) = self.instance.select([msg["card"]])
+        request = {k: v for k, v in msg["request"].items() if k != "op"}
+        reply = await card.backend(msg["device"]).call(
+            msg["request"]["op"], limit_s=msg.get("limit", 5.0), **request
+        )
+        return {k: v for k, v in reply.items() if k != "reply"}
+
+
+def _close_quietly(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass

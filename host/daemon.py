@@ -1,0 +1,185 @@
+"""The host process: owner of host memory, SCIF node 0, all cards and the control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+from mic_emu.clock import Clock
+from mic_emu.config import CardConfig, Config
+from mic_emu.errors import MicemuError, NoSuchCard
+from mic_emu.host.card import Card
+from mic_emu.host.control import Control
+from mic_emu.host.cosm import CosmDevice, CosmServer
+from mic_emu.host.network import Network
+from mic_emu.host.spawn import Spawner
+from mic_emu.log import Log
+from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.rundir import RunDir
+from mic_emu.scif.node import Node
+from mic_emu.wire import AsyncChannel
+
+HOST_MEMORY_START = 1 << 20  # the first MiB stays unused: a zero address means "absent" everywhere
+
+
+class Instance:
+    """Everything one emulator instance has."""
+
+    def __init__(self, rundir: RunDir, config: Config, spawner: Spawner, log: Log) -> None:
+        self.rundir = rundir
+        self.config = config
+        self.spawner = spawner
+        self.log = log
+        self.clock = Clock(config.timing)
+        self.started = time.time()
+        self.cards: dict[str, Card] = {}
+        self.stopping = asyncio.Event()
+        self.host_fd = create_shm("host", config.host_memory)
+        self.memory_view = self._map(self.host_fd, config.host_memory)
+        self.memory = PageAllocator(self.host_fd, HOST_MEMORY_START, config.host_memory)
+        self.node = Node(0, self.memory, self.memory_view, self.clock, log.bind(part="scif"))
+        self.network = Network(log.bind(part="network"))
+        self._cosm_task: asyncio.Task[None] | None = None
+        self._plug = asyncio.Lock()
+
+    @staticmethod
+    def _map(fd: int, size: int) -> View:
+        import mmap
+
+        from mic_emu._native import ffi
+
+        area = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | 0x4000)  # MAP_NORESERVE
+        return View(ffi.cast("uint8_t *", ffi.from_buffer(area)), size)
+
+    async def start(self) -> None:
+        """Bring up what needs no card."""
+        await self.node.start()
+        server = CosmServer.open(self.node.open(), self._find_cosm, self.log.bind(part="cosm"))
+        self._cosm_task = asyncio.ensure_future(server.serve())
+
+    def _find_cosm(self, index: int) -> CosmDevice | None:
+        card = self.cards.get(f"mic{index}")
+        return card.cosm if card else None
+
+    async def plug(self, configs: list[CardConfig]) -> None:
+        """Have cards mic0 .. with these configurations; existing ready cards take new values."""
+        async with self._plug:
+            for index, config in enumerate(configs):
+                name = f"mic{index}"
+                if name in self.cards:
+                    await self._reconfigure(self.cards[name], config)
+                    continue
+                card = Card(
+                    index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log
+                )
+                try:
+                    await card.open(self.host_fd)
+                except OSError as e:
+                    raise MicemuError(f"{name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO) from e
+                card.network = self.network
+                self.cards[name] = card
+
+    async def _reconfigure(self, card: Card, config: CardConfig) -> None:
+        if not card.is_ready or card.config == config:
+            return
+        if (card.config.memory, card.config.device_id, card.config.stepping, card.config.namespaces) != (
+            config.memory, config.device_id, config.stepping, config.namespaces
+        ):  # fmt: skip
+            await self.unplug(card)
+            fresh = Card(
+                card.index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log
+            )
+            await fresh.open(self.host_fd)
+            fresh.network = self.network
+            self.cards[card.name] = fresh
+        else:
+            card.reconfigure(config)
+
+    async def unplug(self, card: Card) -> None:
+        """Remove a card for good."""
+        self.cards.pop(card.name, None)
+        await card.close()
+
+    def select(self, names: list[str]) -> list[Card]:
+        """Cards by name; none or ``all`` means every card. Raises NoSuchCard."""
+        if not names or names == ["all"]:
+            return list(self.cards.values())
+        found = []
+        for name in names:
+            if name not in self.cards:
+                known = ", ".join(self.cards) or "none is plugged in"
+                raise NoSuchCard(f"there is no card {name}; cards: {known}")
+            found.append(self.cards[name])
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """The contract of ``micemu status --json``."""
+        return {
+            "schema": 1,
+            "instance": self.rundir.instance,
+            "host": {"pid": os.getpid(), "init": os.getppid(), "started": self.started, "timing": self.clock.profile.name},
+            "cards": [card.status() for card in self.cards.values()],
+        }
+
+    async def stop(self) -> None:
+        """Stop every card and leave nothing."""
+        results = await asyncio.gather(*(c.close() for c in self.cards.values()), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                self.log.error(f"while stopping a card: {result!r}")
+        self.cards.clear()
+        if self._cosm_task:
+            self._cosm_task.cancel()
+        await self.node.close()
+        self.network.close()
+
+
+async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Log) -> None:
+    """Run the instance until it is told to stop or init is gone."""
+    rundir = RunDir(args["instance"])
+    spawner = Spawner(init)
+    spawn_task = asyncio.ensure_future(spawner.serve())
+    loop = asyncio.get_running_loop()
+    instance = Instance(rundir, Config.from_dict(args["config"]), spawner, log)
+    control = Control(instance)
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, instance.stopping.set)
+    try:
+        await instance.start()
+        await control.open()
+    except (OSError, MicemuError) as e:
+        os.write(ready_fd, json.dumps({"error": str(e)}).encode() + b"\n")
+        raise
+    os.write(ready_fd, json.dumps({"ready": os.getpid()}).encode() + b"\n")
+    os.close(ready_fd)
+    log.info("host process serves", event="host_start", instance=rundir.instance)
+    stopping = asyncio.ensure_future(instance.stopping.wait())
+    try:
+        await asyncio.wait({stopping, spawn_task}, return_when=asyncio.FIRST_COMPLETED)
+        if spawn_task.done():
+            log.error("init is gone: the instance ends")
+            await control.close()
+            rundir.remove()
+            return
+        await instance.stop()
+        log.info("host process ends", event="host_stop")
+        await control.close()
+    finally:
+        stopping.cancel()
+        spawn_task.cancel()
+
+
+def main(args: dict[str, Any], fds: list[int]) -> int:
+    """Entry point in the process that init forked. fds: channel to init, ready pipe."""
+    log = Log(args["log_fd"], process="host")
+    channel = AsyncChannel(socket.socket(fileno=fds[0]))
+    asyncio.run(serve(args, channel, fds[1], log))
+    return 0
+
+

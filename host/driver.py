@@ -1,0 +1,187 @@
+"""The MIC X100 host driver: probe, reset, download, start, stop (HW 1.1, 6, 8)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+
+from mic_emu import layout as L
+from mic_emu._native import lib
+from mic_emu.bar import Bus
+from mic_emu.clock import Clock
+from mic_emu.errors import MicemuError
+from mic_emu.host.irq import Interrupts
+from mic_emu.host.smpt import Smpt
+from mic_emu.log import Log
+from mic_emu.memory import PageAllocator, View
+
+C = L.CONSTANTS
+BOOT = L.BOOTPARAM
+
+
+class DownloadError(MicemuError):
+    """An image, ramdisk or command line that cannot be downloaded; state stays ready."""
+
+
+def read_file(path: str, what: str) -> bytes:
+    """A file's bytes. Raises DownloadError with the errno and the fix."""
+    if not path:
+        raise DownloadError(f"no {what} is set", errno.EINVAL)
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise DownloadError(f"cannot load the {what} {path}: {e.strerror}", e.errno or errno.EIO) from e
+
+
+def check_file(path: str, what: str, name: str) -> None:
+    """Raise DownloadError when ``path`` cannot be the ``what`` of card ``name``."""
+    if not os.path.exists(path):
+        raise DownloadError(f"{name}: the {what} {path} does not exist", errno.ENOENT)
+    if not os.path.isfile(path):
+        raise DownloadError(f"{name}: the {what} {path} is not a file", errno.EINVAL)
+    if not os.access(path, os.R_OK):
+        raise DownloadError(f"{name}: the {what} {path} is not readable", errno.EACCES)
+
+
+class Driver:
+    """One card as the host driver sees it. ``probe`` builds everything, ``remove`` unwinds it."""
+
+    def __init__(self, bus: Bus, index: int, memory: PageAllocator, clock: Clock, log: Log) -> None:
+        self.bus = bus
+        self.index = index
+        self.memory = memory
+        self.clock = clock
+        self.log = log
+        self.irq = Interrupts(bus, log=log)
+        self.smpt = Smpt(bus, log)
+        self.smpt.init()
+        self.irq.enable()
+        self.page_off = memory.alloc(C["DP_SIZE"])
+        self.page = View(bus.host.pointer + self.page_off, C["DP_SIZE"])
+        self.page_card = self.smpt.map(self.page_off, C["DP_SIZE"])
+        self._publish_page()
+        self.init_bootparam()
+        self.firmware = ""
+        self.ramdisk = ""
+        self.cmdline = ""
+        self.bootmode = "linux"
+        self.bring_up: Callable[[], Awaitable[None]] | None = None
+        self.tear_down: Callable[[], Awaitable[None]] | None = None
+
+    def remove(self) -> None:
+        """Undo the probe; the card is stopped already."""
+        self.smpt.unmap(self.page_card, C["DP_SIZE"])
+        self.memory.free(self.page_off)
+        self.irq.close()
+
+    def _publish_page(self) -> None:
+        self.bus.write("spad", self.page_card & 0xFFFFFFFF, C["SPAD_DP_LO"])
+        self.bus.write("spad", self.page_card >> 32, C["SPAD_DP_HI"])
+
+    def init_bootparam(self) -> None:
+        """At probe, at every start and at the end of stop; the descriptors are not touched (HW-45)."""
+        for name, value in (("magic", C["MIC_MAGIC"]), ("h2c_config_db", -1), ("node_id", self.index + 1),
+                            ("h2c_scif_db", 0xFF), ("c2h_scif_db", 0xFF),
+                            ("scif_host_dma_addr", 0), ("scif_card_dma_addr", 0)):  # fmt: skip
+            BOOT.put(self.page, 0, name, value)
+
+    # --- hardware operations of the state machine ---------------------------------------------
+
+    async def reset(self) -> None:
+        """HW 6.2 steps 1 to 3."""
+        self.bus.write("spad", 0, C["SPAD_DOWNLOAD"])
+        self.bus.write("rgcr", self.bus.read("rgcr") | C["RGCR_RESET"])
+        await self.clock.pause(1.0)
+
+    def ready(self) -> bool:
+        """Bit 0 of SPAD2."""
+        return bool(self.bus.read("spad", C["SPAD_DOWNLOAD"]) & C["DOWNLOAD_READY"])
+
+    async def start(self) -> None:
+        """HW 6.3 steps 4 to 12. Undoes itself and raises MicemuError."""
+        self.init_bootparam()
+        # Slots of an earlier boot are all removed ones; the card of this boot starts with a clean list.
+        self.page.zero(C["DP_FIRST_SLOT"], C["DP_SIZE"] - C["DP_FIRST_SLOT"])
+        if self.bring_up:
+            await self.bring_up()
+        try:
+            self.download()
+        except BaseException:
+            if self.tear_down:
+                await self.tear_down()
+            self.init_bootparam()
+            raise
+        self.smpt.restore()
+        self.irq.restore()
+        self.irq.enable()
+        self._publish_page()
+        self.interrupt_bootstrap()
+
+    async def stop(self) -> None:
+        """VOP, SCIF, DMA in that order (HW-49), then the boot parameters."""
+        if self.tear_down:
+            await self.tear_down()
+        self.init_bootparam()
+
+    # --- download (HW 6.4) --------------------------------------------------------------------
+
+    def download(self) -> None:
+        """Image, command line and ramdisk into GDDR. Raises DownloadError."""
+        spad = self.bus.read("spad", C["SPAD_DOWNLOAD"])
+        base = spad & C["DOWNLOAD_ADDR_MASK"]
+        if base > C["DOWNLOAD_ADDR_MAX"]:
+            raise DownloadError(f"the card asks for its image at {base:#x}, above 2 GiB", errno.EINVAL)
+        image = read_file(self.firmware, "card image")
+        self._check_room(base, len(image), f"the card image {self.firmware}")
+        self._copy(base, image)
+        self.bus.write("spad", len(image), C["SPAD_FW_SIZE"])
+        if self.bootmode != "linux":
+            raise DownloadError("boot mode flash is not possible on an X100", errno.EINVAL)
+        self._command_line(base + len(image))
+        if self.ramdisk:
+            self._ramdisk(base, len(image))
+
+    def _check_room(self, at: int, size: int, what: str) -> None:
+        aperture = self.bus.gddr.size
+        if size > aperture or at > aperture - size:
+            raise DownloadError(
+                f"{what} has {size} bytes and does not fit at {at:#x} of the {aperture >> 20} MiB aperture: "
+                "give the card more memory (--memory) or a smaller file",
+                errno.EINVAL,
+            )
+
+    def _copy(self, at: int, data: bytes) -> None:
+        rc = lib.mic_reserve(self.bus.fds[lib.MIC_FD_GDDR], at & ~4095, len(data) + (at & 4095))
+        if rc < 0:
+            raise DownloadError(
+                f"/dev/shm has no room for {len(data)} bytes of card memory: {os.strerror(-rc)}; "
+                "make it larger or stop other cards",
+                -rc,
+            )
+        self.bus.gddr.write(at, data)
+
+    def _command_line(self, at: int) -> None:
+        text = f" mem={self.bus.gddr.size >> 20}M"
+        if self.cmdline:
+            text += " " + self.cmdline
+        raw = text.encode()[: C["CMDLINE_MAX"] - 1] + b"\0"
+        self._check_room(at, len(raw), "the command line behind the image")
+        self._copy(at, raw)
+
+    def _ramdisk(self, base: int, image_size: int) -> None:
+        data = read_file(self.ramdisk, "ramdisk")
+        at = 2 * base
+        if base + image_size + C["CMDLINE_MAX"] > at:
+            raise DownloadError(f"the card image {self.firmware} reaches into the ramdisk's place", errno.EINVAL)
+        self._check_room(at, len(data), f"the ramdisk {self.ramdisk}")
+        self._copy(at, data)
+        self.bus.gddr.store(base + C["BOOT_RAMDISK_IMAGE"], 4, at)
+        self.bus.gddr.store(base + C["BOOT_RAMDISK_SIZE"], 4, len(data))
+
+    def interrupt_bootstrap(self) -> None:
+        """APIC id first, then the low word with the send bit, which alone triggers (HW-42)."""
+        apic = self.bus.read("spad", C["SPAD_DOWNLOAD"]) >> C["DOWNLOAD_APIC_SHIFT"] & C["DOWNLOAD_APIC_MASK"]
+        self.bus.write("apicicr_hi", apic, 7)
+        self.bus.write("apicicr", C["BOOT_VECTOR"] | C["APICICR_SEND"], 7)

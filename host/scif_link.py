@@ -1,0 +1,78 @@
+"""The host's SCIF link to one card: doorbells, addresses and publication (HW 7, SCIF 3.6)."""
+
+from __future__ import annotations
+
+from mic_emu import layout as L
+from mic_emu._native import lib
+from mic_emu.bar import Bus
+from mic_emu.clock import Clock
+from mic_emu.host.driver import Driver
+from mic_emu.host.irq import Kind
+
+from mic_emu.log import Log
+from mic_emu.memory import PageAllocator, View
+from mic_emu.scif.link import Link, LinkPorts
+from mic_emu.scif.node import Node
+
+BOOT = L.BOOTPARAM
+
+
+class HostLink:
+    """Exists between start and stop of a card."""
+
+    def __init__(
+        self, node: Node, peer: int, bus: Bus, driver: Driver, memory: PageAllocator, clock: Clock, log: Log
+    ) -> None:
+        self.node = node
+        self.peer = peer
+        self.bus = bus
+        self.driver = driver
+        self.clock = clock
+        self.log = log
+        self._mapped: dict[int, int] = {}
+        db = driver.irq.next_db()
+        self._db = db
+        self._irq = driver.irq.request(Kind.DB, db, "SCIF_INTR")
+        ports = LinkPorts(
+            own_addr=self._own_addr,
+            peer_view=self._peer_view,
+            ring=self._ring,
+            doorbell_fd=self._irq.fd,
+            publish=self._publish,
+            fetch=lambda: BOOT.get(driver.page, 0, "scif_card_dma_addr"),
+            peer_memory=bus.gddr,
+            peer_fd=bus.fds[lib.MIC_FD_GDDR],
+        )
+        self.link: Link = node.add_link(peer, ports)
+
+    def start(self) -> None:
+        """Publish our queue pair and look for the card's."""
+        self.link.start()
+
+    def _own_addr(self, off: int) -> int:
+        """Host memory as the card sees it: the identity entries of the SMPT (HW-6)."""
+        addr = self.driver.smpt.map(off, 4096)
+        self._mapped[addr] = 4096
+        return addr
+
+    def _peer_view(self, addr: int, length: int) -> View:
+        return self.bus.gddr.sub(addr, length)
+
+    def _ring(self) -> None:
+        self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"))
+
+    def _publish(self, addr: int) -> None:
+        """Doorbell first, then the address (HW 7 ring-back)."""
+        BOOT.put(self.driver.page, 0, "c2h_scif_db", self._db if addr else 0xFF)
+        BOOT.put(self.driver.page, 0, "scif_host_dma_addr", addr)
+
+    def down(self) -> None:
+        """The card OS is gone without a word: remove its node (SCIF 3.7)."""
+        self.link.down()
+
+    async def stop(self) -> None:
+        """EXIT to the card when it still answers, then remove the node and free everything."""
+        await self.link.stop()
+        for addr, size in self._mapped.items():
+            self.driver.smpt.unmap(addr, size)
+        self._irq.free()

@@ -1,0 +1,17 @@
+"""Errors of the SCIF API."""
+
+from __future__ import annotations
+
+import os
+
+
+class ScifError(OSError):
+    """A SCIF call failed; ``errno`` is the one of the real API (SCIF 2)."""
+
+    def __init__(self, code: int, what: str = "") -> None:
+        text = os.strerror(code)
+        super().__init__(code, f"{what}: {text}" if what else text)
+
+
+class LinkStuck(Exception):
+    """A node queue stayed full for the whole limit (SCIF 3.5)."""

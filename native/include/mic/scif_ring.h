@@ -1,0 +1,48 @@
+/* SCIF byte rings: one producer, one consumer, each index written by one side only (SCIF 3.2).
+ *
+ * The receive buffer and the write index that the receiver reads lie in the receiver's memory; the
+ * read index that the sender reads lies in the sender's memory. So nobody ever reads across the
+ * link. Indices are byte offsets modulo the size, a power of two; one byte always stays free. The
+ * node queues and the 4096-byte endpoint rings are both made of this. */
+#ifndef MIC_SCIF_RING_H
+#define MIC_SCIF_RING_H
+
+#include <stdint.h>
+
+/* cffi-begin */
+/* The sending end, private to its owner. */
+struct mic_scif_tx {
+	uint8_t *buf;      /* receiver's memory */
+	uint32_t *windex;  /* receiver's memory: what we have published */
+	uint32_t *rindex;  /* our memory: what the receiver has consumed */
+	uint32_t size;     /* bytes, a power of two */
+	uint32_t write;    /* our position; ahead of *windex until the commit */
+	uint32_t read;     /* last sight of *rindex */
+};
+
+/* The receiving end, private to its owner. */
+struct mic_scif_rx {
+	uint8_t *buf;      /* our memory */
+	uint32_t *windex;  /* our memory: what the sender has published */
+	uint32_t *rindex;  /* sender's memory: what we have consumed */
+	uint32_t size;
+	uint32_t read;     /* our position; ahead of *rindex until the release */
+	uint32_t write;    /* last sight of *windex */
+};
+
+/* Free bytes, 0..size - 1, after a fresh look; -EPROTO: the peer's index is not an offset. */
+int mic_scif_tx_room(struct mic_scif_tx *tx);
+/* Copy all of `len` bytes in. 0, -EAGAIN (no room for all of it), -EPROTO. Not yet visible. */
+int mic_scif_tx_put(struct mic_scif_tx *tx, const void *data, uint32_t len);
+/* Publish what was put. */
+void mic_scif_tx_commit(struct mic_scif_tx *tx);
+
+/* Bytes that can be read, 0..size - 1, after a fresh look; -EPROTO as above. */
+int mic_scif_rx_used(struct mic_scif_rx *rx);
+/* Copy exactly `len` bytes out. 0, -EAGAIN (fewer are there), -EPROTO. */
+int mic_scif_rx_get(struct mic_scif_rx *rx, void *data, uint32_t len);
+/* Tell the sender that what was got may be overwritten. */
+void mic_scif_rx_release(struct mic_scif_rx *rx);
+/* cffi-end */
+
+#endif

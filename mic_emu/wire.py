@@ -458,7 +458,7 @@ class UnixServer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def serve_unix(
+async def serve_unix(
     path: str, handler: Handler, mode: int = 0o600, uids: frozenset[int] | None = None
 ) -> UnixServer:
     """Listen at ``path`` in the running event loop; ``handler`` gets a channel per connection.

@@ -76,6 +76,7 @@ static void retire(struct channel *ch, uint32_t next, const struct mic_dma_effec
 	do {
 		new = (old & ~MIC_DMA_DSTAT_COUNT) | next;
 	} while (!mic_cas(dstat, &old, new));
+	mic_hw_dma_wake(bus, ch->c);
 	mic_store_relaxed(&ch->stats.descriptors, ch->stats.descriptors + 1);
 	mic_store_relaxed(&ch->stats.bytes, ch->stats.bytes + effect->bytes);
 	if (effect->interrupt) {
@@ -158,6 +159,7 @@ static void run(struct channel *ch)
 	while (!must_park(ch->engine) && step(ch) > 0)
 		;
 	mic_fetch_and(dstat, ~MIC_DMA_DSTAT_ACTIVE);
+	mic_hw_dma_wake(ch->engine->bus, ch->c);
 }
 
 /* --- threads ------------------------------------------------------------------------------------ */

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,10 +113,7 @@ class RunDir:
 
     def create(self) -> None:
         """Make the directory, private to the caller. Raises MicemuError naming what is in the way."""
-        if base_dir().parent == Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")):
-            _private_dir(base_dir())
-        else:
-            _private_dir(base_dir())
+        _private_dir(base_dir())
         _private_dir(self.path)
 
     def check_owner(self) -> None:
@@ -127,13 +124,28 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Serialise starting and cleaning. The lock file lies beside the directory and stays."""
-        _private_dir(base_dir())
-        fd = os.open(base_dir() / f".{self.instance}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        """Serialise starting and cleaning. The lock file goes with the instance."""
+        path = base_dir() / f".{self.instance}.lock"
+        while True:
+            _private_dir(base_dir())
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # the last instance took the directory away in between
             fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # its last holder removed it: take the new one
+        try:
             yield
         finally:
+            if not self.path.exists():
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    base_dir().rmdir()  # other instances may be there
             os.close(fd)
 
     def write_pids(self, processes: dict[str, int]) -> None:
@@ -157,9 +169,5 @@ class RunDir:
         return {role: p for role, p in found.items() if p.alive()}
 
     def remove(self) -> None:
-        """Delete the directory with all it holds."""
+        """Delete the directory with all it holds; the caller holds the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
-        try:
-            base_dir().rmdir()
-        except OSError:
-            pass  # other instances, or a lock file that somebody holds

@@ -14,7 +14,7 @@ import socket
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu._native import ffi, lib
+from mic_emu._native import lib
 from mic_emu.bar import FD_COUNT, Bus, drain
 from mic_emu.card.board.bootstrap import BootRefused, Bootstrap
 from mic_emu.card.board.dma import DmaEngine
@@ -48,13 +48,7 @@ class Board:
         self.poller = select.poll()
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
-<<<<<<< HEAD
-        self.dma = lib.mic_dma_engine_start(bus.ptr)
-        if self.dma == ffi.NULL:
-            raise OSError(ffi.errno, f"cannot start the DMA engine: {os.strerror(ffi.errno)}")
-=======
         self.dma = DmaEngine(bus)
->>>>>>> w-dma
 
     def post(self, code: str) -> None:
         """Show a POST code."""
@@ -63,11 +57,7 @@ class Board:
     def power_on(self) -> None:
         """Reset everything and let the bootstrap get ready for a download (HW 6.2)."""
         self.kill_os()
-<<<<<<< HEAD
-        lib.mic_dma_engine_reset(self.dma)
-=======
         self.dma.reset()
->>>>>>> w-dma
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
         base = download_address(self.bus.gddr.size)
@@ -148,9 +138,5 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
         except OSError as e:
             log.warning(f"the host is gone: {e}")
         finally:
-<<<<<<< HEAD
-            lib.mic_dma_engine_stop(board.dma)
-=======
             board.dma.close()
->>>>>>> w-dma
     return 0

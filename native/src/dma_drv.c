@@ -8,12 +8,12 @@
 
 #include "mic/barrier.h"
 #include "mic/dma.h"
+#include "mic/vring.h"
 
 #define FLAG_SLOTS 3u     /* a fence and the two status descriptors of an interrupt */
 #define PENDING_LEVEL 4u  /* submit issues by itself beyond this many waiting descriptors */
 #define PREP_TIMEOUT_S 5
 #define SETUP_TIMEOUT_MS 1000
-#define SPIN_NS 20000u
 #define FIRST_COOKIE 1    /* the counter's start: never assigned, counts as complete */
 
 struct record {
@@ -26,6 +26,7 @@ struct mic_dma_chan {
 	struct mic_dma_setup setup;
 	uint64_t *ring;
 	struct record *records; /* by slot; under `clean` */
+	uint32_t *end_slot;     /* by cookie modulo size: the count at which it is complete */
 
 	/* Prep side. `preparing` is held from prep to submit, across threads if the caller likes. */
 	pthread_mutex_t prep;
@@ -49,14 +50,6 @@ struct mic_dma_chan {
 
 	struct mic_dma_counters count;
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 static bool host_side(const struct mic_dma_chan *ch)
 {
@@ -98,17 +91,17 @@ bool mic_dma_halted(struct mic_dma_chan *ch)
 /* After the channel was disabled: until the engine is past the descriptor it had begun. */
 static int wait_inactive(struct mic_dma_chan *ch, int timeout_ms)
 {
-	uint64_t end = now_ns() + (uint64_t)timeout_ms * 1000000u;
+	uint64_t end = mic_now_ns() + (uint64_t)timeout_ms * 1000000u;
 
 	for (;;) {
 		uint32_t seen = read_status(ch);
-		uint64_t now = now_ns();
+		uint64_t now = mic_now_ns();
 
 		if (!(seen & MIC_DMA_DSTAT_ACTIVE))
 			return 0;
 		if (now >= end)
 			return -ETIMEDOUT;
-		mic_dma_sleep(ch->bus, ch->setup.c, seen, end - now);
+		mic_dma_sleep(ch->bus, ch->setup.c, seen, MIC_DMA_SLEEP_ANY, end - now);
 	}
 }
 
@@ -181,6 +174,7 @@ void mic_dma_chan_destroy(struct mic_dma_chan *ch)
 	pthread_mutex_destroy(&ch->issue);
 	pthread_mutex_destroy(&ch->clean);
 	free(ch->records);
+	free(ch->end_slot);
 	free(ch->done);
 	free(ch);
 }
@@ -211,10 +205,11 @@ struct mic_dma_chan *mic_dma_chan_create(struct mic_bus *bus, const struct mic_d
 	ch->setup = *setup;
 	ch->ring = mic_card_at(bus, setup->ring, (uint64_t)setup->size * MIC_DMA_DESC_SIZE);
 	ch->records = calloc(setup->size, sizeof *ch->records);
+	ch->end_slot = calloc(setup->size, sizeof *ch->end_slot);
 	ch->done = calloc(setup->size, sizeof *ch->done);
 	ch->cookie = ch->completed = ch->cancel_from = ch->cancel_to = FIRST_COOKIE;
 	init_locks(ch);
-	rc = ch->records && ch->done ? setup_channel(ch) : -ENOMEM;
+	rc = ch->records && ch->end_slot && ch->done ? setup_channel(ch) : -ENOMEM;
 	if (rc) {
 		mic_dma_chan_destroy(ch);
 		errno = -rc;
@@ -482,6 +477,7 @@ int mic_dma_submit(struct mic_dma_chan *ch, uint64_t token)
 		return -EINVAL;
 	pthread_mutex_lock(&ch->clean);
 	ch->records[last] = (struct record){ .cookie = cookie, .token = token };
+	mic_store_relaxed(&ch->end_slot[(uint32_t)cookie % ch->setup.size], ch->head);
 	mic_store_release(&ch->cookie, cookie);
 	pthread_mutex_unlock(&ch->clean);
 	count_add(&ch->count.transactions, 1);
@@ -508,13 +504,15 @@ void mic_dma_discard(struct mic_dma_chan *ch)
 
 int mic_dma_wait(struct mic_dma_chan *ch, int cookie, int timeout_ms, bool halt_fails)
 {
-	uint64_t start = now_ns(), end = start + (uint64_t)timeout_ms * 1000000u;
+	uint64_t start = mic_now_ns(), end = start + (uint64_t)timeout_ms * 1000000u;
+	uint64_t spin_end = mic_spin_allowed() ? start + MIC_SPIN_US * 1000u : 0;
+	uint32_t target = mic_load_relaxed(&ch->end_slot[(uint32_t)cookie % ch->setup.size]);
 
 	mic_dma_issue_pending(ch);
 	for (;;) {
 		uint32_t seen = read_status(ch);
 		int rc = mic_dma_tx_status(ch, cookie);
-		uint64_t now = now_ns();
+		uint64_t now = mic_now_ns();
 
 		if (rc)
 			return rc < 0 ? rc : 0;
@@ -522,10 +520,10 @@ int mic_dma_wait(struct mic_dma_chan *ch, int cookie, int timeout_ms, bool halt_
 			return -EIO;
 		if (now >= end)
 			return -ETIMEDOUT;
-		if (now - start < SPIN_NS)
+		if (now < spin_end)
 			mic_cpu_relax();
 		else
-			mic_dma_sleep(ch->bus, ch->setup.c, seen, end - now);
+			mic_dma_sleep(ch->bus, ch->setup.c, seen, target, end - now);
 	}
 }
 

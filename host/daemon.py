@@ -155,7 +155,10 @@ async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Lo
     try:
         await asyncio.wait({stopping, spawn_task}, return_when=asyncio.FIRST_COMPLETED)
         if spawn_task.done():
-            log.error("init is gone: the instance ends")
+            gone = spawn_task.exception()
+            if not isinstance(gone, OSError):
+                raise RuntimeError("the channel to init failed") from gone
+            log.error(f"init is gone: the instance ends ({gone})")
             await control.close()
             rundir.remove()
             return

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mic_emu.errors import MicemuError, UsageError
 
+CRASH_TAIL = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 # A Unix socket's path has 108 bytes; "mic255/console.sock" must fit behind the directory.
 MAX_PATH = 108 - len("/mic255/console.sock") - 1
@@ -147,6 +148,20 @@ class RunDir:
                 with suppress(OSError):
                     base_dir().rmdir()  # other instances may be there
             os.close(fd)
+
+    @property
+    def crash_log(self) -> Path:
+        """Where init keeps the logs of an instance whose host process died; outside the directory, which
+        goes with the instance."""
+        state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+        return Path(state) / "micemu" / f"{self.instance}-crash.log"
+
+    def save_logs(self) -> None:
+        """Keep the ends of the logs (at most 1 MiB each) as ``crash_log``."""
+        with suppress(OSError):
+            self.crash_log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            parts = [p.read_bytes()[-CRASH_TAIL:] for p in (self.log, self.path / "stderr.log") if p.exists()]
+            self.crash_log.write_bytes(b"\n".join(parts))
 
     def write_pids(self, processes: dict[str, int]) -> None:
         """Record who runs: ``{"host": pid, "init": pid}`` with start times and the boot id."""

@@ -25,6 +25,10 @@ def command(card: str, program: tuple[str, ...], tty: bool | None) -> None:
       tar c src | micemu run mic0 -- sh -c 'cat >src.tar'
       micemu run host -- ping -c 3 172.31.1.1
     """
+    if program[0] == "--":
+        program = program[1:]
+    if not program:
+        raise click.UsageError("name a program behind --")
     if card == "host":
         with client.connect() as channel:
             for msg, fds in client.converse(channel, "host_ns"):

@@ -10,6 +10,8 @@
 #include <string.h>
 
 #define mic_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+/* For "I published, now does the other side sleep?": ordered after an earlier read-modify-write. */
+#define mic_load_seq_cst(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
 #define mic_load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define mic_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define mic_store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)

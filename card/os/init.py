@@ -114,7 +114,7 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
             signal.signal(sig, signal.SIG_IGN)
         try:
             root, notes = make_root()
-        except OSError as e:
+        except Exception as e:
             control.send({"error": str(e)})
             raise
         _Loop(config, listener, control, root).run(notes)

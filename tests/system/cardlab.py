@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mic_emu.card
 import pytest
 
 import mic_emu
+import mic_emu.card
 from mic_emu import _native
 
 USER = 12345  # an id that owns nothing on this machine
@@ -140,8 +140,14 @@ class Board:
 
 
 @contextmanager
-def board(argv: Sequence[str], prefix: Sequence[str] = (), user: bool = False) -> Iterator[Board]:
-    """Start ``argv`` as the card OS; afterwards nothing of it is left."""
+def board(
+    argv: Sequence[str],
+    prefix: Sequence[str] = (),
+    user: bool = False,
+    keep: Sequence[int] = (),
+    stdin: bool = False,
+) -> Iterator[Board]:
+    """Start ``argv`` as the card OS, with descriptors ``keep``; afterwards nothing of it is left."""
     exe, env = userland() if user else (sys.executable, dict(os.environ))
     marker = f"MICEMU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     name, _, value = marker.partition("=")
@@ -150,7 +156,8 @@ def board(argv: Sequence[str], prefix: Sequence[str] = (), user: bool = False) -
     process = subprocess.Popen(
         [*prefix, *(as_user() if user else []), exe, "-c", BOARD, str(w), *argv],
         env={**env, name: value},
-        pass_fds=[w],
+        pass_fds=[w, *keep],
+        stdin=subprocess.PIPE if stdin else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

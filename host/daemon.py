@@ -21,7 +21,7 @@ from mic_emu.host.cosm import CosmDevice, CosmServer
 from mic_emu.host.network import Network
 from mic_emu.host.spawn import Spawner
 from mic_emu.log import Log
-from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.memory import Mapping, PageAllocator, create_shm
 from mic_emu.rundir import RunDir
 from mic_emu.scif.node import Node
 from mic_emu.wire import AsyncChannel
@@ -42,21 +42,12 @@ class Instance:
         self.cards: dict[str, Card] = {}
         self.stopping = asyncio.Event()
         self.host_fd = create_shm("host", config.host_memory)
-        self.memory_view = self._map(self.host_fd, config.host_memory)
+        self.memory_view = Mapping(self.host_fd, config.host_memory)
         self.memory = PageAllocator(self.host_fd, HOST_MEMORY_START, config.host_memory)
         self.node = Node(0, self.memory, self.memory_view, self.clock, log.bind(part="scif"))
         self.network = Network(log.bind(part="network"))
         self._cosm_task: asyncio.Task[None] | None = None
         self._plug = asyncio.Lock()
-
-    @staticmethod
-    def _map(fd: int, size: int) -> View:
-        import mmap
-
-        from mic_emu._native import ffi
-
-        area = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | 0x4000)  # MAP_NORESERVE
-        return View(ffi.cast("uint8_t *", ffi.from_buffer(area)), size)
 
     async def start(self) -> None:
         """Bring up what needs no card."""
@@ -164,7 +155,10 @@ async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Lo
     try:
         await asyncio.wait({stopping, spawn_task}, return_when=asyncio.FIRST_COMPLETED)
         if spawn_task.done():
-            log.error("init is gone: the instance ends")
+            gone = spawn_task.exception()
+            if not isinstance(gone, OSError):
+                raise RuntimeError("the channel to init failed") from gone
+            log.error(f"init is gone: the instance ends ({gone})")
             await control.close()
             rundir.remove()
             return

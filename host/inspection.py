@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
 from mic_emu.errors import UsageError
+from mic_emu.pciconfig import ConfigSpace
 from mic_emu.vop import device_page as dp
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
 
-WHAT = ("registers", "page", "vring", "smpt", "log")
+WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
 
 
 def dump(card: Card, what: str, device: str | None) -> Any:
     """Plain data of one thing. Raises UsageError for an unknown one."""
-    views = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log}
+    views = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log, "pci": pci}
     if what not in views:
         raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
     rows = views[what](card)
@@ -90,6 +91,11 @@ def _chain(host: Any, block: int, num: int, head: int) -> list[dict[str, int]]:
 def smpt(card: Card) -> list[dict[str, int]]:
     """The software table, as the real driver's debug file shows it."""
     return [vars(row) if hasattr(row, "__dict__") else row._asdict() for row in card.driver.smpt.rows()]
+
+
+def pci(card: Card) -> str:
+    """Configuration space in the hex form that ``lspci -F`` reads."""
+    return ConfigSpace(card.bus).hexdump(f"{card.index + 1:02x}:00.0")
 
 
 def log(card: Card) -> str:

@@ -14,9 +14,10 @@ import socket
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu._native import ffi, lib
+from mic_emu._native import lib
 from mic_emu.bar import FD_COUNT, Bus, drain
 from mic_emu.card.board.bootstrap import BootRefused, Bootstrap
+from mic_emu.card.board.dma import DmaEngine
 from mic_emu.log import Log
 from mic_emu.proc import kill_descendants
 from mic_emu.wire import Channel
@@ -47,9 +48,7 @@ class Board:
         self.poller = select.poll()
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
-        self.dma = lib.mic_dma_engine_start(bus.ptr)
-        if self.dma == ffi.NULL:
-            raise OSError(ffi.errno, f"cannot start the DMA engine: {os.strerror(ffi.errno)}")
+        self.dma = DmaEngine(bus)
 
     def post(self, code: str) -> None:
         """Show a POST code."""
@@ -58,7 +57,7 @@ class Board:
     def power_on(self) -> None:
         """Reset everything and let the bootstrap get ready for a download (HW 6.2)."""
         self.kill_os()
-        lib.mic_dma_engine_reset(self.dma)
+        self.dma.reset()
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
         base = download_address(self.bus.gddr.size)
@@ -139,5 +138,5 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
         except OSError as e:
             log.warning(f"the host is gone: {e}")
         finally:
-            lib.mic_dma_engine_stop(board.dma)
+            board.dma.close()
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import struct
 import termios
@@ -13,14 +14,17 @@ from fcntl import ioctl
 from typing import Any
 
 from mic_emu import layout as L
+from mic_emu import netif
 from mic_emu._native import ffi, lib
 from mic_emu.bar import Bus
 from mic_emu.card.os.userland import Userland
 from mic_emu.card.os.vop import VirtioDevice, VirtioDriver
 from mic_emu.log import Log
+from mic_emu.virtio import net
 
 C = L.CONSTANTS
 STOP_LIMIT_S = 5.0
+INTERFACE = "mic0"  # on every card, as the real ones name it
 
 
 def bits(*names: str) -> int:
@@ -132,6 +136,70 @@ class ConsoleDriver(LoopDriver):
         ioctl(self.env.userland.console, termios.TIOCSWINSZ, struct.pack("4H", rows, cols, 0, 0))
 
 
+class NetworkDriver(LoopDriver):
+    """mic0: a TAP in the card's own network namespace, or a responder where none may be had."""
+
+    features = RING | net.COMPAT_FEATURES | net.MODERN_FEATURES
+    rings = 2
+
+    def __init__(self, env: Environment) -> None:
+        super().__init__(env)
+        self._tap: netif.Tap | None = None
+        self._responder: net.Responder | None = None
+        self._obj: net.NetDriver | None = None
+
+    async def probe(self, dev: VirtioDevice) -> None:
+        dev.features = net.accepted_features(dev.features)
+        dev.write_features()
+        await super().probe(dev)
+
+    def create(self, dev: VirtioDevice) -> None:
+        mac = netif.random_mac()
+        if dev.features & net.bit("NET_F_MAC"):
+            mac = netif.format_mac(dev.read_config(0, 6))
+        local = self._local_end(dev, mac, self._address())
+        size = net.driver_area(dev.features)
+        self._obj = net.NetDriver(dev.vdrv, local, dev.alloc(size), size)
+
+    def _address(self) -> str:
+        """From the kernel command line: ``ifcfg=static;address,A;netmask,M`` (COSM-66)."""
+        words = dict(w.split(",", 1) for w in self.env.params.get("ifcfg", "").split(";") if "," in w)
+        fallback = net.card_address(self.env.boot["index"]).split("/")
+        return f"{words.get('address', fallback[0])}/{words.get('netmask', '255.255.255.0')}"
+
+    def _local_end(self, dev: VirtioDevice, mac: str, address: str) -> int | net.Responder:
+        if self.env.boot["contained"]:
+            try:
+                self._tap = netif.open_tap(INTERFACE)
+                net.prepare_tap(self._tap, dev.features, card=True)
+                netif.configure(INTERFACE, address=str(ipaddress.IPv4Interface(address)), mac=mac)
+                return self._tap.fd
+            except OSError as e:
+                dev.log.info(f"no TAP on the card, a responder takes its place: {e.strerror}")
+        self._responder = net.Responder(mac, str(ipaddress.IPv4Interface(address)))
+        return self._responder
+
+    def loop(self) -> int:
+        assert self._obj
+        try:
+            return self._obj.run()
+        except OSError as e:
+            return -(e.errno or errno.EIO)
+
+    def ping(self, target: str, count: int, interval_s: float, timeout_s: float) -> net.PingResult:
+        """From the responder. Raises OSError EOPNOTSUPP when mic0 is a real interface."""
+        if self._responder is None:
+            raise OSError(errno.EOPNOTSUPP, "mic0 is an interface of the card: use its own ping")
+        return self._responder.ping(target, count, interval_s=interval_s, timeout_s=timeout_s)
+
+    def destroy(self) -> None:
+        for obj in (self._obj, self._responder, self._tap):
+            if obj:
+                obj.close()
+        self._obj = self._responder = self._tap = None
+
+
 DRIVERS: dict[int, Callable[[Environment], VirtioDriver]] = {
     C["VIRTIO_ID_CONSOLE"]: ConsoleDriver,
+    C["VIRTIO_ID_NET"]: NetworkDriver,
 }

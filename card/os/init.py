@@ -42,12 +42,14 @@ class InitConfig:
     env:      variables of every program: MICEMU_NODE, MICEMU_CARD, MICEMU_SCIF_SOCKET, ...
     console:  run a shell on a terminal of init's own, whose master ``Init.ready`` fetches
     term:     the console shell's TERM
+    cwd:      where the console's shell starts; made writable as for a program
     """
 
     hostname: str
     env: dict[str, str] = field(default_factory=dict)
     console: bool = True
     term: str = "xterm"
+    cwd: str = "/"
 
 
 class Init:
@@ -409,7 +411,7 @@ class _Console:
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            started = program.start(self.loop.root, [shell, "-i", "-l"], env, "/", (), self.slave)
+            started = program.start(self.loop.root, [shell, "-i", "-l"], env, self.loop.config.cwd, (), self.slave)
         except OSError:
             self.retry()
             return

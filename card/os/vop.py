@@ -143,7 +143,11 @@ class VirtioDevice:
         for bit in TRANSPORT_BITS:
             allowed |= 1 << bit
         self.features = offered & understood & allowed
-        self.page.write(self.slot.off + self.slot.shape.accepted_off, bytes(n))
+        self.write_features()
+
+    def write_features(self) -> None:
+        """Tell the host what is accepted; a driver may take less than it was given."""
+        n = self.slot.shape.feature_len
         self.page.write(self.slot.off + self.slot.shape.accepted_off, dp.feature_bytes(self.features, n))
 
     # --- rings ----------------------------------------------------------------------------------

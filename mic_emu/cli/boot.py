@@ -28,7 +28,7 @@ def start_host(where: RunDir, config: Config) -> None:
         line = pipe.readline()
     answer = json.loads(line) if line else {}
     if "ready" not in answer:
-        why = answer.get("error") or f"it ended at once; see {where / 'stderr.log'}"
+        why = answer.get("error") or f"it ended at once; its last words: {where.crash_log}"
         raise MicemuError(f"the host process did not start: {why}")
 
 

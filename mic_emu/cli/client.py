@@ -40,7 +40,7 @@ def converse(channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any) 
         try:
             msg, got = channel.recv(None, f"the host's answer to {op!r}")
         except PeerClosed:
-            raise MicemuError(f"the host process ended during {op!r}; see micemu log, or micemu clean") from None
+            raise MicemuError(f"the host process ended during {op!r}; its last words: {rundir().crash_log}") from None
         if "error" in msg:
             error = BY_NAME.get(msg.get("kind", ""), MicemuError)
             exc = error.__new__(error)

@@ -21,14 +21,15 @@
 /* Orders an earlier store before a later load: needed before "does the peer sleep?" is asked. */
 #define mic_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
+/* Orders this thread's stores for its own signal handlers; costs nothing. */
+#define mic_signal_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+
 /* A private copy of shared bytes that the compiler cannot replace by later reads of the original. */
 static inline void mic_copy_once(void *dst, const void *src, size_t len)
 {
 	memcpy(dst, src, len);
 	__asm__ __volatile__("" : : "r"(dst) : "memory");
 }
-/* Orders this thread's stores for its own signal handlers; costs nothing. */
-#define mic_signal_fence() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 
 static inline void mic_cpu_relax(void)
 {

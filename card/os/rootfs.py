@@ -49,13 +49,13 @@ class RootConfig:
 
     ramdisk:  cpio archive, or empty
     hosts:    names for /etc/hosts and their addresses
-    expose:   folders of the host that programs see elsewhere, read-only: (host path, path below /run)
+    expose:   folders of the host in /tmp or /run that programs shall see nevertheless, read-only
     """
 
     hostname: str
     ramdisk: bytes | memoryview = b""
     hosts: Mapping[str, str] = field(default_factory=dict)
-    expose: Sequence[tuple[str, str]] = ()
+    expose: Sequence[str] = ()
 
 
 class CardRoot:
@@ -310,10 +310,11 @@ class _Builder:
             os.makedirs(os.path.dirname(CARD + resolver), exist_ok=True)
             with open(HOST + resolver, "rb") as source, open(CARD + resolver, "wb") as copy:
                 copy.write(source.read(1 << 16))
-        for source_path, target in self.config.expose:
-            os.makedirs(CARD + target, exist_ok=True)
-            mount(HOST + source_path, CARD + target, None, _BIND)
-            read_only(CARD + target)
+        for path in self.config.expose:
+            if not os.path.exists(CARD + path):
+                os.makedirs(CARD + path)
+                mount(HOST + path, CARD + path, None, _BIND)
+                read_only(CARD + path)
 
 
 def _names(folder: str) -> list[str]:

@@ -104,7 +104,10 @@ def without_userns() -> list[str]:
 
 BOARD = """
 import os, sys
+from mic_emu._native import lib
 from mic_emu.card.os import ns
+from mic_emu.proc import kill_descendants
+lib.mic_proc_adopt_orphans()
 report = int(sys.argv[1])
 pid = os.fork()
 if pid == 0:
@@ -112,6 +115,7 @@ if pid == 0:
     os.execvp(sys.argv[2], sys.argv[2:])
 os.close(report)
 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+kill_descendants()
 print("status", status, flush=True)
 """
 

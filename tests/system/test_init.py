@@ -32,7 +32,8 @@ CONTAINED = not namespaces.refusals()
 
 # The card OS of these tests: init, and words on stdin for its handle.
 KERNEL = """
-import base64, json, os, socket, sys, time
+import base64, json, os, select, socket, sys
+import time
 from mic_emu.card.os import init, rootfs
 listener = socket.socket(fileno=int(sys.argv[1]))
 options = json.loads(sys.argv[2])
@@ -45,7 +46,14 @@ card = init.start(init.InitConfig("mic0", env), listener,
 card.ready()
 def say(x): print(json.dumps(x), flush=True)
 say({"init": card.pid, "notes": card.notes, "seconds": time.monotonic() - began})
-for line in sys.stdin:
+stdin = os.fdopen(0, "rb", buffering=0)
+while True:
+    ready = select.select([stdin, card.channel], [], [])[0]
+    if card.channel in ready:
+        sys.exit(71)  # init died: the card has panicked
+    line = stdin.readline().decode()
+    if not line:
+        break
     word, _, rest = line.partition(" ")
     if word.strip() == "shutdown":
         say(card.shutdown(float(rest)))
@@ -405,9 +413,9 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
     """Ctrl-C, Ctrl-Z, jobs, fg in a shell on the card."""
     with Terminal(card, ["bash", "--norc", "--noprofile", "-i"]) as t:
         t.type("PS1='$''> '\n")
-        t.expect(r"\n\$> ")
+        t.expect(r"\$> ")
         t.type("sleep 1000\n")
-        t.expect("sleep 1000")
+        eventually(lambda: _running("sleep", "1000"), 5, "the sleep started")
         time_limit = time.monotonic() + 10
         t.type("\x03")
         t.expect(r"\$> ")
@@ -504,7 +512,7 @@ def test_console_shell(tmp_path: Path) -> None:
             seen = ""
 
         c.say("type " + json.dumps("PS1='con''> '; unset PROMPT_COMMAND\n"))
-        until("\ncon> ")
+        until("con> ")
         c.say("type " + json.dumps("tty; sleep 1004\n"))
         until("/dev/pts/")
         eventually(lambda: _running("sleep", "1004"), 5, "the sleep started")

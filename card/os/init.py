@@ -116,7 +116,7 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
             signal.signal(sig, signal.SIG_IGN)
         try:
             root, notes = make_root()
-        except OSError as e:
+        except Exception as e:
             control.send({"error": str(e)})
             raise
         _Loop(config, listener, control, root).run(notes)
@@ -244,7 +244,8 @@ class _Loop:
             self.console.stop()
         me = os.getpid()
         programs = program.descendants(me)
-        kill_all(programs, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
+        kill_all(programs, signal.SIGTERM, signal.SIGCONT)
+        kill_all(program.terminal_leaders(programs), signal.SIGHUP)  # interactive shells ignore SIGTERM
         deadline = time.monotonic() + grace_s
         while program.descendants(me) and time.monotonic() < deadline:
             self.turn(min(deadline, time.monotonic() + 0.05))
@@ -411,7 +412,9 @@ class _Console:
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            started = program.start(self.loop.root, [shell, "-i", "-l"], env, self.loop.config.cwd, (), self.slave)
+            started = program.start(
+                self.loop.root, [shell, "-i", "-l"], env, self.loop.config.cwd, (), self.slave
+            )
         except OSError:
             self.retry()
             return

@@ -10,7 +10,7 @@ import struct
 import termios
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from mic_emu._native import lib
 
@@ -171,8 +171,16 @@ def _stdio(stdio: Sequence[int], ready_w: int) -> int:
     return 3
 
 
-def processes() -> dict[int, tuple[int, int]]:
-    """{pid: (parent, session)} of all live processes that this /proc shows."""
+class ProcessRow(NamedTuple):
+    """Of one process: its parent, its session, and whether it has a controlling terminal."""
+
+    parent: int
+    session: int
+    terminal: bool
+
+
+def processes() -> dict[int, ProcessRow]:
+    """All live processes that this /proc shows, by pid."""
     found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -182,7 +190,7 @@ def processes() -> dict[int, tuple[int, int]]:
         except OSError:
             continue
         if fields[0] not in "ZX":
-            found[int(entry)] = (int(fields[1]), int(fields[3]))
+            found[int(entry)] = ProcessRow(int(fields[1]), int(fields[3]), fields[4] != "0")
     return found
 
 
@@ -190,8 +198,8 @@ def descendants(ancestor: int) -> set[int]:
     """Live processes below ``ancestor``."""
     table = processes()
     below: dict[int, list[int]] = {}
-    for pid, (parent, _) in table.items():
-        below.setdefault(parent, []).append(pid)
+    for pid, row in table.items():
+        below.setdefault(row.parent, []).append(pid)
     found: set[int] = set()
     todo = [ancestor]
     while todo:
@@ -203,7 +211,12 @@ def descendants(ancestor: int) -> set[int]:
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session."""
-    return [pid for pid, (_, sid) in processes().items() if sid == session]
+    return [pid for pid, row in processes().items() if row.session == session]
+
+
+def terminal_leaders(pids: set[int]) -> list[int]:
+    """Those of ``pids`` that lead a session on a terminal: what a hang-up is for."""
+    return [pid for pid, row in processes().items() if pid in pids and pid == row.session and row.terminal]
 
 
 def kill_all(pids: Sequence[int] | set[int], *signals: int) -> None:

@@ -74,7 +74,7 @@ def test_vop_3_ring_block_geometry() -> None:
 
 def test_vop_34_ring_sizes() -> None:
     """VOP-34: only powers of two up to 128 are rings."""
-    assert [n for n in range(0, 1000) if lib.mic_vring_num_ok(n)] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [n for n in range(1000) if lib.mic_vring_num_ok(n)] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert not lib.mic_vring_num_ok(65535)
 
 

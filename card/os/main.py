@@ -18,9 +18,10 @@ from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.card.os.cosm import CosmClient
-from mic_emu.card.os.drivers import DRIVERS, Environment
+from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.klog import KernelLog
+from mic_emu.card.os.registry import DRIVERS
 from mic_emu.card.os.scif_link import CardLink
 from mic_emu.card.os.userland import Userland
 from mic_emu.card.os.vop import VopCard

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import shlex
 import signal
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from mic_emu import layout as L
 from mic_emu._native import lib
@@ -23,7 +25,7 @@ from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.klog import KernelLog
 from mic_emu.card.os.registry import DRIVERS
 from mic_emu.card.os.scif_link import CardLink
-from mic_emu.card.os.userland import Userland
+from mic_emu.card.os.userland import PANIC_STATUS, Userland
 from mic_emu.card.os.vop import VopCard
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
@@ -128,19 +130,22 @@ class Kernel:
             self._down.set_result(status)
 
 
-def main() -> int:
-    """Entry point of the image. 0 after an orderly end."""
+def main() -> NoReturn:
+    """Entry point of the image. 0 after an orderly end; a panic ends the process on the spot, because
+    driver threads may be anywhere in C."""
     boot = json.loads(sys.argv[1])
     log = Log(boot["log_fd"], process="micos", card=boot["name"])
-    with Bus(boot["fds"]) as bus:
-        klog = KernelLog(bus.gddr)
-        log.set_hook(klog.record)
-        try:
-            kernel = Kernel(boot, bus, log)
-            # The init process is forked here, while this process has one thread and no event loop.
-            userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
-            asyncio.run(kernel.run(userland))
-        except BootError as e:
-            log.error(f"panic: {e}")
-            return errno.EIO
-    return 0
+    bus = Bus(boot["fds"])
+    log.set_hook(KernelLog(bus.gddr).record)
+    try:
+        kernel = Kernel(boot, bus, log)
+        # The init process is forked here, while this process has one thread and no event loop.
+        userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
+        asyncio.run(kernel.run(userland))
+    except BootError as e:
+        log.error(f"panic: {e}")
+        os._exit(errno.EIO)
+    except BaseException as e:
+        log.error(f"panic: {e!r}", traceback=traceback.format_exc())
+        os._exit(PANIC_STATUS)
+    os._exit(0)

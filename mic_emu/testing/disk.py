@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
-from mic_emu.testing.rings import DRIVER_OK, EVENT_IDX, INDIRECT_DESC, SMPT_BASE, FakeDevice, FakeDriver, Rig, check
+from mic_emu.testing.rings import DRIVER_OK, EVENT_IDX, INDIRECT_DESC, FakeDevice, FakeDriver, Rig, check
 
 C = layout.CONSTANTS
 SECTOR = 512
@@ -170,4 +171,51 @@ class Disk:
         self.close()
 
 
-__all__ = ["BLK_FEATURES", "MODERN", "SMPT_BASE", "Child", "Disk", "serve_disk"]
+class NbdServer:
+    """The card's NBD server over a ``Disk``, on a Unix socket, in a thread of this process."""
+
+    def __init__(self, disk: Disk, path: str, *, name: str = "vda", read_only: bool = False, spin_us: int = 50) -> None:
+        self.disk = disk
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(64)
+        self._stop = check(lib.mic_eventfd(0o2004000), "eventfd")
+        self.ptr: Any = lib.mic_nbd_create(disk.ptr, self._listener.fileno(), name.encode(), read_only)
+        if self.ptr == ffi.NULL:
+            raise OSError(ffi.errno, f"nbd: {os.strerror(ffi.errno)}")
+        lib.mic_nbd_spin(self.ptr, spin_us)
+        self.result: int | None = None
+        self._thread = threading.Thread(target=self._run, name="nbd", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.result = lib.mic_nbd_run(self.ptr, self._stop)
+
+    def stats(self) -> Any:
+        """``struct mic_nbd_stats`` now."""
+        s = ffi.new("struct mic_nbd_stats *")
+        lib.mic_nbd_stats(self.ptr, s)
+        return s
+
+    def ended(self, within_s: float) -> int | None:
+        """Wait for the server to end by itself: its result, None when it runs on."""
+        self._thread.join(within_s)
+        return self.result
+
+    def close(self) -> None:
+        """Stop the loop and disconnect all clients."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join(10)
+        if self._thread.is_alive():
+            raise TimeoutError("the NBD server did not stop within 10 s")
+        lib.mic_nbd_destroy(self.ptr)
+        self._listener.close()
+        os.close(self._stop)
+        os.unlink(self.path)
+
+    def __enter__(self) -> NbdServer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -122,6 +122,11 @@ bool mic_blk_drv_stopped(const struct mic_blk_drv *drv)
 	return mic_load_acquire(&drv->error) != 0;
 }
 
+int mic_blk_drv_error(const struct mic_blk_drv *drv)
+{
+	return -mic_load_acquire(&drv->error);
+}
+
 struct mic_blk_user *mic_blk_user_open(struct mic_blk_drv *drv)
 {
 	struct mic_blk_user *u = calloc(1, sizeof *u);
@@ -390,7 +395,7 @@ void mic_blk_kick(struct mic_blk_user *user)
 
 /* --- waiting ---------------------------------------------------------------------------------- */
 
-static bool something_done(const struct mic_blk_user *user)
+bool mic_blk_pending(const struct mic_blk_user *user)
 {
 	return mic_dq_has_completion(user->drv->dq) || mic_load_relaxed(&user->done) ||
 	       mic_blk_drv_stopped(user->drv);
@@ -404,7 +409,7 @@ bool mic_blk_spin(struct mic_blk_user *user)
 		return false;
 	do {
 		for (unsigned i = 0; i < SPIN_STEP; i++) {
-			if (something_done(user))
+			if (mic_blk_pending(user))
 				return true;
 			mic_cpu_relax();
 		}

@@ -74,6 +74,8 @@ void mic_blk_drv_resize(struct mic_blk_drv *drv, uint64_t capacity);
 uint64_t mic_blk_drv_capacity(const struct mic_blk_drv *drv);
 uint64_t mic_blk_drv_features(const struct mic_blk_drv *drv);
 bool mic_blk_drv_stopped(const struct mic_blk_drv *drv);
+/* -ESHUTDOWN or -EIO once it has stopped, else 0. */
+int mic_blk_drv_error(const struct mic_blk_drv *drv);
 
 /* Pages of the pool: an address, or 0 when nothing of that size is free. */
 uint64_t mic_blk_alloc(struct mic_blk_drv *drv, uint32_t len);
@@ -92,6 +94,8 @@ int mic_blk_submit(struct mic_blk_user *user, struct mic_blk_req *req);
 void mic_blk_kick(struct mic_blk_user *user);
 /* Requests of this user that have come back: up to max, 0 when there are none now. */
 unsigned mic_blk_reap(struct mic_blk_user *user, struct mic_blk_req **out, unsigned max);
+/* Is there something to reap now? (a look, no lock) */
+bool mic_blk_pending(const struct mic_blk_user *user);
 /* Look for a while; true when there is something to reap. */
 bool mic_blk_spin(struct mic_blk_user *user);
 /* Ask for an interrupt; false when there is something to reap (or, want_slot, a request would fit now).

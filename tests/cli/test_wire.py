@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from mic_emu import wire
-from mic_emu.wire import AsyncChannel, Channel, PeerClosed, WireError, WireTimeout
+from mic_emu.wire import Channel, PeerClosed, WireError, WireTimeout
+from mic_emu.wire_aio import AsyncChannel
 
 
 def open_fds() -> set[str]:

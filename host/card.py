@@ -29,7 +29,7 @@ from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 C = L.CONSTANTS
 POWER_ON_LIMIT_S = 10.0

@@ -24,7 +24,7 @@ from mic_emu.log import Log
 from mic_emu.memory import Mapping, PageAllocator, create_shm
 from mic_emu.rundir import RunDir
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 HOST_MEMORY_START = 1 << 20  # the first MiB stays unused: a zero address means "absent" everywhere
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
+from mic_emu.card.os.agent import Agent
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.interrupts import CardInterrupts
@@ -107,10 +108,13 @@ class Kernel:
         link.start()
         client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
+        agent = Agent(environment)
+        await agent.open()
         await vop.start()
         self.log.info("card is up", event="card_up", node=self.node_id)
         status = await self._down
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
+        await agent.close()
         await userland.shutdown()
         await client.report(status)
         await client.close()

@@ -19,6 +19,8 @@
 /* Orders an earlier store before a later load: needed before "does the peer sleep?" is asked. */
 #define mic_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
+#define mic_timestamp() __builtin_ia32_rdtsc()
+
 static inline void mic_cpu_relax(void)
 {
 	__builtin_ia32_pause();

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mic_emu import layout as L
@@ -33,6 +34,7 @@ from mic_emu.cosm.states import Status
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
+from mic_emu.scif.service import ScifService, listen_at
 
 C = L.CONSTANTS
 
@@ -99,6 +101,8 @@ class Kernel:
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()
+        scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
+        scif.start()
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
         vop = VopCard(
             self.bus, self.page, self.memory, self.interrupts, self.clock, self.log,
@@ -116,6 +120,7 @@ class Kernel:
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
         await agent.close()
         await userland.shutdown()
+        await scif.close()
         await client.report(status)
         await client.close()
         await link.stop()

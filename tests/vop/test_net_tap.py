@@ -372,11 +372,11 @@ def _children() -> str:
 @pytest.mark.parametrize(
     ("err", "step", "fix"),
     [
-        ("EPERM", lib.MIC_NS_USER, "user namespaces"),
-        ("ENOSPC", lib.MIC_NS_USER, "max_user_namespaces"),
-        ("EACCES", lib.MIC_NS_OPEN, "chmod 666"),
-        ("ENOENT", lib.MIC_NS_OPEN, "modprobe tun"),
-        ("EPERM", lib.MIC_NS_TAP, "CAP_NET_ADMIN"),
+        ("EPERM", lib.MIC_NETNS_USER, "user namespaces"),
+        ("ENOSPC", lib.MIC_NETNS_USER, "max_user_namespaces"),
+        ("EACCES", lib.MIC_NETNS_OPEN, "chmod 666"),
+        ("ENOENT", lib.MIC_NETNS_OPEN, "modprobe tun"),
+        ("EPERM", lib.MIC_NETNS_TAP, "CAP_NET_ADMIN"),
     ],
 )
 def test_each_refusal_names_its_fix(err: str, step: int, fix: str) -> None:

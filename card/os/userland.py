@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mic_emu.bar import Bus
-from mic_emu.card.os import init
-from mic_emu.card.os.program import HostRoot, Root
+from mic_emu.card.os import init, rootfs
+from mic_emu.card.os.program import Root
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
 from mic_emu.wire import listen_unix
@@ -46,7 +46,10 @@ class Userland:
         config = init.InitConfig(hostname=boot["name"], env=env, cwd=params.get("micemu.cwd", "/"))
 
         def make_root() -> tuple[Root, list[str]]:
-            return HostRoot(), []
+            archive = bus.gddr.read(*ramdisk) if ramdisk else b""
+            return rootfs.make_root(
+                boot["contained"], rootfs.RootConfig(boot["name"], archive, expose=[boot["dir"]])
+            )
 
         return cls(init.start(config, listener, make_root), listener, path, log)
 

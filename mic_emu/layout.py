@@ -178,6 +178,9 @@ CONSTANTS: dict[str, int] = {
     "DMA_DSTAT_QUIESCED": 1 << 29,
     "DMA_DSTAT_ERROR": 1 << 31,
     "DMA_DSTAT_ACTIVE": 1 << 28,  # ours: the engine is between fetching and retiring (bits 31:28)
+    # Not registers: words of the MMIO object where a process that sleeps on DSTAT says so, one per channel.
+    "DMA_SLEEPERS": 0x1FF00,  # 0 nobody, else count + 1 that is waited for, or
+    "DMA_SLEEP_ANY": 0xFFFFFFFF,
     # DCHERR: why a channel halted (HW-31). The chapter only says "non-zero"; one bit per cause is ours.
     "DMA_ERR_HEAD": 1 << 0,  # same head written again, or head outside the ring
     "DMA_ERR_RING": 1 << 1,  # ring size 0, misaligned, or not backed by memory
@@ -273,6 +276,7 @@ CONSTANTS: dict[str, int] = {
     "SCIF_QP_MAGIC": 0x5C1F000000005C1F,
     "SCIF_NODE_RING": 0x10000,
     "SCIF_EP_RING": 0x1000,
+    "SCIF_ABI": 0x31465343,
     "SCIF_ADMIN_PORT_END": 1024,
     "SCIF_PORT_RSVD": 1088,
     "SCIF_COSM_PORT": 201,

@@ -4,12 +4,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "mic/barrier.h"
@@ -362,10 +366,43 @@ static void write_dcar(struct mic_bus *bus, uint32_t c, uint32_t value)
 		deliver_dma(bus, c);
 }
 
+/* --- sleeping on DSTAT: see mic_dma_sleep() -------------------------------------------------------- */
+
+static uint32_t *sleepers(struct mic_bus *bus, unsigned c)
+{
+	return reg_at(bus, MIC_DMA_SLEEPERS + 4 * c);
+}
+
+void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count)
+{
+	/* Pairs with the exchange in mic_dma_sleep(): either we see the sleeper or it sees DSTAT. */
+	uint32_t want = mic_load_seq_cst(sleepers(bus, c));
+
+	if (!want || (count < MIC_DMA_SLEEP_ANY && want != MIC_DMA_SLEEP_ANY && want != count + 1))
+		return;
+	/* Nobody is counted, so a sleeper that was killed costs one wake-up, not one per descriptor. */
+	mic_store_relaxed(sleepers(bus, c), 0);
+	syscall(SYS_futex, reg_at(bus, MIC_REG_DSTAT(c)), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns)
+{
+	struct timespec ts = { .tv_sec = (time_t)(timeout_ns / 1000000000), .tv_nsec = (long)(timeout_ns % 1000000000) };
+	uint32_t *dstat = reg_at(bus, MIC_REG_DSTAT(c)), want = count < MIC_DMA_SLEEP_ANY ? count + 1 : count;
+	uint32_t other = mic_exchange(sleepers(bus, c), want);
+
+	/* Two sleepers with different wishes share the word: then every descriptor wakes both. */
+	if (other && other != want)
+		mic_exchange(sleepers(bus, c), MIC_DMA_SLEEP_ANY);
+	if (mic_load_seq_cst(dstat) == seen)
+		syscall(SYS_futex, dstat, FUTEX_WAIT, seen, &ts, NULL, 0);
+}
+
 void mic_hw_dma_fault(struct mic_bus *bus, unsigned c, uint32_t error)
 {
 	mic_fetch_or(reg_at(bus, MIC_REG_DCHERR(c)), error);
 	mic_fetch_or(reg_at(bus, MIC_REG_DSTAT(c)), MIC_DMA_DSTAT_QUIESCED | MIC_DMA_DSTAT_ERROR);
+	mic_hw_dma_wake(bus, c, MIC_DMA_SLEEP_ANY);
 	if (!(mic_load_acquire(reg_at(bus, MIC_REG_DCHERRMSK(c))) & error))
 		mic_raise_host(bus, 1u << MIC_SRC_ERR);
 }

@@ -11,11 +11,13 @@
 
 #include "mic/barrier.h"
 #include "mic/dma.h"
+#include "mic/vring.h"
 
 struct channel {
 	struct mic_dma_engine *engine;
 	unsigned c;
 	pthread_t thread;
+	struct mic_spin spin;
 	struct mic_dma_stats stats; /* written by the channel's thread only */
 };
 
@@ -76,6 +78,7 @@ static void retire(struct channel *ch, uint32_t next, const struct mic_dma_effec
 	do {
 		new = (old & ~MIC_DMA_DSTAT_COUNT) | next;
 	} while (!mic_cas(dstat, &old, new));
+	mic_hw_dma_wake(bus, ch->c, next);
 	mic_store_relaxed(&ch->stats.descriptors, ch->stats.descriptors + 1);
 	mic_store_relaxed(&ch->stats.bytes, ch->stats.bytes + effect->bytes);
 	if (effect->interrupt) {
@@ -113,6 +116,12 @@ static int step_at(struct channel *ch, uint32_t hi, uint32_t tail)
 	return rc;
 }
 
+static bool enabled(struct mic_bus *bus, unsigned c)
+{
+	return read_reg(bus, MIC_REG_DCR) & 2u << (2 * c) &&
+	       !(mic_load_acquire(status_reg(bus, c)) & MIC_DMA_DSTAT_QUIESCED);
+}
+
 /* Returns 1 after a descriptor, 0 when there is nothing to do (or no more, after a fault), -EINTR
  * when a reset cut it off. */
 static int step(struct channel *ch)
@@ -120,7 +129,7 @@ static int step(struct channel *ch)
 	struct mic_bus *bus = ch->engine->bus;
 	unsigned c = ch->c;
 
-	if (!(read_reg(bus, MIC_REG_DCR) & 2u << (2 * c)) || mic_load_acquire(status_reg(bus, c)) & MIC_DMA_DSTAT_QUIESCED)
+	if (!enabled(bus, c))
 		return 0;
 	/* Pairs with the exchange in write_dhpr(): descriptors below the head are written. */
 	uint32_t head = read_reg(bus, MIC_REG_DHPR(c)), tail = read_reg(bus, MIC_REG_DTPR(c));
@@ -158,6 +167,23 @@ static void run(struct channel *ch)
 	while (!must_park(ch->engine) && step(ch) > 0)
 		;
 	mic_fetch_and(dstat, ~MIC_DMA_DSTAT_ACTIVE);
+	mic_hw_dma_wake(ch->engine->bus, ch->c, MIC_DMA_SLEEP_ANY);
+}
+
+/* Look for more work for a while before sleeping: waking this thread costs more than most copies. */
+static bool linger(struct channel *ch)
+{
+	struct mic_bus *bus = ch->engine->bus;
+	uint64_t end = enabled(bus, ch->c) ? mic_spin_until(&ch->spin, MIC_SPIN_US) : 0;
+
+	while (mic_now_ns() < end && !must_park(ch->engine)) {
+		if (read_reg(bus, MIC_REG_DHPR(ch->c)) != read_reg(bus, MIC_REG_DTPR(ch->c)))
+			return true;
+		mic_cpu_relax();
+	}
+	if (end)
+		mic_spin_missed(&ch->spin);
+	return false;
 }
 
 /* --- threads ------------------------------------------------------------------------------------ */
@@ -185,7 +211,9 @@ static void *channel_main(void *arg)
 	snprintf(name, sizeof name, "mic-dma%u", ch->c);
 	pthread_setname_np(pthread_self(), name);
 	for (;;) {
+		mic_spin_sleeping(&ch->spin);
 		poll(fds, 2, -1);
+		mic_spin_woke(&ch->spin, MIC_SPIN_US);
 		mic_store_relaxed(&ch->stats.wakeups, ch->stats.wakeups + 1);
 		if (mic_load_acquire(&e->stop))
 			return NULL;
@@ -195,7 +223,9 @@ static void *channel_main(void *arg)
 		}
 		/* Cleared before the registers are read: a kick after that wakes us again. */
 		if (eventfd_read(kick, &drop) == 0)
-			run(ch);
+			do
+				run(ch);
+			while (linger(ch));
 	}
 }
 

@@ -447,10 +447,10 @@ def test_sleep_names_what_is_ready(plain: Pair) -> None:
 
 
 def test_handshake_bytes(plain: Pair) -> None:
-    """The loop leaves for vdev_reset and used_address_updated until cleared, for a new status once."""
+    """The loop leaves for each request byte until it is cleared, for a new status once."""
     vdev = plain.dev.vdev
     assert not lib.mic_vdev_handshake(vdev)
-    for name in ("vdev_reset", "used_address_updated"):
+    for name in ("vdev_reset", "used_address_updated", "guest_ack"):
         plain.rig.put_ctrl(name, 1)
         assert lib.mic_vdev_handshake(vdev)
         assert lib.mic_vdev_handshake(vdev)

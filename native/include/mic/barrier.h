@@ -10,6 +10,8 @@
 #include <string.h>
 
 #define mic_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+/* For "I published, now does the other side sleep?": ordered after an earlier read-modify-write. */
+#define mic_load_seq_cst(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
 #define mic_load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define mic_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define mic_store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
@@ -30,6 +32,7 @@ static inline void mic_copy_once(void *dst, const void *src, size_t len)
 	memcpy(dst, src, len);
 	__asm__ __volatile__("" : : "r"(dst) : "memory");
 }
+#define mic_timestamp() __builtin_ia32_rdtsc()
 
 static inline void mic_cpu_relax(void)
 {

@@ -51,6 +51,11 @@ void mic_hw_reset(struct mic_bus *bus);
  * (masked: it waits for the unmasking, HW-35), and halt it with a DCHERR bit (HW-31). */
 void mic_hw_dma_interrupt(struct mic_bus *bus, unsigned c);
 void mic_hw_dma_fault(struct mic_bus *bus, unsigned c, uint32_t error);
+/* Sleep while DSTAT of channel `c` is `seen`, at most `timeout_ns`, until its count is `count`, the
+ * channel goes idle or it halts; may return early. MIC_DMA_SLEEP_ANY: until it changes at all. */
+void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns);
+/* The engine's side: the count has become `count`; MIC_DMA_SLEEP_ANY: idle or halted. */
+void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count);
 /* DCR holds bits of both sides' channels: change some of them in one step. Wakes the engine. */
 void mic_dcr_update(struct mic_bus *bus, uint32_t clear, uint32_t set);
 

@@ -16,15 +16,13 @@ build: $(VENV)/.built ## build into .venv
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[test]'
-	@touch $@ $(VENV)/.built
-
-$(VENV)/.built: $(VENV)/.installed setup.py native/build_native.py $(NATIVE)
-	$(PIP) --no-deps -e .
+# Dependencies are installed once and after a change of pyproject.toml; C is compiled each time it changed.
+$(VENV)/.built: pyproject.toml setup.py native/build_native.py $(NATIVE) | $(BIN)/python
+	@if [ $(VENV)/.deps -nt pyproject.toml ]; then set -x; $(PIP) --no-deps -e .; \
+	else set -x; $(PIP) -e '.[test]' && touch $(VENV)/.deps; fi
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+$(VENV)/.dev: pyproject.toml | build
 	$(PIP) -e '.[test,dev]'
 	@touch $@
 
@@ -71,7 +69,7 @@ soak: build ## the long runs
 bench: build ## speed against limits of this machine, in one run
 	$(BIN)/micemu bench
 
-docs: $(VENV)/.installed ## the documentation site
+docs: build ## the documentation site
 	$(PIP) -e '.[docs]'
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 

@@ -48,6 +48,16 @@ class BlockDriver(LoopDriver):
             pass
         return rc
 
+    def bench(self, block: int, depth: int, seconds: float, random: bool, write: bool, spin_us: int) -> dict[str, float]:
+        """Load the disk from a user of its own (``struct mic_blk_bench``). Raises OSError."""
+        assert self.dev
+        b = ffi.new("struct mic_blk_bench *")
+        b.block, b.depth, b.runtime_ms, b.random, b.write = block, depth, int(seconds * 1000), random, write
+        rc = lib.mic_blk_bench(self._drv, b, spin_us, self.dev.stop_fd)
+        if rc < 0:
+            raise OSError(-rc, f"bench of {self.name}: {os.strerror(-rc)}")
+        return {"iops": b.iops, "mb_per_s": b.mb_per_s, "p50_us": b.p50_us, "p99_us": b.p99_us}
+
     def remove(self) -> None:
         if self._drv != ffi.NULL:
             lib.mic_blk_drv_stop(self._drv)  # what is outstanding ends with ESHUTDOWN

@@ -45,6 +45,7 @@ class Environment:
     userland: Userland
     log: Log
     names: set[str] = field(default_factory=set)
+    drivers: list[LoopDriver] = field(default_factory=list)  # those that run now
 
     def free_name(self, prefix: str) -> str:
         """The first free of vda, vdb, ... Raises OSError ENOSPC."""
@@ -92,6 +93,7 @@ class LoopDriver:
 
     def start(self) -> None:
         assert self.dev
+        self.env.drivers.append(self)
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -105,6 +107,8 @@ class LoopDriver:
         """End the loop, wait for it, free everything; may be called after a failed probe."""
         if self.dev is None:
             return
+        if self in self.env.drivers:
+            self.env.drivers.remove(self)
         os.write(self.dev.stop_fd, (1).to_bytes(8, "little"))
         if self._thread:
             self._thread.join(STOP_LIMIT_S)

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from mic_emu._native import lib
 from mic_emu.card.os import program
-from mic_emu.card.os.program import Root, Started, kill_all
+from mic_emu.card.os.program import Command, Root, Started, kill_all
 
 from mic_emu import runproto
 from mic_emu.runproto import BadRequest
@@ -303,7 +303,8 @@ class _Loop:
             client.master, slave = self.root.open_terminal()
             program.set_size(client.master, request.rows, request.cols)
         env = runproto.card_environment(request.env, self.config.env)
-        client.started = program.start(self.root, request.argv, env, request.cwd, stdio, slave)
+        command = Command(request.argv, env, request.cwd, stdio, slave, request.umask)
+        client.started = program.start(self.root, command)
         self.clients[client.pid] = client
         self.watch(client.started.ready_fd, lambda: self.on_started(client))
 
@@ -412,9 +413,8 @@ class _Console:
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            started = program.start(
-                self.loop.root, [shell, "-i", "-l"], env, self.loop.config.cwd, (), self.slave
-            )
+            command = Command([shell, "-i", "-l"], env, self.loop.config.cwd, terminal=self.slave)
+            started = program.start(self.loop.root, command)
         except OSError:
             self.retry()
             return

@@ -14,11 +14,13 @@ import shlex
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
+from mic_emu.card.os.agent import Agent
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.interrupts import CardInterrupts
@@ -32,6 +34,7 @@ from mic_emu.cosm.states import Status
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
+from mic_emu.scif.service import ScifService, listen_at
 
 C = L.CONSTANTS
 
@@ -98,6 +101,8 @@ class Kernel:
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()
+        scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
+        scif.start()
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
         vop = VopCard(
             self.bus, self.page, self.memory, self.interrupts, self.clock, self.log,
@@ -107,11 +112,15 @@ class Kernel:
         link.start()
         client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
+        agent = Agent(environment)
+        await agent.open()
         await vop.start()
         self.log.info("card is up", event="card_up", node=self.node_id)
         status = await self._down
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
+        await agent.close()
         await userland.shutdown()
+        await scif.close()
         await client.report(status)
         await client.close()
         await link.stop()

@@ -205,6 +205,7 @@ def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
         ({"run": 1, "argv": ["x"]}, 2),
         ({"run": 1, "argv": ["x"], "tty": True}, 1),
         ({"run": 1, "argv": ["x"], "rows": -1}, 3),
+        ({"run": 1, "argv": ["x"], "umask": 512}, 3),
         ({"run": 1, "argv": ["x"], "cwd": "\ud800"}, 3),
     ],
 )
@@ -335,6 +336,18 @@ def test_death_of_the_caller_ends_the_program(card: Card, tmp_path: Path) -> Non
         p.stdout.close()
 
 
+def test_umask_and_files_are_the_callers(card: Card, tmp_path: Path) -> None:
+    """A file that a program makes has the caller's umask and owner."""
+    before = os.umask(0o027)
+    try:
+        card.sh("echo x > file; mkdir sub", cwd=tmp_path)
+    finally:
+        os.umask(before)
+    st = (tmp_path / "file").stat()
+    assert (st.st_mode & 0o777, st.st_uid) == (0o640, os.getuid())
+    assert (tmp_path / "sub").stat().st_mode & 0o777 == 0o750
+
+
 def test_many_at_once(card: Card) -> None:
     """Fifty programs at the same time, each with its own status and output."""
     ps = [card.client(["sh", "-c", f"echo {n}; exit {n}"], stdout=subprocess.PIPE) for n in range(50)]
@@ -414,8 +427,8 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
     with Terminal(card, ["bash", "--norc", "--noprofile", "-i"]) as t:
         t.type("PS1='$''> '\n")
         t.expect(r"\$> ")
-        t.type("sleep 1000\n")
-        eventually(lambda: _running("sleep", "1000"), 5, "the sleep started")
+        t.type("sleep 100009\n")
+        eventually(lambda: _running("sleep", "100009"), 5, "the sleep started")
         time_limit = time.monotonic() + 10
         t.type("\x03")
         t.expect(r"\$> ")
@@ -426,7 +439,7 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
         eventually(lambda: _running("sleep", "1001"), 5, "the sleep started")
         t.type("\x1a")
         t.expect("Stopped")
-        t.type("jobs; kill %1; wait; echo done=$((1+1))\n")
+        t.type("jobs; kill -KILL %1; wait %1; echo done=$((1+1))\n")
         t.expect("Stopped")
         t.expect("done=2")
         t.type("exit 7\n")

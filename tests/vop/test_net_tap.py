@@ -372,11 +372,11 @@ def _children() -> str:
 @pytest.mark.parametrize(
     ("err", "step", "fix"),
     [
-        ("EPERM", lib.MIC_NS_USER, "user namespaces"),
-        ("ENOSPC", lib.MIC_NS_USER, "max_user_namespaces"),
-        ("EACCES", lib.MIC_NS_OPEN, "chmod 666"),
-        ("ENOENT", lib.MIC_NS_OPEN, "modprobe tun"),
-        ("EPERM", lib.MIC_NS_TAP, "CAP_NET_ADMIN"),
+        ("EPERM", lib.MIC_NETNS_USER, "user namespaces"),
+        ("ENOSPC", lib.MIC_NETNS_USER, "max_user_namespaces"),
+        ("EACCES", lib.MIC_NETNS_OPEN, "chmod 666"),
+        ("ENOENT", lib.MIC_NETNS_OPEN, "modprobe tun"),
+        ("EPERM", lib.MIC_NETNS_TAP, "CAP_NET_ADMIN"),
     ],
 )
 def test_each_refusal_names_its_fix(err: str, step: int, fix: str) -> None:
@@ -400,3 +400,32 @@ def test_probe_falls_back_when_namespaces_are_used_up() -> None:
                 raise OSError(1, f"unexpected: {found}")
 
         outer.run(work)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_namespaces_as_an_ordinary_user() -> None:
+    """An ordinary user becomes root inside its own pair; a TAP there needs an accessible /dev/net/tun."""
+    import ctypes
+
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as a process that never was root
+            with netns.create() as ns:
+                open_to_all = os.access("/dev/net/tun", os.R_OK | os.W_OK)
+                found = netns.probe()
+                assert found.mode == ("ns" if open_to_all else "responder"), found
+                assert open_to_all or "chmod 666" in found.reason
+                ns.run(netif.loopback_up)
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0

@@ -17,7 +17,7 @@ from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import close_prepared, extra_device, plan
+from mic_emu.host.devices import check, extra_device, plan
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
@@ -29,7 +29,7 @@ from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 C = L.CONSTANTS
 POWER_ON_LIMIT_S = 10.0
@@ -244,9 +244,8 @@ class Card:
         for path, what in ((image, "card image"), (self.config.ramdisk, "ramdisk")):
             if path:
                 check_file(path, what, self.name)
-        if self.network and self.config.net != "none":
-            self.network.check(self.index, self.config.net)
-        close_prepared(plan(self))
+        if self.supervisor is None:  # else the devices of a crashed boot still hold what they need
+            check(self)
 
     def backend(self, name: str) -> Backend:
         """A device's backend by name. Raises MicemuError."""

@@ -19,7 +19,8 @@ from mic_emu.config import CardConfig, Config
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.host import inspection
-from mic_emu.wire import AsyncChannel, UnixServer, WireError, serve_unix
+from mic_emu.wire import WireError
+from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card

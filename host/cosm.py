@@ -271,7 +271,11 @@ class CosmServer:
     async def serve(self) -> None:
         """Accept until cancelled."""
         while True:
-            ep = await self._listener.accept()
+            try:
+                ep = await self._listener.accept()
+            except ScifError as e:
+                self._log.warning(f"COSM accept: {e}")  # a card that went away in the middle of it
+                continue
             node = ep.peer[0] if ep.peer else 0
             device = self._find(node - 1)
             if device is None:

@@ -24,7 +24,8 @@ from mic_emu.log import Log
 from mic_emu.memory import Mapping, PageAllocator, create_shm
 from mic_emu.rundir import RunDir
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.scif.service import ScifService, listen_at
+from mic_emu.wire_aio import AsyncChannel
 
 HOST_MEMORY_START = 1 << 20  # the first MiB stays unused: a zero address means "absent" everywhere
 
@@ -46,12 +47,15 @@ class Instance:
         self.memory = PageAllocator(self.host_fd, HOST_MEMORY_START, config.host_memory)
         self.node = Node(0, self.memory, self.memory_view, self.clock, log.bind(part="scif"))
         self.network = Network(log.bind(part="network"))
+        self.scif: ScifService | None = None
         self._cosm_task: asyncio.Task[None] | None = None
         self._plug = asyncio.Lock()
 
     async def start(self) -> None:
         """Bring up what needs no card."""
         await self.node.start()
+        self.scif = ScifService(self.node, listen_at(self.rundir / "scif.sock"))
+        self.scif.start()
         server = CosmServer.open(self.node.open(), self._find_cosm, self.log.bind(part="cosm"))
         self._cosm_task = asyncio.ensure_future(server.serve())
 
@@ -128,6 +132,8 @@ class Instance:
         self.cards.clear()
         if self._cosm_task:
             self._cosm_task.cancel()
+        if self.scif:
+            await self.scif.close()
         await self.node.close()
         self.network.close()
 

@@ -26,17 +26,19 @@ def plan(card: Card) -> list[Backend]:
         if card.config.disk != "none":
             made.append(block(card, "block", card.config))
     except BaseException:
-        close_prepared(made)
+        for backend in made:
+            for fd in backend.fds:
+                os.close(fd)
         raise
     return made
 
 
-def close_prepared(backends: list[Backend]) -> None:
-    """Close what ``plan`` opened for backends that will not run."""
-    for backend in backends:
-        for fd in backend.fds:
-            os.close(fd)
-        backend.fds.clear()
+def check(card: Card) -> None:
+    """Would ``plan`` work? Raises MicemuError with the fix; nothing stays open."""
+    if card.config.net != "none" and card.network:
+        card.network.check(card.index, card.config.net)
+    if card.config.disk != "none":
+        os.close(open_image(card.config, disk_path(card), card.name))
 
 
 def console(card: Card) -> Backend:
@@ -51,9 +53,14 @@ def console(card: Card) -> Backend:
     return backend
 
 
+def disk_path(card: Card) -> str:
+    """The card's image: the configured one, or a scratch image that goes with the run directory."""
+    return card.config.disk or str(card.dir / "disk.img")
+
+
 def block(card: Card, name: str, config: CardConfig) -> Backend:
     """A disk on a raw image."""
-    path = config.disk or str(card.dir / "disk.img")
+    path = config.disk or disk_path(card)
     fd = open_image(config, path, card.name)
     size = os.lseek(fd, 0, os.SEEK_END)
     args = {"read_only": config.read_only, "personality": card.config.personality, "serial": f"{card.name}-{name}"}

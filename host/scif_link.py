@@ -63,8 +63,10 @@ class HostLink:
         self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"))
 
     def _publish(self, addr: int) -> None:
-        """Doorbell first, then the address (HW 7 ring-back)."""
-        BOOT.put(self.driver.page, 0, "c2h_scif_db", self._db if addr else 0xFF)
+        """Doorbell first, then the address (HW 7 ring-back). When we leave only the address goes: the
+        answer to EXIT still rings."""
+        if addr:
+            BOOT.put(self.driver.page, 0, "c2h_scif_db", self._db)
         BOOT.put(self.driver.page, 0, "scif_host_dma_addr", addr)
 
     def down(self) -> None:

@@ -7,7 +7,9 @@ behind when the last descriptor is closed.
 from __future__ import annotations
 
 import errno
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -85,6 +87,30 @@ class Namespaces:
         if fd < 0:
             raise _error(-fd, step[0])
         return netif.Tap(fd, name)
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Run ``call`` in here, in a forked child, and wait for it. Raises NetError if it raised OSError."""
+        r, w = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                self.enter()
+                call()
+                status = 0
+            except OSError as e:
+                os.write(w, json.dumps([e.errno, e.strerror]).encode())
+            finally:
+                os._exit(status)
+        os.close(w)
+        with os.fdopen(r, "rb") as f:
+            report = f.read()
+        _, status = os.waitpid(pid, 0)
+        if report:
+            err, text = json.loads(report)
+            raise NetError(err, text)
+        if status:
+            raise NetError(errno.EPROTO, f"a helper process ended with status {status}")
 
     def close(self) -> None:
         """Close the descriptors."""

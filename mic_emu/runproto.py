@@ -1,8 +1,8 @@
 """Messages between ``micemu run`` and the init of a card, over ``wire``.
 
 ===================  =====================================================================
-client               ``{"run": 1, "argv", "env", "cwd", "tty", "rows", "cols"}``, with
-                     stdin, stdout and stderr as descriptors when ``tty`` is false
+client               ``{"run": 1, "argv", "env", "cwd", "umask", "tty", "rows", "cols"}``,
+                     with stdin, stdout and stderr as descriptors when ``tty`` is false
 client, later        ``{"signal": n}`` for the program's process group
 init                 ``{"started": pid}``, with the terminal's master when ``tty`` is true
 init                 ``{"exited": status}``: 0..255, or minus the signal that ended it
@@ -55,6 +55,7 @@ class RunRequest:
     tty: bool = False
     rows: int = 0
     cols: int = 0
+    umask: int = 0o022
 
     def message(self) -> Message:
         """As it goes over the wire."""
@@ -66,6 +67,7 @@ class RunRequest:
             "tty": self.tty,
             "rows": self.rows,
             "cols": self.cols,
+            "umask": self.umask,
         }
 
 
@@ -95,6 +97,9 @@ def parse_run(msg: Message, nfds: int) -> RunRequest:
     sizes = [msg.get(k, 0) for k in ("rows", "cols")]
     if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in sizes):
         raise BadRequest("the terminal's size is not two numbers of 0..65535")
+    umask = msg.get("umask", 0o022)
+    if type(umask) is not int or not 0 <= umask <= 0o777:
+        raise BadRequest("the umask is not a number of 0..511")
     for name in env:
         if "=" in _text(name, "an environment name") or not name:
             raise BadRequest("an environment name is empty or has '=' in it")
@@ -105,6 +110,7 @@ def parse_run(msg: Message, nfds: int) -> RunRequest:
         tty=tty,
         rows=sizes[0],
         cols=sizes[1],
+        umask=umask,
     )
 
 

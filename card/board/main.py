@@ -60,6 +60,8 @@ class Board:
         self.dma.reset()
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
+        # GDDR comes up zeroed, and what the last OS used goes back to the system.
+        lib.mic_punch(self.bus.fds[lib.MIC_FD_GDDR], 0, self.bus.gddr.size)
         base = download_address(self.bus.gddr.size)
         self.post(POST_READY)
         self.bus.hw_store("spad", base | APIC_ID << C["DOWNLOAD_APIC_SHIFT"] | C["DOWNLOAD_READY"], C["SPAD_DOWNLOAD"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import string
 import struct
 import termios
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import ioctl
 from typing import Any
 
@@ -18,7 +18,7 @@ from mic_emu import netif
 from mic_emu._native import ffi, lib
 from mic_emu.bar import Bus
 from mic_emu.card.os.userland import Userland
-from mic_emu.card.os.vop import VirtioDevice, VirtioDriver
+from mic_emu.card.os.vop import VirtioDevice
 from mic_emu.log import Log
 from mic_emu.virtio import net
 
@@ -44,6 +44,20 @@ class Environment:
     bus: Bus
     userland: Userland
     log: Log
+    names: set[str] = field(default_factory=set)
+    drivers: list[LoopDriver] = field(default_factory=list)  # those that run now
+
+    def free_name(self, prefix: str) -> str:
+        """The first free of vda, vdb, ... Raises OSError ENOSPC."""
+        for letter in string.ascii_lowercase:
+            name = prefix + letter
+            if name not in self.names:
+                self.names.add(name)
+                return name
+        raise OSError(errno.ENOSPC, f"all names {prefix}a to {prefix}z are taken")
+
+    def release_name(self, name: str) -> None:
+        self.names.discard(name)
 
 
 class LoopDriver:
@@ -79,6 +93,7 @@ class LoopDriver:
 
     def start(self) -> None:
         assert self.dev
+        self.env.drivers.append(self)
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -92,6 +107,8 @@ class LoopDriver:
         """End the loop, wait for it, free everything; may be called after a failed probe."""
         if self.dev is None:
             return
+        if self in self.env.drivers:
+            self.env.drivers.remove(self)
         os.write(self.dev.stop_fd, (1).to_bytes(8, "little"))
         if self._thread:
             self._thread.join(STOP_LIMIT_S)
@@ -197,9 +214,3 @@ class NetworkDriver(LoopDriver):
             if obj:
                 obj.close()
         self._obj = self._responder = self._tap = None
-
-
-DRIVERS: dict[int, Callable[[Environment], VirtioDriver]] = {
-    C["VIRTIO_ID_CONSOLE"]: ConsoleDriver,
-    C["VIRTIO_ID_NET"]: NetworkDriver,
-}

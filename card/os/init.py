@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from mic_emu._native import lib
 from mic_emu.card.os import program
-from mic_emu.card.os.program import Root, Started, kill_all
+from mic_emu.card.os.program import Command, Root, Started, kill_all
 
 from mic_emu import runproto
 from mic_emu.runproto import BadRequest
@@ -116,7 +116,7 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
             signal.signal(sig, signal.SIG_IGN)
         try:
             root, notes = make_root()
-        except OSError as e:
+        except Exception as e:
             control.send({"error": str(e)})
             raise
         _Loop(config, listener, control, root).run(notes)
@@ -244,7 +244,8 @@ class _Loop:
             self.console.stop()
         me = os.getpid()
         programs = program.descendants(me)
-        kill_all(programs, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT)
+        kill_all(programs, signal.SIGTERM, signal.SIGCONT)
+        kill_all(program.terminal_leaders(programs), signal.SIGHUP)  # interactive shells ignore SIGTERM
         deadline = time.monotonic() + grace_s
         while program.descendants(me) and time.monotonic() < deadline:
             self.turn(min(deadline, time.monotonic() + 0.05))
@@ -302,7 +303,8 @@ class _Loop:
             client.master, slave = self.root.open_terminal()
             program.set_size(client.master, request.rows, request.cols)
         env = runproto.card_environment(request.env, self.config.env)
-        client.started = program.start(self.root, request.argv, env, request.cwd, stdio, slave)
+        command = Command(request.argv, env, request.cwd, stdio, slave, request.umask)
+        client.started = program.start(self.root, command)
         self.clients[client.pid] = client
         self.watch(client.started.ready_fd, lambda: self.on_started(client))
 
@@ -411,7 +413,8 @@ class _Console:
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            started = program.start(self.loop.root, [shell, "-i", "-l"], env, self.loop.config.cwd, (), self.slave)
+            command = Command([shell, "-i", "-l"], env, self.loop.config.cwd, terminal=self.slave)
+            started = program.start(self.loop.root, command)
         except OSError:
             self.retry()
             return

@@ -9,26 +9,32 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import shlex
 import signal
 import sys
-from typing import Any
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
 
 from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
+from mic_emu.card.os.agent import Agent
 from mic_emu.card.os.cosm import CosmClient
-from mic_emu.card.os.drivers import DRIVERS, Environment
+from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.klog import KernelLog
+from mic_emu.card.os.registry import DRIVERS
 from mic_emu.card.os.scif_link import CardLink
-from mic_emu.card.os.userland import Userland
+from mic_emu.card.os.userland import PANIC_STATUS, Userland
 from mic_emu.card.os.vop import VopCard
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
+from mic_emu.scif.service import ScifService, listen_at
 
 C = L.CONSTANTS
 
@@ -95,6 +101,8 @@ class Kernel:
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()
+        scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
+        scif.start()
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
         vop = VopCard(
             self.bus, self.page, self.memory, self.interrupts, self.clock, self.log,
@@ -104,11 +112,15 @@ class Kernel:
         link.start()
         client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
+        agent = Agent(environment)
+        await agent.open()
         await vop.start()
         self.log.info("card is up", event="card_up", node=self.node_id)
         status = await self._down
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
+        await agent.close()
         await userland.shutdown()
+        await scif.close()
         await client.report(status)
         await client.close()
         await link.stop()
@@ -127,19 +139,22 @@ class Kernel:
             self._down.set_result(status)
 
 
-def main() -> int:
-    """Entry point of the image. 0 after an orderly end."""
+def main() -> NoReturn:
+    """Entry point of the image. 0 after an orderly end; a panic ends the process on the spot, because
+    driver threads may be anywhere in C."""
     boot = json.loads(sys.argv[1])
     log = Log(boot["log_fd"], process="micos", card=boot["name"])
-    with Bus(boot["fds"]) as bus:
-        klog = KernelLog(bus.gddr)
-        log.set_hook(klog.record)
-        try:
-            kernel = Kernel(boot, bus, log)
-            # The init process is forked here, while this process has one thread and no event loop.
-            userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
-            asyncio.run(kernel.run(userland))
-        except BootError as e:
-            log.error(f"panic: {e}")
-            return errno.EIO
-    return 0
+    bus = Bus(boot["fds"])
+    log.set_hook(KernelLog(bus.gddr).record)
+    try:
+        kernel = Kernel(boot, bus, log)
+        # The init process is forked here, while this process has one thread and no event loop.
+        userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
+        asyncio.run(kernel.run(userland))
+    except BootError as e:
+        log.error(f"panic: {e}")
+        os._exit(errno.EIO)
+    except BaseException as e:
+        log.error(f"panic: {e!r}", traceback=traceback.format_exc())
+        os._exit(PANIC_STATUS)
+    os._exit(0)

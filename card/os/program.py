@@ -9,8 +9,9 @@ import signal
 import struct
 import termios
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from mic_emu._native import lib
 
@@ -93,18 +94,25 @@ class Started:
         return StartError(number, STAGES[stage])
 
 
-def start(
-    root: Root,
-    argv: Sequence[str],
-    env: Mapping[str, str],
-    cwd: str,
-    stdio: Sequence[int],
-    terminal: str | None = None,
-) -> Started:
-    """Fork a child that becomes ``argv`` in a session of its own.
+@dataclass(frozen=True)
+class Command:
+    """What a child becomes.
 
     stdio:     three descriptors, or none of them when ``terminal`` is given
-    terminal:  path of the slave that becomes its controlling terminal; or stdio[0] is one already
+    terminal:  path of the slave that becomes its standard descriptors and controlling terminal
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str
+    stdio: Sequence[int] = ()
+    terminal: str | None = None
+    umask: int = 0o022
+
+
+def start(root: Root, command: Command) -> Started:
+    """Fork a child that becomes ``command`` in a session of its own.
+
     The caller has one thread. Raises OSError when there is no process to be had (EAGAIN, ENOMEM).
     """
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
@@ -116,37 +124,28 @@ def start(
         os.close(ready_w)
         raise
     if pid == 0:
-        _child(root, argv, env, cwd, stdio, terminal, ready_w, parent)
+        _child(root, command, ready_w, parent)
     os.close(ready_w)
     return Started(pid, ready_r)
 
 
-def _child(
-    root: Root,
-    argv: Sequence[str],
-    env: Mapping[str, str],
-    cwd: str,
-    stdio: Sequence[int],
-    terminal: str | None,
-    ready_w: int,
-    parent: int,
-) -> NoReturn:
+def _child(root: Root, command: Command, ready_w: int, parent: int) -> NoReturn:
     stage, report = 0, ready_w
     try:
         namespaces.check(lib.mic_proc_die_with_parent(parent), "init died")
         _default_signals()
         os.setsid()
-        root.enter(cwd)
-        if terminal is not None:
-            # Opened here, so that its name is one of the program's own file system.
-            stdio = [os.open(terminal, os.O_RDWR)] * 3
-        report = _stdio(stdio, ready_w)
-        if terminal is not None:
+        root.enter(command.cwd)
+        os.umask(command.umask)
+        # The terminal is opened here, so that its name is one of the program's own file system.
+        terminal = command.terminal and os.open(command.terminal, os.O_RDWR)
+        report = _stdio([terminal] * 3 if terminal else command.stdio, ready_w)
+        if terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         stage = 1
-        os.chdir(cwd)
+        os.chdir(command.cwd)
         stage = 2
-        os.execvpe(argv[0], list(argv), {**env, "PWD": cwd})
+        os.execvpe(command.argv[0], list(command.argv), {**command.env, "PWD": command.cwd})
     except OSError as e:
         os.write(report, _REPORT.pack(e.errno or errno.EIO, stage))
     except Exception:
@@ -171,8 +170,16 @@ def _stdio(stdio: Sequence[int], ready_w: int) -> int:
     return 3
 
 
-def processes() -> dict[int, tuple[int, int]]:
-    """{pid: (parent, session)} of all live processes that this /proc shows."""
+class ProcessRow(NamedTuple):
+    """Of one process: its parent, its session, and whether it has a controlling terminal."""
+
+    parent: int
+    session: int
+    terminal: bool
+
+
+def processes() -> dict[int, ProcessRow]:
+    """All live processes that this /proc shows, by pid."""
     found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -182,7 +189,7 @@ def processes() -> dict[int, tuple[int, int]]:
         except OSError:
             continue
         if fields[0] not in "ZX":
-            found[int(entry)] = (int(fields[1]), int(fields[3]))
+            found[int(entry)] = ProcessRow(int(fields[1]), int(fields[3]), fields[4] != "0")
     return found
 
 
@@ -190,8 +197,8 @@ def descendants(ancestor: int) -> set[int]:
     """Live processes below ``ancestor``."""
     table = processes()
     below: dict[int, list[int]] = {}
-    for pid, (parent, _) in table.items():
-        below.setdefault(parent, []).append(pid)
+    for pid, row in table.items():
+        below.setdefault(row.parent, []).append(pid)
     found: set[int] = set()
     todo = [ancestor]
     while todo:
@@ -203,7 +210,12 @@ def descendants(ancestor: int) -> set[int]:
 
 def session_members(session: int) -> list[int]:
     """Live processes of a session."""
-    return [pid for pid, (_, sid) in processes().items() if sid == session]
+    return [pid for pid, row in processes().items() if row.session == session]
+
+
+def terminal_leaders(pids: set[int]) -> list[int]:
+    """Those of ``pids`` that lead a session on a terminal: what a hang-up is for."""
+    return [pid for pid, row in processes().items() if pid in pids and pid == row.session and row.terminal]
 
 
 def kill_all(pids: Sequence[int] | set[int], *signals: int) -> None:

@@ -37,10 +37,14 @@ class CardLink:
         self.link.start()
 
     def _publish(self, addr: int) -> None:
-        BOOT.put(self.page, 0, "h2c_scif_db", self._line.doorbell if addr else 0xFF)
+        """Doorbell first, then the address. When we leave only the address goes: the answer to EXIT still
+        rings."""
+        if addr:
+            BOOT.put(self.page, 0, "h2c_scif_db", self._line.doorbell)
         BOOT.put(self.page, 0, "scif_card_dma_addr", addr)
 
     async def stop(self) -> None:
         """Orderly: EXIT and its answer, address withdrawn."""
         await self.link.stop()
+        BOOT.put(self.page, 0, "h2c_scif_db", 0xFF)
         self._line.free()

@@ -11,9 +11,10 @@ from typing import Any
 
 from mic_emu.bar import Bus
 from mic_emu.card.os import init
-from mic_emu.card.os.program import HostRoot, Root
+from mic_emu.card.os.rootfs import RootConfig, make_root
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
+from mic_emu.virtio import net
 from mic_emu.wire import listen_unix
 
 SHUTDOWN_GRACE_S = 2.0
@@ -45,10 +46,16 @@ class Userland:
         }
         config = init.InitConfig(hostname=boot["name"], env=env, cwd=params.get("micemu.cwd", "/"))
 
-        def make_root() -> tuple[Root, list[str]]:
-            return HostRoot(), []
-
-        return cls(init.start(config, listener, make_root), listener, path, log)
+        archive = bytes(bus.gddr.read(*ramdisk)) if ramdisk else b""
+        names = {boot["name"]: net.card_address(boot["index"]), "host": net.host_address(boot["index"])}
+        root = RootConfig(
+            hostname=boot["name"],
+            ramdisk=archive,
+            hosts={name: address.split("/")[0] for name, address in names.items()},
+            expose=[boot["dir"]],
+        )
+        process = init.start(config, listener, lambda: make_root(boot["contained"], root))
+        return cls(process, listener, path, log)
 
     def on_request(self, callback: Callable[[Status], None]) -> None:
         """What to do when init ends by itself: the card goes down."""

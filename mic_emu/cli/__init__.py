@@ -77,7 +77,8 @@ def cli(ctx: click.Context, instance: str | None) -> None:
 def main() -> None:
     """Entry point: errors are one sentence and an exit status, never a traceback."""
     try:
-        cli.main(prog_name="micemu", standalone_mode=False)
+        status = cli.main(prog_name="micemu", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.ClickException as e:

@@ -59,6 +59,16 @@ def ask(op: str, fds: Sequence[int] = (), **fields: Any) -> Message:
     return msg
 
 
+def ask_card(card: Message, op: str, limit_s: float = 60.0, **fields: Any) -> Message:
+    """A request to a running card OS; its answer, ``error`` and ``errno`` included. Raises MicemuError."""
+    try:
+        with Channel(connect_unix(f"{card['run_dir']}/os.sock")) as channel:
+            channel.send({"op": op, **fields})
+            return channel.recv(limit_s, f"the card's answer to {op!r}")[0]
+    except OSError as e:
+        raise MicemuError(f"{card['name']} does not answer: {e}", e.errno or 0) from e
+
+
 def emit(plain: Any) -> None:
     """``--json`` output."""
     click.echo(json.dumps(plain, indent=2 if sys.stdout.isatty() else None))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
+from typing import Any
+
 import click
 
-from mic_emu.cli import client, run_client
+from mic_emu.cli import client
 from mic_emu.errors import MicemuError, StateError
-from mic_emu.wire import connect_unix
 
 
 @click.command()
@@ -32,7 +36,7 @@ def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
         raise StateError(f"{card} is {info['state']} with network {info['net']}: nothing to ping")
     target = info["addresses"]["host" if from_card else "card"]
     if from_card:
-        rtts = from_the_card(card, target, count)
+        rtts = from_the_card(info, target, count)
     elif info["net"] == "responder":
         request = {"op": "ping", "target": target, "count": count, "interval": 0.2, "timeout": 1.0}
         reply = client.ask("backend", card=card, device="net", request=request, limit=count * 0.2 + 5)
@@ -56,9 +60,6 @@ def parse(output: str) -> list[float]:
 
 def system_ping(target: str, count: int) -> list[float]:
     """ping(8) inside the emulator's own namespaces. Raises MicemuError when there is no such program."""
-    import subprocess
-    import sys
-
     with client.connect() as channel:
         for _, fds in client.converse(channel, "host_ns"):
             pass
@@ -75,20 +76,16 @@ def system_ping(target: str, count: int) -> list[float]:
     return parse(done.stdout)
 
 
-def from_the_card(card: str, target: str, count: int) -> list[float]:
-    """From the card's side: its own ping program, or the responder of its network driver."""
-    import os
-    import tempfile
-
-    where = client.ask("run", card=card)
-    with tempfile.TemporaryFile("w+") as out:
-        saved = os.dup(1)
-        os.dup2(out.fileno(), 1)
-        try:
-            argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
-            run_client.run(connect_unix(where["socket"]), argv, where=card, tty=False)
-        finally:
-            os.dup2(saved, 1)
-            os.close(saved)
-        out.seek(0)
-        return parse(out.read())
+def from_the_card(card: dict[str, Any], target: str, count: int) -> list[float]:
+    """From the card's side: the responder of its network driver, or the card's own ping program."""
+    reply = client.ask_card(card, "ping", target=target, count=count, interval=0.2, timeout=1.0)
+    if "rtts" in reply:
+        return list(reply["rtts"])
+    if reply["errno"] != errno.EOPNOTSUPP:
+        raise MicemuError(f"{card['name']}: {reply['error']}", reply["errno"])
+    argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
+    micemu = [sys.executable, "-m", "mic_emu.cli", "--instance", client.rundir().instance]
+    done = subprocess.run([*micemu, "run", card["name"], "--", *argv], capture_output=True, text=True, check=False)
+    if done.returncode == 127:
+        raise MicemuError("there is no ping program on the card: install iputils-ping, or boot with --net responder")
+    return parse(done.stdout)

@@ -74,6 +74,7 @@ def run(
         with_tty,
         rows,
         cols,
+        _umask(),
     )
     wanted = _PASSED_ON + ((signal.SIGWINCH,) if with_tty else ())
     with Channel(sock) as channel, terminal.caught(wanted) as signals:
@@ -94,6 +95,12 @@ def _cwd() -> str:
         return os.getcwd()
     except OSError:
         return "/"
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _start(channel: Channel, request: RunRequest, where: str) -> int:

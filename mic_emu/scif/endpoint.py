@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mic_emu import layout
 from mic_emu.clock import settle
 from mic_emu.scif import qp as queue
 from mic_emu.scif.errors import ScifError
@@ -67,6 +68,7 @@ class Endpoint:
         self.qp: queue.QueuePair | None = None
         self.rings: queue.Rings | None = None
         self.peer_qp_addr = 0
+        self.slot = -1  # our bit in the node's notify page
         self.backlog = 0
         self.pending: deque[Request] = deque()
         self._answer: asyncio.Future[None] | None = None  # grant or rejection of our request
@@ -165,13 +167,13 @@ class Endpoint:
         if self.state is State.UNBOUND:
             self.bind(0)
         try:
-            self.qp = self.node.new_qp(path)
+            qp = self._open_qp(path)
         except OSError as e:
             raise ScifError(errno.ENOMEM, str(e)) from None
         self.path, self.peer = path, dst
         self._answer = asyncio.get_running_loop().create_future()
         self._set(State.CONNECTING)
-        path.send(Msg(Op.CNCT_REQ, (self.node.id, self.port), dst, self.id, path.own_addr(self.qp.offset)))
+        path.send(Msg(Op.CNCT_REQ, (self.node.id, self.port), dst, self.id, path.own_addr(qp.offset)))
         return self._answer
 
     async def connect(self, dst: tuple[int, int]) -> int:
@@ -246,6 +248,21 @@ class Endpoint:
         if self.state is State.CONNECTING and msg.src[0] == self.peer[0]:
             self.connect_failed(errno.ECONNREFUSED)
 
+    def _open_qp(self, path: Path) -> queue.QueuePair:
+        """Queue pair, ring and control page, reachable through a slot of our notify page."""
+        self.qp = self.node.new_qp(path)
+        self.slot = self.node.notifier.take(self)
+        page = self.qp.page
+        page.notify_addr = path.own_addr(self.node.notifier.offset)
+        page.notify_slot = self.slot
+        page.abi = layout.CONSTANTS["SCIF_ABI"]
+        return self.qp
+
+    @property
+    def notify_fd(self) -> int:
+        """Our end of the program's descriptor; -1: we are a kernel client."""
+        return -1
+
     def _attach(self, path: Path, qp_addr: int, remote_id: int) -> None:
         assert self.qp is not None
         self.rings = queue.attach(self.qp, qp_addr, path.peer_view)
@@ -302,18 +319,20 @@ class Endpoint:
         self.node.ports.share(self.port)
         conn.port, conn.peer, conn.path = self.port, request.peer, path
         try:
-            conn.qp = self.node.new_qp(path)
+            qp = conn._open_qp(path)
             conn._attach(path, request.qp_addr, request.remote_id)
         except OSError as e:
             path.send(reject)
             conn.destroy()
+            if e.errno == errno.ECANCELED:
+                return None
             code = errno.EIO if isinstance(e, ScifError) else errno.ENOMEM
             raise ScifError(code, f"accept: {e}") from None
         conn.state = State.CONNECTING
         conn._final = asyncio.get_running_loop().create_future()
         path.send(
             Msg(Op.CNCT_GNT, (self.node.id, self.port), request.peer, request.remote_id,
-                path.own_addr(conn.qp.offset), conn.id)
+                path.own_addr(qp.offset), conn.id)
         )  # fmt: skip
         self.changed()  # one request less
         try:
@@ -358,6 +377,8 @@ class Endpoint:
             if n:
                 rings.put(data[:n])
                 self._tell(Op.CLIENT_SENT)
+            if n < len(data):
+                rings.want_room()
         except ScifError:
             self._damaged()
             raise ScifError(errno.ECONNRESET, "the peer damaged its ring") from None
@@ -389,6 +410,8 @@ class Endpoint:
         except ScifError:
             self._damaged()
             raise ScifError(errno.ECONNRESET, "the peer damaged its ring") from None
+        if n == 0 or not rings.used():
+            rings.drained()
         if not data and self.state is State.DISCONNECTED:
             raise ScifError(errno.ECONNRESET, "the peer has closed")
         if data and self.state is State.CONNECTED:
@@ -418,6 +441,14 @@ class Endpoint:
         """The peer wrote rubbish into our indices: treat it as gone."""
         self.node.log.error("node %d: %r: damaged ring, disconnected", self.node.id, self)
         self.disconnected()
+
+    def on_sent(self) -> None:
+        """CLIENT_SENT: bytes arrived."""
+        self.changed()
+
+    def on_received(self) -> None:
+        """CLIENT_RCVD: there is room again."""
+        self.changed()
 
     # --- poll ---------------------------------------------------------------------------------
 
@@ -523,8 +554,10 @@ class Endpoint:
     def _drop_qp(self) -> None:
         self.rings = None
         if self.qp is not None:
-            self.qp.free()
+            self.node.notifier.give_back(self.slot)
+            self.node.retire_qp(self.qp)
             self.qp = None
+            self.slot = -1
 
     def _set(self, state: State) -> None:
         self.state = state

@@ -11,20 +11,23 @@ import errno
 import itertools
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from mic_emu import layout
-from mic_emu.clock import Clock, settle
-from mic_emu.memory import PAGE, PageAllocator, View
+from mic_emu.clock import Alarm, Clock, settle
+from mic_emu.memory import PAGE, OutOfNodeMemory, PageAllocator, View
 from mic_emu.scif import qp as queue
 from mic_emu.scif.endpoint import NODE_ALIVE_S, Endpoint
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.link import Link, LinkPorts
+from mic_emu.scif.notifier import Notifier
 from mic_emu.scif.ports import Ports
 from mic_emu.scif.proto import Msg, Op
 
 HOST = 0
+RETIRE_S = 0.5
 PeerCallback = Callable[[int, bool], None]
 
 
@@ -126,6 +129,9 @@ class Node:
         self.listeners: dict[int, Endpoint] = {}
         self.links: dict[int, Link] = {}
         self.maxid = node_id
+        self.notifier = Notifier(self)
+        self._reaper: Alarm | None = None
+        self._retired: deque[tuple[float, queue.QueuePair]] = deque()
         self._self_path = SelfPath(self)
         self._online: dict[int, Path] = {node_id: self._self_path}
         self._memories: dict[int, tuple[View, int]] = {}
@@ -150,14 +156,15 @@ class Node:
             Op.CNCT_REJ: lambda msg, link: self._endpoint(msg.p0).on_reject(msg),
             Op.DISCNCT: self._on_disconnect,
             Op.DISCNCT_ACK: lambda msg, link: self._endpoint(msg.p0).on_disconnect_ack(),
-            Op.CLIENT_SENT: lambda msg, link: self._endpoint(msg.p0).changed(),
-            Op.CLIENT_RCVD: lambda msg, link: self._endpoint(msg.p0).changed(),
+            Op.CLIENT_SENT: lambda msg, link: self._endpoint(msg.p0).on_sent(),
+            Op.CLIENT_RCVD: lambda msg, link: self._endpoint(msg.p0).on_received(),
         }  # fmt: skip
 
     # --- what clients use ---------------------------------------------------------------------
 
     async def start(self) -> None:
         """Ready for use; the node is its own first peer (loopback needs no card)."""
+        self.notifier.start()
 
     def open(self) -> Endpoint:
         """A new unbound endpoint for a kernel client."""
@@ -213,6 +220,10 @@ class Node:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._reaper is not None:
+            self._reaper.cancel()
+        self.free_retired()
+        self.notifier.stop()
 
     # --- what endpoints and links use ---------------------------------------------------------
 
@@ -226,6 +237,38 @@ class Node:
 
     def new_qp(self, path: Path) -> queue.QueuePair:
         """Queue pair, ring and control page of one endpoint. Raises OutOfNodeMemory."""
+        self.notifier.start()
+        self._reap(self.clock.monotonic() - RETIRE_S)
+        try:
+            return self._new_qp(path)
+        except OutOfNodeMemory:
+            self.free_retired()
+            return self._new_qp(path)
+
+    def retire_qp(self, qp: queue.QueuePair) -> None:
+        """Free a queue pair after a while: a program in the middle of a copy may still write into it."""
+        qp.invalidate()
+        qp.control.sid = 0
+        now = self.clock.monotonic()
+        self._retired.append((now, qp))
+        if self._reaper is None:
+            self._reaper = self.clock.alarm(RETIRE_S, self._reap_tick)
+
+    def free_retired(self) -> None:
+        """Free what waits for that now."""
+        self._reap(float("inf"))
+
+    def _reap_tick(self) -> None:
+        self._reaper = None
+        self._reap(self.clock.monotonic() - RETIRE_S)
+        if self._retired:
+            self._reaper = self.clock.alarm(RETIRE_S, self._reap_tick)
+
+    def _reap(self, before: float) -> None:
+        while self._retired and self._retired[0][0] <= before:
+            self._retired.popleft()[1].free()
+
+    def _new_qp(self, path: Path) -> queue.QueuePair:
         return queue.QueuePair.create(self.memory, self.allocator, queue.EP_RING, path.own_addr, PAGE)
 
     def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:

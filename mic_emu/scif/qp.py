@@ -60,9 +60,23 @@ class QueuePair:
         """Offset of the control page in our memory."""
         return self.offset + PAGE + self.ring_size
 
+    @property
+    def page(self) -> Any:
+        """The queue pair page as ``struct mic_scif_qpage *``."""
+        return ffi.cast("struct mic_scif_qpage *", self.memory.pointer + self.offset)
+
+    @property
+    def control(self) -> Any:
+        """The control page as ``struct mic_scif_ctl *``."""
+        return ffi.cast("struct mic_scif_ctl *", self.memory.pointer + self.control_offset)
+
+    def invalidate(self) -> None:
+        """Nobody may attach any more."""
+        SCIF_QP.put(self.memory, self.offset, "magic", 0)
+
     def free(self) -> None:
         """Give the pages back."""
-        SCIF_QP.put(self.memory, self.offset, "magic", 0)
+        self.invalidate()
         self.allocator.free(self.offset)
 
 
@@ -73,6 +87,7 @@ class Rings:
         size = own.ring_size
         base = own.memory.pointer
         self._keep = (own, peer_qp, peer_ring)
+        self.peer_page: Any = ffi.cast("struct mic_scif_qpage *", peer_qp.pointer)
         u32 = "uint32_t *"
         self.tx: Any = ffi.new("struct mic_scif_tx *")
         self.tx.buf = peer_ring.pointer
@@ -84,6 +99,14 @@ class Rings:
         self.rx.windex = ffi.cast(u32, base + own.offset + SCIF_QP.off("local_write"))
         self.rx.rindex = ffi.cast(u32, peer_qp.pointer + SCIF_QP.off("local_read"))
         self.rx.size = size
+
+    def drained(self) -> None:
+        """A kernel client has read everything: programs notify it again for the next bytes."""
+        lib.mic_scif_kernel_drained(self.peer_page)
+
+    def want_room(self) -> None:
+        """A kernel client waits for room: a program that reads notifies it."""
+        lib.mic_scif_kernel_wants_room(self.peer_page)
 
     def room(self) -> int:
         """Bytes that can be sent now."""
@@ -116,11 +139,15 @@ class Rings:
 def attach(own: QueuePair, peer_addr: int, peer_view: PeerView) -> Rings:
     """Attach to the peer's queue pair at bus address ``peer_addr``.
 
-    Raises ScifError EIO when it is not one: outside memory, bad magic, bad ring address.
+    Raises ScifError EIO when it is not one: outside memory, bad magic, bad ring address; ECANCELED
+    when its owner has released it.
     """
     try:
-        peer_qp = peer_view(peer_addr, SCIF_QP.size)
-        if SCIF_QP.get(peer_qp, 0, "magic") != QP_MAGIC:
+        peer_qp = peer_view(peer_addr, PAGE)
+        magic = SCIF_QP.get(peer_qp, 0, "magic")
+        if magic == 0:
+            raise ScifError(errno.ECANCELED, f"the queue pair at {peer_addr:#x} was released")
+        if magic != QP_MAGIC:
             raise ScifError(errno.EIO, f"no queue pair at {peer_addr:#x}")
         ring_addr = SCIF_QP.get(peer_qp, 0, "local_buf")
         if ring_addr % PAGE or peer_addr % PAGE:

@@ -18,9 +18,10 @@ enum { TO_CARD = 0, FROM_CARD = 1 };
 #define INPUT 8192u           /* typed bytes that wait for buffers of the card */
 #define CLIENTS 8u
 #define CLIENT_OUT 262144u    /* bytes that a client may lag behind */
+#define CLIENT_RATE 32768u    /* bytes that a client must take in STALL_MS, or it is not waited for */
 #define MSG_HEAD 3u
 #define CHAIN_SEGS 256u
-#define STALL_MS 3000         /* a reader of the pty that takes nothing for so long is not waited for */
+#define STALL_MS 1000         /* a reader that takes nothing for so long is not waited for */
 #define EVENTS 16
 /* At most this many passes before the other events get a look, so that nobody starves control_fd. */
 #define PASSES 64u
@@ -31,6 +32,9 @@ struct client {
 	int fd;
 	bool gap;             /* bytes were skipped, and the note is still to come */
 	uint32_t out_first, out_len;
+	uint64_t sent;        /* bytes taken since it came */
+	uint64_t wait_begun;  /* the card waits for this client: since when ... */
+	uint64_t wait_sent;   /* ... and `sent` at that time */
 	uint8_t head[MSG_HEAD];
 	uint32_t head_len;    /* bytes of the message header read so far */
 	uint32_t left;        /* bytes of the message body to come */
@@ -51,6 +55,7 @@ struct mic_con_dev {
 	uint8_t piece[PIECE];
 	uint32_t piece_len, pty_at; /* [pty_at, piece_len) is still owed to the pty */
 	uint64_t stalled_at;        /* when the pty stopped taking bytes, 0 = it does not stall */
+	bool waiting;               /* the next piece waits for the pty or a client */
 	bool pty_dead;              /* stalled for too long: nobody waits for it until it takes again */
 	uint8_t history[HISTORY];
 	uint64_t history_end;       /* bytes ever shown */
@@ -156,6 +161,7 @@ static bool flush_client(struct client *c)
 			return errno == EAGAIN || errno == EINTR || errno == ENOBUFS;
 		c->out_first = (c->out_first + (uint32_t)n) % CLIENT_OUT;
 		c->out_len -= (uint32_t)n;
+		c->sent += (uint64_t)n;
 	}
 	return true;
 }
@@ -186,6 +192,34 @@ static void show_client(struct mic_con_dev *cd, struct client *c, const uint8_t 
 	queue_bytes(c, from, len);
 	if (!flush_client(c))
 		drop_client(cd, c);
+}
+
+/* Has this client room for another piece, or is it not waited for? A terminal that shows a large file
+ * slows the card down, as a serial line would; one that stops, or trickles, does not. */
+static bool client_ready(struct client *c)
+{
+	if (c->fd < 0 || c->gap || CLIENT_OUT - c->out_len >= PIECE)
+		return true;
+	uint64_t now = mic_now_ns(), limit = STALL_MS * 1000000ull;
+
+	if (!c->wait_begun || now - c->wait_begun >= 2 * limit) {
+		c->wait_begun = now;
+		c->wait_sent = c->sent;
+	} else if (now - c->wait_begun >= limit) {
+		c->gap = c->sent - c->wait_sent < CLIENT_RATE;
+		c->wait_begun = c->gap ? 0 : now;
+		c->wait_sent = c->sent;
+	}
+	return c->gap;
+}
+
+static bool clients_ready(struct mic_con_dev *cd)
+{
+	bool ready = true;
+
+	for (unsigned i = 0; i < CLIENTS; i++)
+		ready &= client_ready(&cd->clients[i]);
+	return ready;
 }
 
 static void remember(struct mic_con_dev *cd)
@@ -226,11 +260,14 @@ static bool feed_pty(struct mic_con_dev *cd)
 		if (n <= 0)
 			break;
 		cd->pty_at += (uint32_t)n;
+		if (!cd->pty_dead)
+			cd->stalled_at = 0;
+	}
+	if (cd->pty_at == cd->piece_len) {
 		cd->stalled_at = 0;
 		cd->pty_dead = false;
-	}
-	if (cd->pty_at == cd->piece_len)
 		return true;
+	}
 	uint64_t now = mic_now_ns();
 
 	if (!cd->stalled_at)
@@ -248,7 +285,10 @@ static int from_card(struct mic_con_dev *cd)
 {
 	struct mic_vq *vq = &cd->dev->vq[FROM_CARD];
 
-	if (!feed_pty(cd))
+	bool ready = feed_pty(cd);
+
+	cd->waiting = !clients_ready(cd) || !ready;
+	if (cd->waiting)
 		return 0;
 	if (!cd->busy) {
 		int rc = mic_vq_pop(vq, &cd->chain, cd->iov, CHAIN_SEGS);
@@ -467,7 +507,7 @@ static int pump(struct mic_con_dev *cd)
 	if (serving && ring_ready(&cd->dev->vq[FROM_CARD]))
 		moved |= from_card(cd);
 	else
-		feed_pty(cd);
+		cd->waiting = !feed_pty(cd);
 	return moved;
 }
 
@@ -476,7 +516,7 @@ static bool arm(struct mic_con_dev *cd)
 	bool again = false;
 
 	for (unsigned q = 0; q < 2; q++) {
-		bool wanted = q == FROM_CARD ? cd->pty_at == cd->piece_len : cd->in_len != 0;
+		bool wanted = q == FROM_CARD ? !cd->waiting : cd->in_len != 0;
 
 		if (wanted && mic_vdev_driver_ok(cd->dev) && ring_ready(&cd->dev->vq[q]))
 			again |= mic_vq_enable_kick(&cd->dev->vq[q]);
@@ -541,9 +581,9 @@ int mic_con_dev_run(struct mic_con_dev *cd)
 			if (!why && passes % (PASSES * 64u) == 0)
 				why = MIC_RUN_SIGNAL; /* under load signal handlers need a turn, too */
 		} else if (!cd->resized) {
-			/* A pty that stalls wakes us when it takes bytes, and at the latest at its limit. */
+			/* Who is waited for wakes us when it takes bytes, and at the latest at its limit. */
 			if (!arm(cd))
-				why = look(cd, cd->stalled_at ? STALL_MS : -1);
+				why = look(cd, cd->waiting ? STALL_MS : -1);
 			disarm(cd);
 		}
 		if (why)

@@ -239,10 +239,11 @@ static uint8_t load_status(const struct mic_vdev *dev)
 	return mic_load_acquire(dev->desc + offsetof(struct mic_device_desc, status));
 }
 
-/* The card set one of the two request bytes and rang; host process and loop both only read here. */
+/* The card set one of its request bytes and rang; Python clears them when it has acted. */
 static bool card_asks(const struct mic_vdev *dev)
 {
 	return mic_load_acquire(dev->ctrl + offsetof(struct mic_device_ctrl, vdev_reset)) ||
+	       mic_load_acquire(dev->ctrl + offsetof(struct mic_device_ctrl, guest_ack)) ||
 	       mic_load_acquire(dev->ctrl + offsetof(struct mic_device_ctrl, used_address_updated));
 }
 
@@ -285,10 +286,16 @@ void mic_vdev_broken(struct mic_vdev *dev, struct mic_vq *vq)
 
 static bool vdev_look(const struct mic_vdev *dev)
 {
+	uint8_t status = load_status(dev);
+
+	if (status != dev->status || card_asks(dev))
+		return true;
+	if (!(status & MIC_VIRTIO_DRIVER_OK))
+		return false;
 	for (unsigned i = 0; i < dev->num_vq; i++)
 		if (mic_vq_has_work(&dev->vq[i]))
 			return true;
-	return card_asks(dev) || load_status(dev) != dev->status;
+	return false;
 }
 
 bool mic_vdev_spin(struct mic_vdev *dev)

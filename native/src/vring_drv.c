@@ -178,14 +178,15 @@ int mic_dq_get(struct mic_dq *dq, uint64_t *token, uint32_t *len)
 	uint32_t id = mic_load_relaxed(&elem[0]), got = mic_load_relaxed(&elem[1]);
 
 	if ((uint16_t)(idx - dq->last_used) > dq->num || id >= dq->num || dq->chain_len[id] == NO_CHAIN) {
-		dq->broken = true;
+		mic_store_relaxed(&dq->broken, true);
 		return -EIO;
 	}
 	*token = dq->token[id];
 	/* A compat device counts readable bytes as well (VOP-25): never more than there is room for. */
 	*len = got < dq->in_len[id] ? got : dq->in_len[id];
 	free_chain(dq, (uint16_t)id);
-	dq->last_used++;
+	/* Relaxed: other threads look at it without the driver's lock, as a hint. */
+	mic_store_relaxed(&dq->last_used, (uint16_t)(dq->last_used + 1));
 	return 1;
 }
 
@@ -211,5 +212,5 @@ void mic_dq_disable_interrupt(struct mic_dq *dq)
 
 bool mic_dq_has_completion(const struct mic_dq *dq)
 {
-	return !dq->broken && load_used_idx(dq) != dq->last_used;
+	return !mic_load_relaxed(&dq->broken) && load_used_idx(dq) != mic_load_relaxed(&dq->last_used);
 }

@@ -105,11 +105,13 @@ async def fabric(cards: int = 1, *, clock: Clock | None = None, wait: bool = Tru
         buses = [Bus(create_slot(f"t{i}", 64 * MIB, host_fd)) for i in range(max(cards, 1))]
         lone = None if cards else buses[0]
         fab = Fabric(node_over(0, host_fd, buses[0].host, clock), host_fd, clock)
+        await fab.host.start()
         views = {i + 1: (b.gddr, b.fds[0]) for i, b in enumerate(buses)}
         for i in range(cards):
             bus, page = buses[i], Page()
             connect_irq(bus)
             node = node_over(i + 1, bus.fds[0], bus.gddr, clock)
+            await node.start()
             for other, (view, fd) in views.items():
                 if other != i + 1:
                     node.add_memory(other, view, fd)

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mic_emu.card
 import pytest
 
 import mic_emu
+import mic_emu.card
 from mic_emu import _native
 
 USER = 12345  # an id that owns nothing on this machine
@@ -104,7 +104,10 @@ def without_userns() -> list[str]:
 
 BOARD = """
 import os, sys
+from mic_emu._native import lib
 from mic_emu.card.os import ns
+from mic_emu.proc import kill_descendants
+lib.mic_proc_adopt_orphans()
 report = int(sys.argv[1])
 pid = os.fork()
 if pid == 0:
@@ -112,6 +115,7 @@ if pid == 0:
     os.execvp(sys.argv[2], sys.argv[2:])
 os.close(report)
 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+kill_descendants()
 print("status", status, flush=True)
 """
 
@@ -140,8 +144,14 @@ class Board:
 
 
 @contextmanager
-def board(argv: Sequence[str], prefix: Sequence[str] = (), user: bool = False) -> Iterator[Board]:
-    """Start ``argv`` as the card OS; afterwards nothing of it is left."""
+def board(
+    argv: Sequence[str],
+    prefix: Sequence[str] = (),
+    user: bool = False,
+    keep: Sequence[int] = (),
+    stdin: bool = False,
+) -> Iterator[Board]:
+    """Start ``argv`` as the card OS, with descriptors ``keep``; afterwards nothing of it is left."""
     exe, env = userland() if user else (sys.executable, dict(os.environ))
     marker = f"MICEMU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     name, _, value = marker.partition("=")
@@ -150,7 +160,8 @@ def board(argv: Sequence[str], prefix: Sequence[str] = (), user: bool = False) -
     process = subprocess.Popen(
         [*prefix, *(as_user() if user else []), exe, "-c", BOARD, str(w), *argv],
         env={**env, name: value},
-        pass_fds=[w],
+        pass_fds=[w, *keep],
+        stdin=subprocess.PIPE if stdin else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

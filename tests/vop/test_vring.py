@@ -74,7 +74,7 @@ def test_vop_3_ring_block_geometry() -> None:
 
 def test_vop_34_ring_sizes() -> None:
     """VOP-34: only powers of two up to 128 are rings."""
-    assert [n for n in range(0, 1000) if lib.mic_vring_num_ok(n)] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [n for n in range(1000) if lib.mic_vring_num_ok(n)] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert not lib.mic_vring_num_ok(65535)
 
 
@@ -447,10 +447,10 @@ def test_sleep_names_what_is_ready(plain: Pair) -> None:
 
 
 def test_handshake_bytes(plain: Pair) -> None:
-    """The loop leaves for vdev_reset and used_address_updated until cleared, for a new status once."""
+    """The loop leaves for each request byte until it is cleared, for a new status once."""
     vdev = plain.dev.vdev
     assert not lib.mic_vdev_handshake(vdev)
-    for name in ("vdev_reset", "used_address_updated"):
+    for name in ("vdev_reset", "used_address_updated", "guest_ack"):
         plain.rig.put_ctrl(name, 1)
         assert lib.mic_vdev_handshake(vdev)
         assert lib.mic_vdev_handshake(vdev)

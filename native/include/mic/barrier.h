@@ -32,6 +32,7 @@ static inline void mic_copy_once(void *dst, const void *src, size_t len)
 	memcpy(dst, src, len);
 	__asm__ __volatile__("" : : "r"(dst) : "memory");
 }
+#define mic_timestamp() __builtin_ia32_rdtsc()
 
 static inline void mic_cpu_relax(void)
 {

@@ -129,7 +129,7 @@ struct mic_vdev {
 /* What a device loop returns to Python. */
 enum mic_run {
 	MIC_RUN_CONTROL = 1,   /* control_fd is readable */
-	MIC_RUN_HANDSHAKE = 2, /* the card set vdev_reset or used_address_updated, or changed status */
+	MIC_RUN_HANDSHAKE = 2, /* mic_vdev_handshake() */
 	MIC_RUN_SIGNAL = 3,    /* EINTR: let Python run its signal handlers, then call again */
 	MIC_RUN_LOCAL = 4,     /* the local end (tap, pty) is gone */
 };
@@ -139,9 +139,9 @@ enum mic_run {
 int mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, uint64_t ctrl_off,
 		  int kick_fd, int control_fd, unsigned num_vq);
 void mic_vdev_fini(struct mic_vdev *dev);
-/* The card wants its host half to act: vdev_reset or used_address_updated is set, or the status byte
- * differs from dev->status. A change of status is reported once (dev->status follows); the other two
- * until the host process has cleared them. */
+/* The card wants its host half to act: vdev_reset, used_address_updated or guest_ack is set, or the
+ * status byte differs from dev->status. A change of status is reported once (dev->status follows),
+ * the bytes for as long as they are set. */
 bool mic_vdev_handshake(struct mic_vdev *dev);
 bool mic_vdev_driver_ok(const struct mic_vdev *dev);
 /* Interrupt the card through h2c_vdev_db; out of range numbers are ignored (VOP-28, VOP-52). */

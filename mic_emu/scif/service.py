@@ -1,0 +1,292 @@
+"""The node's socket: where programs (libscif.so.0 and the Python API) find their node.
+
+Every endpoint of a program is a connection to it, kept open for as long as any descriptor of the
+endpoint exists; requests come on control connections, a few per process. Nothing here runs per
+message: the data path is the program's own (design section 6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mic_emu._native import lib
+from mic_emu.scif.endpoint import State
+from mic_emu.scif.errors import ScifError
+from mic_emu.scif.session import (
+    Answer,
+    Control,
+    Reply,
+    Session,
+    caller_is_privileged,
+    peer_credentials,
+)
+
+if TYPE_CHECKING:
+    from mic_emu.scif.node import Node
+
+PACKET = 131072
+_WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
+_WATCH_INPUT = select.EPOLLIN | select.EPOLLRDHUP
+
+Handler = Callable[[Control, Session, "list[int]", bytes], Answer]
+
+
+def listen_at(path: str | os.PathLike[str]) -> socket.socket:
+    """A listening socket for a node at ``path``, mode 0600; replaces a stale one."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    old = os.umask(0o177)
+    try:
+        sock.bind(os.fspath(path))
+    finally:
+        os.umask(old)
+    sock.listen(512)
+    sock.setblocking(False)
+    return sock
+
+
+class ScifService:
+    """Serves programs on ``node`` through ``listener`` (``listen_at``); start it in the node's loop.
+
+    privileged: may this (pid, uid) bind ports below 1024? Default: ``caller_is_privileged`` (D14).
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        listener: socket.socket,
+        *,
+        privileged: Callable[[int, int], bool] = caller_is_privileged,
+    ) -> None:
+        self.node = node
+        self.listener = listener
+        self._privileged = privileged
+        self._epoll = select.epoll()
+        self._fresh: dict[int, socket.socket] = {}  # connected, said nothing yet
+        self._controls: dict[int, Control] = {}
+        self._by_fd: dict[int, Session] = {}
+        self.sessions: dict[int, Session] = {}  # by sid
+        self._by_cookie: dict[int, Session] = {}
+        self._handlers: dict[int, Handler] = {
+            lib.MIC_SCIF_BIND: self._bind,
+            lib.MIC_SCIF_LISTEN: self._listen,
+            lib.MIC_SCIF_CONNECT: self._connect,
+            lib.MIC_SCIF_ACCEPT: self._accept,
+            lib.MIC_SCIF_ATTACH: self._attach,
+            lib.MIC_SCIF_FLUSH: self._flush,
+            lib.MIC_SCIF_MASK: self._mask,
+        }
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        loop = asyncio.get_running_loop()
+        self.node.notifier.start()
+        loop.add_reader(self.listener.fileno(), self._on_connection)
+        loop.add_reader(self._epoll.fileno(), self.dispatch)
+
+    async def close(self) -> None:
+        """Stop serving: every endpoint of a program is released, the socket is closed."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.listener.fileno())
+        loop.remove_reader(self._epoll.fileno())
+        self.listener.close()
+        for control in list(self._controls.values()):
+            control.close()
+        for sock in self._fresh.values():
+            sock.close()
+        await asyncio.gather(*(s.release() for s in list(self.sessions.values())), return_exceptions=True)
+        self._epoll.close()
+
+    # --- events -----------------------------------------------------------------------------------
+
+    def _on_connection(self) -> None:
+        for _ in range(64):
+            try:
+                sock, _addr = self.listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as e:
+                self.node.log.error("node %d: cannot accept a program: %s", self.node.id, e)
+                return
+            sock.setblocking(False)
+            self._fresh[sock.fileno()] = sock
+            self._epoll.register(sock.fileno(), _WATCH_INPUT)
+            self._on_first(sock.fileno(), sock)  # it has usually spoken already
+
+    def dispatch(self) -> None:
+        """Handle what happened on connections; also called before a request that depends on a close."""
+        for fd, events in self._epoll.poll(0, 256):
+            if fd in self._by_fd:
+                session = self._by_fd[fd]
+                if session.released is None and session.gone():
+                    session.release()
+            elif fd in self._controls:
+                self._on_control(fd, self._controls[fd])
+            elif fd in self._fresh:
+                self._on_first(fd, self._fresh[fd])
+            else:
+                self.node.log.warning("node %d: event %#x on a closed descriptor", self.node.id, events)
+
+    def _receive(self, sock: socket.socket) -> bytes | None:
+        """A packet, b"" at the end, None when there is nothing yet."""
+        try:
+            return sock.recv(PACKET)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _on_first(self, fd: int, sock: socket.socket) -> None:
+        packet = self._receive(sock)
+        if packet is None:
+            return
+        del self._fresh[fd]
+        if len(packet) != Control.REQUEST.size:
+            self._drop(fd, sock)
+            return
+        op, _, _, a0, *_ = Control.REQUEST.unpack(packet)
+        pid, uid = peer_credentials(sock)
+        if op == lib.MIC_SCIF_OPEN:
+            self._epoll.modify(fd, _WATCH_SESSION)
+            session = Session(self, sock, self.node.new_id(), a0, pid, self._privileged(pid, uid))
+            self._by_fd[fd] = self.sessions[session.sid] = self._by_cookie[a0] = session
+            self._reply_to(sock, 0, session.sid)
+        elif op == lib.MIC_SCIF_HELLO:
+            self._controls[fd] = Control(self, sock, pid, a0)
+            self._reply_to(sock, 0)
+        else:
+            self._drop(fd, sock)
+
+    def _reply_to(self, sock: socket.socket, status: int, value: int = 0) -> None:
+        try:
+            sock.send(Control.REPLY.pack(status, 0, value, *([0] * 7)), socket.MSG_NOSIGNAL)
+        except OSError:
+            pass
+
+    def _drop(self, fd: int, sock: socket.socket) -> None:
+        self._epoll.unregister(fd)
+        sock.close()
+
+    def _on_control(self, fd: int, control: Control) -> None:
+        packet = self._receive(control.sock)
+        if packet is None:
+            return
+        if packet and control.on_packet(packet):
+            return
+        del self._controls[fd]
+        self._epoll.unregister(fd)
+        control.close()
+        self.process_left(control)
+
+    def process_left(self, control: Control) -> None:
+        """A control connection ended; with the last of its process, what the process held is free."""
+
+    def forget(self, session: Session) -> None:
+        """The session is released."""
+        self.sessions.pop(session.sid, None)
+        if self._by_cookie.get(session.cookie) is session:
+            del self._by_cookie[session.cookie]
+        fd = session.sock.fileno()
+        if self._by_fd.get(fd) is session:
+            del self._by_fd[fd]
+            self._epoll.unregister(fd)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def serve(self, control: Control, op: int, sid: int, args: list[int], data: bytes) -> Answer:
+        """One request. Raises OSError with the errno for the program."""
+        if op == lib.MIC_SCIF_SYNC:
+            return self._sync(sid)
+        if op == lib.MIC_SCIF_FIND:
+            return self._find(args[0])
+        if op == lib.MIC_SCIF_NODES:
+            return self._nodes()
+        handler = self._handlers.get(op)
+        if handler is None:
+            raise ScifError(errno.EINVAL, f"unknown request {op}")
+        session = self.sessions.get(sid)
+        if session is None or session.released is not None:
+            raise ScifError(errno.EBADF, "no such endpoint")
+        return handler(control, session, args, data)
+
+    def _find(self, cookie: int) -> Reply:
+        session = self._by_cookie.get(cookie)
+        if session is None:
+            raise ScifError(errno.ENOTTY, "not an endpoint")
+        return Reply([session.sid])
+
+    async def _sync(self, sid: int) -> Reply:
+        self.dispatch()
+        session = self.sessions.get(sid)
+        if session is not None and session.released is not None:
+            await asyncio.wait([session.released])
+        return Reply()
+
+    async def _nodes(self) -> Reply:
+        await self.node.refresh_info()
+        ids = self.node.node_ids()
+        return Reply([len(ids), self.node.id], data=struct.pack(f"<{len(ids)}H", *ids))
+
+    async def _bind(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        port = args[0] & 0xFFFF
+        try:
+            return Reply([session.ep.bind(port, privileged=session.privileged)])
+        except ScifError as e:
+            if e.errno != errno.EINVAL or session.ep.state is not State.UNBOUND:
+                raise
+        # Taken, perhaps by one that the same program has just closed: let that release end first.
+        self.dispatch()
+        leaving = [s.released for s in self.sessions.values() if s.released is not None and s.ep.port == port]
+        if leaving:
+            await asyncio.wait(leaving)
+        return Reply([session.ep.bind(port, privileged=session.privileged)])
+
+    def _listen(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        backlog = struct.unpack("<q", struct.pack("<Q", args[0]))[0]
+        session.ep.listen(max(backlog, 0))
+        return Reply()
+
+    async def _connect(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        return Reply([await session.connect((args[0] & 0xFFFF, args[1] & 0xFFFF), bool(args[2]))])
+
+    async def _accept(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        fresh = self.sessions.get(args[0])
+        if fresh is None or fresh is session or fresh.ep.state is not State.UNBOUND:
+            raise ScifError(errno.EINVAL, "no descriptor for the new endpoint")
+        if session.ep.state is State.LISTENING and (args[1] or session.ep.pending):
+            session.last_acceptor = control.process
+        try:
+            node, port = await session.accept(fresh, bool(args[1]), control.process)
+        except ScifError as e:
+            e.reply = Reply([0, 0, session.surplus_token()])  # type: ignore[attr-defined]
+            raise
+        return Reply([node, port, session.surplus_token()])
+
+    def _attach(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        values, fds = session.attach()
+        return Reply(values, fds)
+
+    def _flush(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        session.flush(control.process)
+        return Reply()
+
+    def _mask(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        mask, pending = session.mask()
+        return Reply([mask, pending, session.surplus_token()])
+
+    async def windows_gone(self, session: Session) -> None:
+        """The endpoint is released: its windows go first (SCIF 2.8)."""
+
+

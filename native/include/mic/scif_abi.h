@@ -1,0 +1,202 @@
+/* What the SCIF node and libscif.so agree on: shared pages and the messages on the node's socket.
+ *
+ * An endpoint that is connected has three pages in its node's memory: the queue pair, which the
+ * peer may write; the receive ring, likewise; the control page, which only this side ever maps.
+ * The first 256 bytes of the queue pair are those of SCIF 3.2, unused parts of its cache lines
+ * carry the words with which two programs wake each other without their nodes. */
+#ifndef MIC_SCIF_ABI_H
+#define MIC_SCIF_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mic/layout_gen.h"
+
+/* cffi-begin */
+struct mic_scif_qpage {
+	uint64_t magic;
+	uint8_t reserved0[120];
+	/* 128: written by the peer as sender */
+	uint32_t local_write; /* its write index */
+	uint32_t tx_asleep;   /* it sleeps on tx_seq of its own page until there is room */
+	uint32_t tx_native;   /* it wants its descriptor writable again when there is room */
+	uint32_t told;        /* 1 + rx_epoch when it last had a token put on our descriptor */
+	uint8_t reserved1[48];
+	/* 192: written by the peer as receiver */
+	uint32_t local_read;  /* its read index */
+	uint32_t reserved2;
+	uint64_t remote_qp, local_buf, local_qp, remote_buf; /* ours: bus addresses */
+	uint32_t qp_state;
+	uint32_t reserved3;
+	uint64_t rx_wait;     /* 1 + count of bytes received when it began to wait in recv, 0 = does not */
+	uint32_t rx_asleep;   /* it sleeps on rx_seq of its own page until there are bytes */
+	uint32_t rx_epoch;    /* how often it took the token off its descriptor */
+	/* 256, 320: our futex words; the peer and our node raise them */
+	uint32_t rx_seq;
+	uint8_t reserved4[60];
+	uint32_t tx_seq;
+	uint8_t reserved5[60];
+	/* 384: ours, constant while attached */
+	uint64_t notify_addr; /* bus address of our node's notify page */
+	uint32_t notify_slot; /* our bit in it */
+	uint32_t abi;         /* MIC_SCIF_ABI */
+};
+
+/* State word of the control page. */
+enum mic_scif_ep_state {
+	MIC_SCIF_EP_NONE,
+	MIC_SCIF_EP_CONNECTED,
+	MIC_SCIF_EP_DISCONNECTED,
+};
+
+struct mic_scif_ctl {
+	uint64_t sid;          /* whose page this is; another value: it was released */
+	uint32_t state;        /* enum mic_scif_ep_state, written by the node */
+	uint32_t uncollected;  /* a non-blocking connect succeeded and nobody asked yet */
+	uint32_t gen;          /* changes whenever a window list changes */
+	uint32_t mark;         /* last own fence mark */
+	uint8_t reserved0[40];
+	/* 64: the sending end, under tx_lock */
+	uint64_t tx_lock[5];   /* robust, process-shared pthread mutex */
+	uint64_t sent;         /* bytes, ever */
+	uint32_t tx_write, tx_read;
+	uint32_t notified;     /* rx_epoch of the peer at our last notification, + 1 */
+	uint32_t tx_filled;    /* our descriptor was made unwritable */
+	uint8_t reserved1[64];
+	/* 192: the receiving end, under rx_lock */
+	uint64_t rx_lock[5];
+	uint64_t received;
+	uint32_t rx_read, rx_write;
+	uint32_t epoch;        /* what we last told the peer as rx_epoch */
+	uint32_t streak;       /* blocking receives in a row that had to wait, in a hot loop */
+	uint64_t last_recv;    /* time stamp counter at the end of the last receive */
+	uint8_t reserved2[56];
+	/* 320: copies in progress, by parity of gen */
+	uint32_t busy[2];
+	uint8_t reserved3[56];
+};
+
+#define MIC_SCIF_SLOTS 15872
+struct mic_scif_notify {
+	uint32_t seq;          /* futex of the notifier thread */
+	uint32_t reserved0;
+	uint64_t alive[5];     /* robust mutex, held by the notifier for as long as the node lives */
+	uint8_t reserved1[16];
+	uint64_t rx[248];      /* one bit per slot: bytes for it arrived, put a token on its descriptor */
+	uint64_t tx[248];      /* there is room again: make its descriptor writable */
+};
+
+/* Node side (scif_node.c). 0 or -errno. */
+void mic_scif_ctl_init(struct mic_scif_ctl *ctl, uint64_t sid);
+void mic_scif_ctl_state(struct mic_scif_ctl *ctl, struct mic_scif_qpage *qp, uint32_t state);
+void mic_scif_raise_gen(struct mic_scif_ctl *ctl);
+/* Copies that began before the last raise and are not finished. */
+uint32_t mic_scif_busy(struct mic_scif_ctl *ctl);
+/* Bytes or room arrived: wake whoever sleeps in this endpoint's recv or send. */
+void mic_scif_wake_rx(struct mic_scif_qpage *qp);
+void mic_scif_wake_tx(struct mic_scif_qpage *qp);
+/* A kernel client is the receiver: it has drained the ring; `peer` is the sender's page. */
+void mic_scif_kernel_drained(struct mic_scif_qpage *peer);
+/* A kernel client is the sender and waits for room; `peer` is the receiver's page. */
+void mic_scif_kernel_wants_room(struct mic_scif_qpage *peer);
+
+struct mic_scif_notifier;
+/* A thread that serves a node's notify page. Slots without a descriptor are collected for Python:
+ * event_fd becomes readable. NULL with errno. */
+struct mic_scif_notifier *mic_scif_notifier_start(struct mic_scif_notify *page, int event_fd);
+void mic_scif_notifier_stop(struct mic_scif_notifier *n);
+/* The node's end of the descriptor of `slot`; -1: a kernel client. */
+void mic_scif_notifier_set(struct mic_scif_notifier *n, uint32_t slot, int fd);
+void mic_scif_notifier_clear(struct mic_scif_notifier *n, uint32_t slot);
+/* Next kernel client slot that was notified, -1: none. */
+int mic_scif_notifier_next(struct mic_scif_notifier *n);
+/* What the notifier does for a slot, at once: token on, or unfill. */
+void mic_scif_token(int fd);
+void mic_scif_unfill(int fd);
+/* Set a bit of a (possibly other) node's notify page and wake its notifier. */
+void mic_scif_notify_rx(struct mic_scif_notify *page, uint32_t slot);
+void mic_scif_notify_tx(struct mic_scif_notify *page, uint32_t slot);
+/* cffi-end */
+
+_Static_assert(offsetof(struct mic_scif_qpage, local_write) == 128, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, local_read) == 192, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, qp_state) == 232, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, rx_seq) == 256, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, notify_addr) == 384, "qpage");
+_Static_assert(offsetof(struct mic_scif_ctl, tx_lock) == 64, "ctl");
+_Static_assert(offsetof(struct mic_scif_ctl, rx_lock) == 192, "ctl");
+_Static_assert(offsetof(struct mic_scif_ctl, busy) == 320, "ctl");
+_Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
+
+/* --- messages on the node's socket (SOCK_SEQPACKET) --------------------------------------------
+ *
+ * An endpoint's descriptor is a connection of its own: OPEN is the only message on it. Everything
+ * else travels on control connections, one request at a time; the answer has the same order. */
+/* cffi-begin */
+enum mic_scif_op {
+	MIC_SCIF_OPEN = 1,   /* a0 cookie of the socket -> v0 sid */
+	MIC_SCIF_HELLO,      /* a0 unique number of the process */
+	MIC_SCIF_BIND,       /* a0 port -> v0 port */
+	MIC_SCIF_LISTEN,     /* a0 backlog */
+	MIC_SCIF_CONNECT,    /* a0 node, a1 port, a2 non-blocking -> v0 port */
+	MIC_SCIF_ACCEPT,     /* a0 sid of the new descriptor, a1 wait -> v0 node, v1 port, v2 take a token off */
+	MIC_SCIF_ATTACH,     /* -> enum mic_scif_attach; descriptors: own memory, peer's memory */
+	MIC_SCIF_FLUSH,      /* this process closes one of its descriptors */
+	MIC_SCIF_SYNC,       /* it has closed it: answer when the release, if any, is over */
+	MIC_SCIF_FIND,       /* a0 cookie -> v0 sid */
+	MIC_SCIF_NODES,      /* -> v0 count, v1 self; data: u16 ids */
+	MIC_SCIF_MASK,       /* -> v0 poll mask of an endpoint that is not attached, v1 a connect is
+			      * pending, v2 take a token off the descriptor */
+	MIC_SCIF_CANCEL,     /* end the request in progress on this connection; no answer of its own */
+	MIC_SCIF_REG_BEGIN,  /* a0 offset, a1 length, a2 prot, a3 flags, a4 bytes to allocate -> v0 ticket,
+			      * v1 place in node memory; descriptor: own memory */
+	MIC_SCIF_REG_COMMIT, /* a0 ticket; data: struct mic_scif_seg -> v0 offset */
+	MIC_SCIF_REG_ABORT,  /* a0 ticket */
+	MIC_SCIF_UNREGISTER, /* a0 offset, a1 length */
+	MIC_SCIF_WINDOWS,    /* -> v0 gen, v1 own count, v2 peer count; data: struct mic_scif_win + segs;
+			      * descriptors: own memory, peer's memory */
+	MIC_SCIF_MMAP,       /* a0 offset, a1 length, a2 prot; data as WINDOWS for the peer's; descriptor */
+	MIC_SCIF_MUNMAP,     /* a0 offset, a1 length */
+	MIC_SCIF_DROP,       /* data: struct mic_scif_seg: pages that this process no longer maps */
+	MIC_SCIF_FENCE_MARK, /* peer's mark -> v0 */
+	MIC_SCIF_FENCE_WAIT, /* a0 peer's mark */
+	MIC_SCIF_FENCE_SIGNAL, /* peer executes: a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
+};
+
+struct mic_scif_request {
+	uint32_t op;
+	uint32_t ndata; /* bytes that follow */
+	uint64_t sid;
+	uint64_t a[6];
+};
+
+struct mic_scif_reply {
+	int32_t status; /* 0 or -errno */
+	uint32_t ndata; /* bytes that follow */
+	uint64_t v[8];
+};
+
+enum mic_scif_attach { /* indices into v of ATTACH: offsets in the memories that come with it */
+	MIC_SCIF_V_OWN_QP,     /* own memory: queue pair, ring, control page, one after the other */
+	MIC_SCIF_V_PEER_QP,    /* peer's memory */
+	MIC_SCIF_V_PEER_RING,  /* peer's memory */
+	MIC_SCIF_V_OWN_NOTIFY, /* own memory */
+	MIC_SCIF_V_PEER_NOTIFY,
+	MIC_SCIF_V_PEER_SLOT,
+	MIC_SCIF_V_NODES,      /* own node | peer node << 16 | port << 32 | peer port << 48 */
+};
+
+struct mic_scif_seg { /* a run of node memory */
+	uint64_t off, len;
+};
+
+struct mic_scif_win { /* a window, followed by its segments */
+	uint64_t offset, len;
+	uint32_t prot, nsegs;
+};
+
+/* Largest message, bytes. */
+#define MIC_SCIF_PACKET 131072
+/* cffi-end */
+
+#endif

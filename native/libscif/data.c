@@ -1,0 +1,478 @@
+/* send and recv: the two 4095-byte rings of a connection, and who wakes whom (SCIF 2.7).
+ *
+ * All positions are changed under the lock of their direction. After publishing, a side looks at
+ * what its peer left in this side's own queue pair page: does it sleep (wake it), does it wait in
+ * recv for exactly these bytes (nothing to do), or may it sit in poll(2) on its descriptor (notify
+ * its node, once until it takes the token off again). */
+#include "internal.h"
+
+#include "mic/layout_gen.h"
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define RING MIC_SCIF_EP_RING
+#define HOT_STREAK 64u /* waits in a row after which the token stays where it is */
+#define SPIN_MAX_US 50u
+#define SPIN_MIN_US 1u
+#define HALF (RING / 2)
+
+static uint32_t distance(uint32_t from, uint32_t to)
+{
+	return (to - from) & (RING - 1);
+}
+
+static uint32_t state(const struct ep *ep)
+{
+	return mic_load_acquire(&ep->ctl->state);
+}
+
+/* Bytes that can be read, or -EPROTO when the peer's index is not an offset. rx_lock is held. */
+static int used(struct ep *ep)
+{
+	uint32_t w = mic_load_acquire(&ep->qp->local_write); /* pairs with publish_write() */
+
+	if (w >= RING)
+		return -EPROTO;
+	ep->ctl->rx_write = w;
+	return (int)distance(ep->ctl->rx_read, w);
+}
+
+/* Bytes that can be written. tx_lock is held. */
+static int room(struct ep *ep)
+{
+	uint32_t r = mic_load_acquire(&ep->qp->local_read); /* pairs with publish_read() */
+
+	if (r >= RING)
+		return -EPROTO;
+	ep->ctl->tx_read = r;
+	return (int)(RING - 1 - distance(r, ep->ctl->tx_write));
+}
+
+static void raise_word(uint32_t *word)
+{
+	int saved = errno;
+
+	mic_fetch_add(word, 1);
+	(void)syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+	errno = saved;
+}
+
+static void notify_node(struct mic_scif_notify *page, uint64_t *bits, uint32_t slot)
+{
+	if (slot >= MIC_SCIF_SLOTS)
+		return;
+	mic_fetch_or(&bits[slot / 64], 1ull << (slot % 64));
+	raise_word(&page->seq);
+}
+
+/* --- the descriptor's own readiness ------------------------------------------------------------ */
+
+void fill(int fd)
+{
+	static const char junk[16384];
+	int saved = errno;
+
+	while (send(fd, junk, sizeof junk, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+		;
+	errno = saved;
+}
+
+/* Take one token off; the notifier may be just about to put it on. False: there is none. */
+static bool take_token(int fd)
+{
+	uint64_t end = mic_timestamp() + 200 * ticks_per_us();
+	char t = 0;
+
+	do {
+		if (recv(fd, &t, 1, MSG_DONTWAIT | MSG_PEEK) > 0)
+			/* The last token, of a disconnect, stays: the node notices our close by it. */
+			return t == 'T' && recv(fd, &t, 1, MSG_DONTWAIT) > 0;
+		mic_cpu_relax();
+	} while (mic_timestamp() < end);
+	return false;
+}
+
+/* A notification that the notifier has not seen yet is simply taken back. */
+static bool cancel_notify(struct ep *ep)
+{
+	uint32_t slot = ep->qp->notify_slot;
+	uint64_t bit = 1ull << (slot % 64);
+
+	return slot < MIC_SCIF_SLOTS && (mic_fetch_and(&ep->own_notify->rx[slot / 64], ~bit) & bit);
+}
+
+static void notify_self(struct ep *ep)
+{
+	mic_store_release(&ep->qp->told, ep->ctl->epoch + 1);
+	notify_node(ep->own_notify, ep->own_notify->rx, ep->qp->notify_slot);
+}
+
+void token_clear(struct ep *ep, int fd, bool surely)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+	bool told = mic_load_acquire(&ep->qp->told) == ctl->epoch + 1;
+	int saved = errno;
+	char t;
+
+	if (state(ep) != MIC_SCIF_EP_CONNECTED)
+		return;
+	if (surely) /* somebody found the descriptor ready, or may: look even if nobody was told */
+		while (recv(fd, &t, 1, MSG_DONTWAIT | MSG_PEEK) > 0 && t == 'T' && !told)
+			(void)!recv(fd, &t, 1, MSG_DONTWAIT);
+	if (told && !cancel_notify(ep))
+		take_token(fd);
+	errno = saved;
+	if (!told)
+		return;
+	mic_store_release(&ep->peer->rx_epoch, ++ctl->epoch);
+	mic_full_fence(); /* pairs with the fence in publish_write() */
+	if (used(ep) > 0)
+		notify_self(ep);
+}
+
+void want_room(struct ep *ep, int fd)
+{
+	fill(fd);
+	mic_store_release(&ep->peer->tx_native, 1u);
+	mic_full_fence(); /* pairs with the fence in publish_read() */
+	if (room(ep) > 0 && mic_exchange(&ep->peer->tx_native, 0u))
+		notify_node(ep->own_notify, ep->own_notify->tx, ep->qp->notify_slot);
+}
+
+/* --- publishing --------------------------------------------------------------------------------- */
+
+static void publish_write(struct ep *ep, uint64_t before)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+
+	mic_store_release(&ep->peer->local_write, ctl->tx_write);
+	mic_full_fence(); /* pairs with the receiver: it says that it sleeps, then looks at the index */
+	if (mic_load_acquire(&ep->qp->rx_asleep)) {
+		raise_word(&ep->peer->rx_seq);
+		return;
+	}
+	if (mic_load_acquire(&ep->qp->rx_wait) == before + 1)
+		return;
+	uint32_t epoch = mic_load_acquire(&ep->qp->rx_epoch) + 1;
+
+	if (ctl->notified != epoch) {
+		ctl->notified = epoch;
+		mic_store_release(&ep->peer->told, epoch);
+		notify_node(ep->notify, ep->notify->rx, ep->slot);
+	}
+}
+
+static void publish_read(struct ep *ep)
+{
+	mic_store_release(&ep->peer->local_read, ep->ctl->rx_read);
+	mic_full_fence(); /* pairs with the sender: it says that it sleeps, then looks at the index */
+	if (mic_load_acquire(&ep->qp->tx_asleep))
+		raise_word(&ep->peer->tx_seq);
+	if (mic_load_relaxed(&ep->qp->tx_native) && mic_exchange(&ep->qp->tx_native, 0u))
+		notify_node(ep->notify, ep->notify->tx, ep->slot);
+}
+
+/* --- waiting ------------------------------------------------------------------------------------ */
+
+static bool rx_ready(struct ep *ep)
+{
+	return mic_load_acquire(&ep->qp->local_write) != ep->ctl->rx_read || state(ep) != MIC_SCIF_EP_CONNECTED;
+}
+
+static bool tx_ready(struct ep *ep)
+{
+	return room(ep) != 0 || state(ep) != MIC_SCIF_EP_CONNECTED;
+}
+
+/* Look for a while. After the first microseconds give the CPU away between looks: when the peer waits
+ * for this very CPU, spinning would only delay it. */
+static bool spin_for(struct ep *ep, bool (*ready)(struct ep *))
+{
+	uint64_t start = mic_timestamp(), alone = 4 * ticks_per_us(), now = start;
+
+	do {
+		for (int i = 0; i < 32; i++) {
+			if (ready(ep))
+				return true;
+			mic_cpu_relax();
+		}
+		now = mic_timestamp();
+		if (now - start > alone && now - start < ep->spin)
+			sched_yield();
+	} while (now - start < ep->spin);
+	return false;
+}
+
+/* How long to look the next time: a wait that was nearly over is worth it, a long one is not. */
+static void learn(struct ep *ep, uint64_t waited)
+{
+	uint64_t us = ticks_per_us();
+
+	if (!spin_allowed())
+		return;
+	if (waited < 4 * SPIN_MAX_US * us)
+		ep->spin = (uint32_t)(SPIN_MAX_US * us);
+	else if (ep->spin > SPIN_MIN_US * us)
+		ep->spin /= 2;
+}
+
+/* Sleep until ready. `flag` lies in the peer's page and asks it to raise `seq` in ours. */
+static int sleep_until(struct ep *ep, uint32_t *seq, uint32_t *flag, bool (*ready)(struct ep *))
+{
+	uint64_t start = mic_timestamp();
+	int rc = 0;
+
+	while (rc == 0) {
+		uint32_t seen = mic_load_acquire(seq);
+
+		mic_store_release(flag, 1u);
+		mic_full_fence(); /* pairs with the fence in publish_*() */
+		if (ready(ep))
+			break;
+		rc = sleep_on(ep, seq, seen);
+	}
+	mic_store_release(flag, 0u);
+	learn(ep, mic_timestamp() - start);
+	return rc;
+}
+
+/* Wait in recv until there is a byte or the peer is gone; rx_lock is held. 0, -EINTR, -ENODEV. */
+static int wait_bytes(struct ep *ep)
+{
+	int rc;
+
+	mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
+	if (spin_for(ep, rx_ready))
+		return 0;
+	rc = sleep_until(ep, &ep->qp->rx_seq, &ep->peer->rx_asleep, rx_ready);
+	if (rc < 0) {
+		/* We leave without having taken what the sender may believe we wait for. */
+		mic_store_release(&ep->peer->rx_wait, 0ull);
+		mic_full_fence(); /* pairs with the fence in publish_write() */
+		if (used(ep) > 0)
+			notify_self(ep);
+	}
+	return rc;
+}
+
+/* --- send --------------------------------------------------------------------------------------- */
+
+static void put(struct ep *ep, const uint8_t *p, uint32_t n)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+	uint32_t head = RING - ctl->tx_write;
+
+	if (head > n)
+		head = n;
+	memcpy(ep->peer_ring + ctl->tx_write, p, head);
+	if (n > head)
+		memcpy(ep->peer_ring, p + head, n - head);
+	ctl->tx_write = (ctl->tx_write + n) & (RING - 1);
+	uint64_t before = ctl->sent;
+
+	ctl->sent = before + n;
+	publish_write(ep, before);
+}
+
+/* tx_lock is held. Bytes sent, or -errno when none. */
+static int send_some(struct ep *ep, int fd, const uint8_t *p, uint32_t len, bool block)
+{
+	uint32_t done = 0;
+	int rc = 0;
+
+	while (done < len) {
+		if (state(ep) != MIC_SCIF_EP_CONNECTED) {
+			rc = -ECONNRESET;
+			break;
+		}
+		int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
+
+		/* A stale view of the reader is good enough while it shows room for a message. */
+		if ((uint32_t)n < len - done && (uint32_t)n < HALF)
+			n = room(ep);
+		if (n < 0) {
+			rc = -ECONNRESET; /* the peer damaged its index: it is as good as gone */
+			break;
+		}
+		if (n > 0) {
+			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
+
+			/* In pieces, so that the reader copies while we do. */
+			if (block && k > HALF)
+				k = HALF;
+			put(ep, p + done, k);
+			done += k;
+			continue;
+		}
+		if (!block) {
+			want_room(ep, fd);
+			break;
+		}
+		if (spin_for(ep, tx_ready))
+			continue;
+		rc = sleep_until(ep, &ep->qp->tx_seq, &ep->peer->tx_asleep, tx_ready);
+		if (rc < 0)
+			break;
+	}
+	return done ? (int)done : rc;
+}
+
+/* Checks that come before the state (SCIF 2.7). 1: go on. */
+static int check_args(int len, int flags)
+{
+	if (len == 0)
+		return 0;
+	if (len < 0 || (flags && !(flags & 1)))
+		return -EINVAL;
+	return 1;
+}
+
+static int do_send(struct ep *ep, int fd, const void *msg, int len, int flags)
+{
+	int rc = user_readable(msg, (size_t)len);
+
+	if (rc == 0)
+		rc = ep_attach(ep);
+	if (rc < 0)
+		return rc;
+	lock(ep->ctl->tx_lock);
+	rc = send_some(ep, fd, msg, (uint32_t)len, flags & SCIF_SEND_BLOCK);
+	unlock(ep->ctl->tx_lock);
+	return rc;
+}
+
+API int scif_send(scif_epd_t epd, void *msg, int len, int flags)
+{
+	struct ep *ep;
+	int rc = check_args(len, flags);
+
+	if (rc > 0)
+		rc = ep_get(epd, &ep);
+	if (rc < 0)
+		return fail(rc);
+	if (len == 0)
+		return 0;
+	rc = do_send(ep, epd, msg, len, flags);
+	ep->checked = mic_timestamp();
+	ep_put(ep);
+	return rc < 0 ? fail(rc) : rc;
+}
+
+/* --- recv --------------------------------------------------------------------------------------- */
+
+static void get(struct ep *ep, uint8_t *p, uint32_t n)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+	uint32_t head = RING - ctl->rx_read;
+
+	if (head > n)
+		head = n;
+	memcpy(p, ep->ring + ctl->rx_read, head);
+	if (n > head)
+		memcpy(p + head, ep->ring, n - head);
+	ctl->rx_read = (ctl->rx_read + n) & (RING - 1);
+	ctl->received += n;
+	publish_read(ep);
+}
+
+/* rx_lock is held. Bytes received, or -errno when none. */
+static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, bool block, bool *waited)
+{
+	uint32_t done = 0;
+	int rc = 0;
+
+	while (done < len) {
+		uint32_t st = state(ep); /* before the look: what came before the close counts */
+		int n = used(ep);
+
+		if (n > 0) {
+			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
+
+			get(ep, p + done, k);
+			done += k;
+			continue;
+		}
+		if (n < 0 || st != MIC_SCIF_EP_CONNECTED) {
+			rc = -ECONNRESET;
+			break;
+		}
+		if (!block)
+			break;
+		*waited = true;
+		rc = wait_bytes(ep);
+		if (rc < 0)
+			break;
+	}
+	return done ? (int)done : rc;
+}
+
+/* Leave the descriptor's token only where there are bytes, or where nobody polls it: a program that
+ * has waited in recv many times in a row, with hardly anything in between. */
+static void settle_token(struct ep *ep, int fd, bool waited, bool block, bool nothing)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+	uint64_t now = mic_timestamp();
+
+	if (!block || now - ctl->last_recv > 20 * ticks_per_us())
+		ctl->streak = 0;
+	else if (waited && ctl->streak < HOT_STREAK)
+		ctl->streak++;
+	ctl->last_recv = now;
+	if (ctl->streak < HOT_STREAK && ctl->rx_read == ctl->rx_write)
+		token_clear(ep, fd, nothing && !block);
+}
+
+static int do_recv(struct ep *ep, int fd, void *msg, int len, int flags)
+{
+	bool waited = false, block = flags & SCIF_RECV_BLOCK;
+	int rc = ep_attach(ep);
+
+	if (rc < 0)
+		return rc;
+	rc = user_writable(msg, (size_t)len);
+	if (rc < 0)
+		return rc;
+	lock(ep->ctl->rx_lock);
+	rc = recv_some(ep, msg, (uint32_t)len, block, &waited);
+	settle_token(ep, fd, waited, block, rc == 0);
+	unlock(ep->ctl->rx_lock);
+	return rc;
+}
+
+API int scif_recv(scif_epd_t epd, void *msg, int len, int flags)
+{
+	struct ep *ep;
+	int rc = check_args(len, flags);
+
+	if (rc > 0)
+		rc = ep_get(epd, &ep);
+	if (rc < 0)
+		return fail(rc);
+	if (len == 0)
+		return 0;
+	rc = do_recv(ep, epd, msg, len, flags);
+	ep->checked = mic_timestamp();
+	ep_put(ep);
+	return rc < 0 ? fail(rc) : rc;
+}
+
+int ep_mask(struct ep *ep)
+{
+	struct mic_scif_ctl *ctl = ep->ctl;
+	uint32_t st = state(ep);
+	uint32_t w = mic_load_acquire(&ep->qp->local_write), r = mic_load_acquire(&ep->qp->local_read);
+	int mask = st == MIC_SCIF_EP_CONNECTED ? 0 : POLLHUP;
+
+	if (mic_load_relaxed(&ctl->uncollected))
+		return POLLOUT;
+	if (w < RING && w != mic_load_relaxed(&ctl->rx_read))
+		mask |= POLLIN;
+	if (r < RING && distance(r, mic_load_relaxed(&ctl->tx_write)) < RING - 1)
+		mask |= POLLOUT;
+	return mask;
+}

@@ -1,0 +1,275 @@
+/* Endpoints by descriptor: who is behind a number, and the pages of its connection. */
+#include "internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#ifndef SO_COOKIE
+#define SO_COOKIE 57
+#endif
+
+#define CHUNK 1024
+#define CHUNKS 1024
+
+static struct ep **chunks[CHUNKS];
+static struct ep *free_list;
+static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void after_fork(void)
+{
+	wire_after_fork();
+	ep_after_fork();
+}
+
+static void first_use(void)
+{
+	int saved = errno;
+
+	pthread_atfork(NULL, NULL, after_fork);
+	errno = saved;
+}
+
+void library_init(void)
+{
+	pthread_once(&once, first_use);
+}
+
+int socket_cookie(int fd, uint64_t *cookie)
+{
+	socklen_t len = sizeof *cookie;
+	int saved = errno, rc = 0;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_COOKIE, cookie, &len) < 0)
+		rc = errno == EBADF ? -EBADF : -ENOTTY;
+	errno = saved;
+	return rc;
+}
+
+static struct ep **slot_of(int fd, bool create)
+{
+	unsigned c = (unsigned)fd / CHUNK;
+
+	if (fd < 0 || c >= CHUNKS)
+		return NULL;
+	struct ep **chunk = mic_load_acquire(&chunks[c]);
+
+	if (!chunk && create) {
+		chunk = calloc(CHUNK, sizeof *chunk);
+		if (chunk)
+			mic_store_release(&chunks[c], chunk);
+	}
+	return chunk ? &chunk[(unsigned)fd % CHUNK] : NULL;
+}
+
+static void unmap_pages(struct ep *ep)
+{
+	void *pages[] = { ep->peer, ep->peer_ring, ep->own_notify, ep->notify };
+
+	if (ep->qp)
+		munmap(ep->qp, 3 * PAGE);
+	for (unsigned i = 0; i < sizeof pages / sizeof *pages; i++)
+		if (pages[i])
+			munmap(pages[i], PAGE);
+	ep->qp = ep->peer = NULL;
+	ep->peer_ring = NULL;
+	ep->own_notify = ep->notify = NULL;
+}
+
+/* The last user is gone: recycle. Called with table_lock held. */
+static void recycle(struct ep *ep)
+{
+	unmap_pages(ep);
+	ep->next_free = free_list;
+	free_list = ep;
+}
+
+#define DEAD 0x80000000u /* in refs: no longer in the table */
+
+void ep_put(struct ep *ep)
+{
+	if (mic_fetch_add(&ep->refs, -1) != (DEAD | 1))
+		return;
+	pthread_mutex_lock(&table_lock);
+	if (mic_load_relaxed(&ep->refs) == DEAD) {
+		mic_store_relaxed(&ep->refs, 0u);
+		recycle(ep);
+	}
+	pthread_mutex_unlock(&table_lock);
+}
+
+/* Take an endpoint out of its slot; table_lock is held. */
+static void evict(struct ep **slot)
+{
+	struct ep *ep = *slot;
+
+	if (!ep)
+		return;
+	mic_store_release(slot, NULL);
+	if (mic_fetch_or(&ep->refs, DEAD) == 0) {
+		mic_store_relaxed(&ep->refs, 0u);
+		recycle(ep);
+	}
+}
+
+int ep_add(int fd, uint64_t cookie, uint64_t sid)
+{
+	library_init();
+	pthread_mutex_lock(&table_lock);
+	struct ep **slot = slot_of(fd, true), *ep = free_list;
+
+	if (!slot)
+		goto nomem;
+	evict(slot);
+	if (ep)
+		free_list = ep->next_free;
+	else
+		ep = calloc(1, sizeof *ep);
+	if (!ep)
+		goto nomem;
+	memset(ep, 0, sizeof *ep);
+	ep->cookie = cookie;
+	ep->sid = sid;
+	mic_store_release(slot, ep);
+	pthread_mutex_unlock(&table_lock);
+	return 0;
+nomem:
+	pthread_mutex_unlock(&table_lock);
+	return -ENOMEM;
+}
+
+void ep_forget(int fd)
+{
+	pthread_mutex_lock(&table_lock);
+	struct ep **slot = slot_of(fd, false);
+
+	if (slot)
+		evict(slot);
+	pthread_mutex_unlock(&table_lock);
+}
+
+/* A descriptor that this library has not seen: inherited through exec, received, or a dup. */
+static int adopt(int fd, uint64_t cookie)
+{
+	uint64_t sid = 0;
+	int rc = node_ask(MIC_SCIF_FIND, 0, cookie, 0, &sid);
+
+	if (rc < 0)
+		return rc == -ENOENT || rc == -ECONNREFUSED ? -ENOTTY : rc;
+	return ep_add(fd, cookie, sid);
+}
+
+/* In a hot loop the descriptor was looked at a moment ago: closing one takes longer than this. */
+static bool just_checked(struct ep *ep)
+{
+	uint64_t now = mic_timestamp();
+
+	return now - ep->checked < ticks_per_us() && ep->attached &&
+	       mic_load_relaxed(&ep->ctl->sid) == ep->sid;
+}
+
+static struct ep *grab(struct ep **slot)
+{
+	struct ep *ep = slot ? mic_load_acquire(slot) : NULL;
+
+	if (!ep)
+		return NULL;
+	mic_fetch_add(&ep->refs, 1);
+	if (mic_load_acquire(slot) == ep)
+		return ep;
+	ep_put(ep); /* closed and perhaps reused meanwhile */
+	return NULL;
+}
+
+int ep_get(int fd, struct ep **out)
+{
+	for (int tries = 0; tries < 3; tries++) {
+		struct ep *ep = grab(slot_of(fd, false));
+		uint64_t cookie;
+		int rc;
+
+		if (ep && just_checked(ep)) {
+			*out = ep;
+			return 0;
+		}
+		rc = socket_cookie(fd, &cookie);
+		if (rc == 0 && ep && ep->cookie == cookie) {
+			ep->checked = mic_timestamp();
+			*out = ep;
+			return 0;
+		}
+		if (ep)
+			ep_put(ep);
+		if (rc == 0)
+			rc = adopt(fd, cookie);
+		if (rc < 0) {
+			ep_forget(fd);
+			return rc;
+		}
+	}
+	return -EBADF;
+}
+
+void ep_after_fork(void)
+{
+	pthread_mutex_init(&table_lock, NULL);
+}
+
+static void *map(int fd, uint64_t off, size_t len)
+{
+	void *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)off);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	madvise(p, len, MADV_DONTDUMP);
+	return p;
+}
+
+static int map_connection(struct ep *ep, const struct answer *ans)
+{
+	const uint64_t *v = ans->head.v;
+
+	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], 3 * PAGE);
+	ep->peer = map(ans->fds[1], v[MIC_SCIF_V_PEER_QP], PAGE);
+	ep->peer_ring = map(ans->fds[1], v[MIC_SCIF_V_PEER_RING], PAGE);
+	ep->own_notify = map(ans->fds[0], v[MIC_SCIF_V_OWN_NOTIFY], PAGE);
+	ep->notify = map(ans->fds[1], v[MIC_SCIF_V_PEER_NOTIFY], PAGE);
+	ep->qp = (void *)own;
+	if (!own || !ep->peer || !ep->peer_ring || !ep->own_notify || !ep->notify) {
+		unmap_pages(ep);
+		return -ENOMEM;
+	}
+	ep->ring = own + PAGE;
+	ep->ctl = (void *)(own + 2 * PAGE);
+	ep->slot = (uint32_t)v[MIC_SCIF_V_PEER_SLOT];
+	ep->node = (uint16_t)v[MIC_SCIF_V_NODES];
+	ep->peer_node = (uint16_t)(v[MIC_SCIF_V_NODES] >> 16);
+	ep->spin = spin_allowed() ? (uint32_t)(20 * ticks_per_us()) : 0;
+	return 0;
+}
+
+int ep_attach(struct ep *ep)
+{
+	if (mic_load_acquire(&ep->attached))
+		return 0;
+	const struct mic_scif_request rq = { .op = MIC_SCIF_ATTACH, .sid = ep->sid };
+	struct answer ans = { 0 };
+	int rc = node_call(&rq, NULL, &ans, false);
+
+	if (rc == 0 && ans.nfds != 2)
+		rc = -ENODEV;
+	if (rc == 0) {
+		pthread_mutex_lock(&table_lock);
+		if (!ep->attached) {
+			rc = map_connection(ep, &ans);
+			if (rc == 0)
+				mic_store_release(&ep->attached, 1u);
+		}
+		pthread_mutex_unlock(&table_lock);
+	}
+	answer_close(&ans);
+	return rc;
+}

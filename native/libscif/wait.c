@@ -1,0 +1,105 @@
+/* Waiting in shared memory: spinning, sleeping, locks that survive their holder's death. */
+#include "internal.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+
+struct waitv { /* struct futex_waitv of newer headers */
+	uint64_t val, uaddr;
+	uint32_t flags, reserved;
+};
+#define WAITV_U32 2u
+
+uint64_t ticks_per_us(void)
+{
+	static uint64_t ticks;
+	uint64_t known = mic_load_relaxed(&ticks);
+	struct timespec a, b;
+
+	if (known)
+		return known;
+	clock_gettime(CLOCK_MONOTONIC, &a);
+	uint64_t t0 = mic_timestamp(), ns;
+
+	do { /* 50 us, once in a process */
+		clock_gettime(CLOCK_MONOTONIC, &b);
+		ns = (uint64_t)(b.tv_sec - a.tv_sec) * 1000000000u + (uint64_t)b.tv_nsec - (uint64_t)a.tv_nsec;
+	} while (ns < 50000);
+	known = (mic_timestamp() - t0) * 1000 / ns;
+	mic_store_relaxed(&ticks, known ? known : 1);
+	return known ? known : 1;
+}
+
+bool spin_allowed(void)
+{
+	static uint32_t cached; /* 1 no, 2 yes */
+	uint32_t c = mic_load_relaxed(&cached);
+
+	if (!c) {
+		cpu_set_t set;
+
+		c = sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < 2 &&
+				    sysconf(_SC_NPROCESSORS_ONLN) < 2
+			    ? 1
+			    : 2;
+		mic_store_relaxed(&cached, c);
+	}
+	return c == 2;
+}
+
+/* Is the node behind this page dead? The kernel has then marked the lock that it held. */
+static bool node_dead(struct ep *ep)
+{
+	return mic_load_acquire((uint32_t *)(void *)ep->own_notify->alive) & FUTEX_OWNER_DIED;
+}
+
+/* The kernel wakes one sleeper of a dead node's lock; it wakes the others. */
+static int report_death(struct ep *ep)
+{
+	(void)syscall(SYS_futex, ep->own_notify->alive, FUTEX_WAKE, 1 << 30, NULL, NULL, 0);
+	return -ENODEV;
+}
+
+int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen)
+{
+	uint32_t *alive = (uint32_t *)(void *)ep->own_notify->alive;
+	uint32_t owner = mic_load_acquire(alive);
+	struct waitv w[2] = { { seen, (uint64_t)(uintptr_t)word, WAITV_U32, 0 },
+			      { owner, (uint64_t)(uintptr_t)alive, WAITV_U32, 0 } };
+	int saved = errno, rc = 0;
+
+	if (owner & FUTEX_OWNER_DIED)
+		return report_death(ep);
+	/* Without a time-out both calls are restarted after a handler with SA_RESTART (SCIF 2.7). */
+	if (syscall(SYS_futex_waitv, w, 2, 0, NULL, 0) < 0) {
+		if (errno == ENOSYS || errno == EPERM)
+			rc = syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0) < 0 && errno == EINTR;
+		else
+			rc = errno == EINTR;
+	}
+	errno = saved;
+	if (node_dead(ep))
+		return report_death(ep);
+	return rc ? -EINTR : 0;
+}
+
+void lock(uint64_t *words)
+{
+	pthread_mutex_t *m = (pthread_mutex_t *)(void *)words;
+
+	/* A holder that died in the middle of a copy leaves the positions as before it. */
+	if (pthread_mutex_lock(m) == EOWNERDEAD)
+		pthread_mutex_consistent(m);
+}
+
+void unlock(uint64_t *words)
+{
+	pthread_mutex_unlock((pthread_mutex_t *)(void *)words);
+}

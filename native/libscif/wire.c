@@ -1,0 +1,244 @@
+/* Requests to the node: a small pool of control connections, one request on each at a time. */
+#include "internal.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define POOL 8
+#define HIGH_FD 512 /* our own descriptors stay out of the program's low numbers (SCIF-8) */
+
+struct control {
+	int fd;
+	ino_t ino; /* to notice that the program closed it under us */
+};
+
+static struct control pool[POOL];
+static unsigned pooled;
+static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int socket_path(struct sockaddr_un *sa)
+{
+	const char *env = getenv("MICEMU_SCIF_SOCKET"), *run = getenv("XDG_RUNTIME_DIR");
+	int n;
+
+	sa->sun_family = AF_UNIX;
+	if (env && *env)
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s", env);
+	else if (run && *run)
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/micemu/default/scif.sock", run);
+	else
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "/tmp/micemu-%u/default/scif.sock", getuid());
+	return n < 0 || (size_t)n >= sizeof sa->sun_path ? -ENOENT : 0;
+}
+
+int node_connect(void)
+{
+	struct sockaddr_un sa;
+	int fd, rc = socket_path(&sa);
+
+	if (rc < 0)
+		return rc;
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	while (connect(fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
+		rc = errno;
+		if (rc == EINTR)
+			continue;
+		close(fd);
+		/* Nobody listens there: the driver is not loaded (SCIF 2.17). */
+		return rc == ECONNREFUSED || rc == ENOTDIR || rc == EPROTOTYPE ? -ENOENT : -rc;
+	}
+	return fd;
+}
+
+static int send_packet(int fd, const struct mic_scif_request *rq, const void *data)
+{
+	struct iovec iov[2] = { { (void *)(uintptr_t)rq, sizeof *rq },
+				{ (void *)(uintptr_t)data, rq->ndata } };
+	struct msghdr mh = { .msg_iov = iov, .msg_iovlen = data ? 2 : 1 };
+	ssize_t n;
+
+	do
+		n = sendmsg(fd, &mh, MSG_NOSIGNAL);
+	while (n < 0 && errno == EINTR);
+	return n < 0 ? -errno : 0;
+}
+
+static void take_fds(struct msghdr *mh, struct answer *ans)
+{
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(mh); c; c = CMSG_NXTHDR(mh, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		unsigned n = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+
+		for (unsigned i = 0; i < n && ans->nfds < MAX_FDS; i++)
+			memcpy(&ans->fds[ans->nfds++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+	}
+}
+
+/* 0, -EINTR (nothing was received), -ENODEV (the node is gone). */
+static int recv_packet(int fd, struct answer *ans)
+{
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(MAX_FDS * sizeof(int))];
+	} control;
+	struct iovec iov[2] = { { &ans->head, sizeof ans->head }, { ans->data, ans->max } };
+	struct msghdr mh = { .msg_iov = iov, .msg_iovlen = ans->max ? 2 : 1, .msg_control = &control,
+			     .msg_controllen = sizeof control };
+	ssize_t n = recvmsg(fd, &mh, MSG_CMSG_CLOEXEC);
+
+	if (n < 0)
+		return errno == EINTR ? -EINTR : -ENODEV;
+	if ((size_t)n < sizeof ans->head || (size_t)n != sizeof ans->head + ans->head.ndata)
+		return -ENODEV;
+	take_fds(&mh, ans);
+	return 0;
+}
+
+void answer_close(struct answer *ans)
+{
+	int saved = errno;
+
+	for (unsigned i = 0; i < ans->nfds; i++)
+		close(ans->fds[i]);
+	ans->nfds = 0;
+	errno = saved;
+}
+
+int node_open(int fd, uint64_t cookie, uint64_t *sid)
+{
+	const struct mic_scif_request rq = { .op = MIC_SCIF_OPEN, .a = { cookie } };
+	struct answer ans = { 0 };
+	int rc = send_packet(fd, &rq, NULL);
+
+	while (rc == 0 && (rc = recv_packet(fd, &ans)) == -EINTR)
+		rc = 0;
+	answer_close(&ans);
+	if (rc < 0)
+		return rc;
+	*sid = ans.head.v[0];
+	return ans.head.status;
+}
+
+/* Move a descriptor out of the way of the program's; on failure it stays where it is. */
+static int move_high(int fd)
+{
+	int high = fcntl(fd, F_DUPFD_CLOEXEC, HIGH_FD);
+
+	if (high < 0)
+		return fd;
+	close(fd);
+	return high;
+}
+
+static int control_get(struct control *c)
+{
+	library_init();
+	pthread_mutex_lock(&pool_lock);
+	while (pooled) {
+		struct stat st;
+
+		*c = pool[--pooled];
+		if (fstat(c->fd, &st) == 0 && st.st_ino == c->ino && S_ISSOCK(st.st_mode)) {
+			pthread_mutex_unlock(&pool_lock);
+			return 0;
+		}
+	}
+	pthread_mutex_unlock(&pool_lock);
+
+	const struct mic_scif_request hello = { .op = MIC_SCIF_HELLO, .a = { (uint64_t)getpid() } };
+	struct answer ans = { 0 };
+	struct stat st;
+	int rc, fd = node_connect();
+
+	if (fd < 0)
+		return fd;
+	fd = move_high(fd);
+	rc = send_packet(fd, &hello, NULL);
+	while (rc == 0 && (rc = recv_packet(fd, &ans)) == -EINTR)
+		rc = 0;
+	if (rc == 0)
+		rc = ans.head.status;
+	if (rc < 0 || fstat(fd, &st) < 0) {
+		close(fd);
+		return rc < 0 ? rc : -EBADF;
+	}
+	*c = (struct control){ fd, st.st_ino };
+	return 0;
+}
+
+static void control_put(const struct control *c)
+{
+	pthread_mutex_lock(&pool_lock);
+	if (pooled < POOL) {
+		pool[pooled++] = *c;
+		pthread_mutex_unlock(&pool_lock);
+		return;
+	}
+	pthread_mutex_unlock(&pool_lock);
+	close(c->fd);
+}
+
+static int exchange(int fd, const struct mic_scif_request *rq, const void *data, struct answer *ans,
+		    bool interruptible)
+{
+	int rc = send_packet(fd, rq, data);
+
+	if (rc < 0)
+		return -ENODEV;
+	while ((rc = recv_packet(fd, ans)) == -EINTR) {
+		const struct mic_scif_request cancel = { .op = MIC_SCIF_CANCEL, .sid = rq->sid };
+
+		if (interruptible && send_packet(fd, &cancel, NULL) < 0)
+			return -ENODEV;
+		interruptible = false; /* once is enough; the answer now comes at once */
+	}
+	return rc;
+}
+
+int node_call(const struct mic_scif_request *rq, const void *data, struct answer *ans, bool interruptible)
+{
+	struct control c;
+	int saved = errno, rc = control_get(&c);
+
+	if (rc == 0) {
+		rc = exchange(c.fd, rq, data, ans, interruptible);
+		if (rc < 0)
+			close(c.fd);
+		else
+			control_put(&c);
+	}
+	if (rc < 0)
+		answer_close(ans);
+	errno = saved;
+	return rc < 0 ? rc : ans->head.status;
+}
+
+int node_ask(uint32_t op, uint64_t sid, uint64_t a0, uint64_t a1, uint64_t *v0)
+{
+	const struct mic_scif_request rq = { .op = op, .sid = sid, .a = { a0, a1 } };
+	struct answer ans = { 0 };
+	int rc = node_call(&rq, NULL, &ans, false);
+
+	answer_close(&ans);
+	if (v0)
+		*v0 = ans.head.v[0];
+	return rc;
+}
+
+void wire_after_fork(void)
+{
+	/* The connections are the parent's: an answer must not reach the wrong process. */
+	pthread_mutex_init(&pool_lock, NULL);
+	while (pooled)
+		close(pool[--pooled].fd);
+}

@@ -13,19 +13,19 @@
 #include "../test/lab.h"
 #include "mic/dma.h"
 
-#define GDDR (128 * KIB)
-#define HOST (16 * GIB + 64 * KIB) /* sparse; ends in the second SMPT entry */
+#define GDDR   (128 * KIB)
+#define HOST   (16 * GIB + 64 * KIB) /* sparse; ends in the second SMPT entry */
 #define MARGIN 64u
 
 static struct lab lab;
 static uint8_t before[2 * MIB], source[2 * MIB];
 
-#define REQUIRE(cond)                                                              \
-	do {                                                                       \
-		if (!(cond)) {                                                     \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond); \
-			abort();                                                   \
-		}                                                                  \
+#define REQUIRE(cond)                                                                                        \
+	do {                                                                                                 \
+		if (!(cond)) {                                                                               \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
+			abort();                                                                             \
+		}                                                                                            \
 	} while (0)
 
 enum place { NOWHERE, IN_GDDR, IN_HOST, IN_MMIO };
@@ -139,7 +139,7 @@ static bool aliases(uint64_t a, uint64_t b)
 
 static void run_one(const uint64_t qw[2])
 {
-	struct mic_dma_effect effect = { 0 };
+	struct mic_dma_effect effect = {0};
 	uint64_t src, dst, len;
 	int want = expected(qw, &src, &dst, &len);
 	enum place to = want || !len ? NOWHERE : place_of(dst, len);

@@ -1,17 +1,25 @@
 #!/bin/sh
-# Builds and runs a fuzz target: native/fuzz/run.sh NAME [libFuzzer options]
-# Example: native/fuzz/run.sh dma -max_total_time=60. Needs clang with libFuzzer.
-# The corpus of the tree is native/fuzz/corpus/NAME; what is found lands in build/fuzz/NAME.
+# Builds and runs the libFuzzer targets: native/fuzz/run.sh [SECONDS [TARGET ...]]
+# Default: every fuzz_*.c, 60 seconds each. Needs clang with libFuzzer. The corpus of the tree is
+# native/fuzz/corpus/TARGET; what a run adds, and what it finds, lands in build/fuzz/TARGET.
 set -eu
-name=$1
-shift
+seconds=${1:-60}
+[ $# -gt 0 ] && shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
-out="$root/build/fuzz/$name"
-mkdir -p "$out/corpus"
-files="$root/native/fuzz/fuzz_$name.c"
-for s in bus dma_desc vring_dev vring_drv vdev; do files="$files $root/native/src/$s.c"; done
-# shellcheck disable=SC2086
-${CLANG:-clang} -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
-	-fno-strict-aliasing -Wall -Wextra -I"$root/native/include" -o "$out/fuzz_$name" $files -pthread
-cd "$out"
-exec "./fuzz_$name" -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 "$@" corpus "$root/native/fuzz/corpus/$name"
+command -v "${CLANG:-clang}" >/dev/null || { echo "native/fuzz/run.sh: clang is missing" >&2; exit 1; }
+if [ $# -eq 0 ]; then
+	for f in "$root"/native/fuzz/fuzz_*.c; do
+		name=${f##*/fuzz_}
+		set -- "$@" "${name%.c}"
+	done
+fi
+for name in "$@"; do
+	out="$root/build/fuzz/$name"
+	mkdir -p "$out/corpus"
+	"${CLANG:-clang}" -std=gnu11 -g -O1 -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=undefined -fno-strict-aliasing -Wall -Wextra -I"$root/native/include" \
+		-o "$out/fuzz" "$root/native/fuzz/fuzz_$name.c" "$root"/native/src/*.c -pthread
+	echo "== fuzz $name, $seconds s"
+	(cd "$out" && ./fuzz -max_total_time="$seconds" -timeout=10 -rss_limit_mb=4096 -verbosity=0 \
+		-print_final_stats=1 corpus "$root/native/fuzz/corpus/$name")
+done

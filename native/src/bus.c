@@ -29,7 +29,7 @@ struct mic_bus {
 	uint64_t ignored; /* writes to registers that do not exist or are read-only */
 };
 
-static const struct mic_reg_row reg_table[MIC_REG_ROWS] = { MIC_REG_TABLE };
+static const struct mic_reg_row reg_table[MIC_REG_ROWS] = {MIC_REG_TABLE};
 
 static int map_fd(struct mic_map *m, int fd)
 {
@@ -362,7 +362,7 @@ static void write_dcar(struct mic_bus *bus, uint32_t c, uint32_t value)
 	do {
 		new = (value & ~MIC_DMA_DCAR_IS0) | (value & mask ? 0 : old & MIC_DMA_DCAR_IS0);
 	} while (!mic_cas(reg, &old, new));
-	if (old & mask && new & MIC_DMA_DCAR_IS0)
+	if (old & mask && new &MIC_DMA_DCAR_IS0)
 		deliver_dma(bus, c);
 }
 
@@ -387,7 +387,8 @@ void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count)
 
 void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns)
 {
-	struct timespec ts = { .tv_sec = (time_t)(timeout_ns / 1000000000), .tv_nsec = (long)(timeout_ns % 1000000000) };
+	struct timespec ts = {.tv_sec = (time_t)(timeout_ns / 1000000000),
+			      .tv_nsec = (long)(timeout_ns % 1000000000)};
 	uint32_t *dstat = reg_at(bus, MIC_REG_DSTAT(c)), want = count < MIC_DMA_SLEEP_ANY ? count + 1 : count;
 	uint32_t other = mic_exchange(sleepers(bus, c), want);
 
@@ -604,7 +605,8 @@ void mic_shm_fence(void)
 
 int mic_punch(int fd, uint64_t off, uint64_t len)
 {
-	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno : 0;
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno
+												     : 0;
 }
 
 int mic_reserve(int fd, uint64_t off, uint64_t len)

@@ -16,15 +16,15 @@
 /* cffi-begin */
 /* Order of the descriptors that mic_bus_attach() takes. */
 enum mic_bus_fd {
-	MIC_FD_GDDR,   /* BAR 0: offset = card physical address */
-	MIC_FD_MMIO,   /* BAR 4 */
-	MIC_FD_HOST,   /* host memory: offset = host bus address */
-	MIC_FD_CONFIG, /* PCI configuration space */
-	MIC_FD_RESET,  /* eventfd: RGCR bit 0 was written */
-	MIC_FD_BOOT,   /* eventfd: the bootstrap interrupt */
-	MIC_FD_VEC,    /* 16 eventfds: interrupts to the host, by vector */
-	MIC_FD_IRQ = 22,   /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
-	MIC_FD_CHAN = 42,  /* 8 eventfds: DMA channel c has something to do */
+	MIC_FD_GDDR,      /* BAR 0: offset = card physical address */
+	MIC_FD_MMIO,      /* BAR 4 */
+	MIC_FD_HOST,      /* host memory: offset = host bus address */
+	MIC_FD_CONFIG,    /* PCI configuration space */
+	MIC_FD_RESET,     /* eventfd: RGCR bit 0 was written */
+	MIC_FD_BOOT,      /* eventfd: the bootstrap interrupt */
+	MIC_FD_VEC,       /* 16 eventfds: interrupts to the host, by vector */
+	MIC_FD_IRQ = 22,  /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
+	MIC_FD_CHAN = 42, /* 8 eventfds: DMA channel c has something to do */
 	MIC_FD_COUNT = 50
 };
 

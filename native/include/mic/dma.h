@@ -56,10 +56,10 @@ struct mic_dma_setup {
 
 struct mic_dma_counters {
 	uint64_t transactions, descriptors, bytes; /* submitted */
-	uint64_t completed;   /* transactions */
-	uint64_t kicks;       /* writes of DHPR */
-	uint64_t ring_full;   /* preps that found no room */
-	uint64_t bad_status;  /* DSTAT showed a count that was never issued */
+	uint64_t completed;                        /* transactions */
+	uint64_t kicks;                            /* writes of DHPR */
+	uint64_t ring_full;                        /* preps that found no room */
+	uint64_t bad_status;                       /* DSTAT showed a count that was never issued */
 };
 
 /* Take and set up a channel. NULL with errno: EINVAL, EFAULT (ring not in memory), ENOMEM,

@@ -45,8 +45,8 @@ struct mic_dma_chan {
 	uint32_t last_tail; /* slots before it are free again: published after its records are read */
 	int32_t completed;
 	int32_t cancel_from, cancel_to; /* cookies in (from, to] were terminated */
-	uint64_t *done;     /* tokens for take_done(): a queue of `size` */
-	uint32_t done_head, done_count;
+	uint64_t *done;     /* tokens for take_done(): a queue that grows while nobody takes any */
+	uint32_t done_room, done_head, done_count;
 
 	struct mic_dma_counters count;
 };
@@ -206,10 +206,9 @@ struct mic_dma_chan *mic_dma_chan_create(struct mic_bus *bus, const struct mic_d
 	ch->ring = mic_card_at(bus, setup->ring, (uint64_t)setup->size * MIC_DMA_DESC_SIZE);
 	ch->records = calloc(setup->size, sizeof *ch->records);
 	ch->end_slot = calloc(setup->size, sizeof *ch->end_slot);
-	ch->done = calloc(setup->size, sizeof *ch->done);
 	ch->cookie = ch->completed = ch->cancel_from = ch->cancel_to = FIRST_COOKIE;
 	init_locks(ch);
-	rc = ch->records && ch->end_slot && ch->done ? setup_channel(ch) : -ENOMEM;
+	rc = ch->records && ch->end_slot ? setup_channel(ch) : -ENOMEM;
 	if (rc) {
 		mic_dma_chan_destroy(ch);
 		errno = -rc;
@@ -230,14 +229,30 @@ static uint32_t next_slot(const struct mic_dma_chan *ch, uint32_t slot)
 	return slot + 1 == ch->setup.size ? 0 : slot + 1;
 }
 
-/* False when there is no room for a token: the caller must take some first. */
+static bool grow_done(struct mic_dma_chan *ch)
+{
+	uint32_t room = ch->done_room ? 2 * ch->done_room : 64;
+	uint64_t *bigger = malloc(room * sizeof *bigger);
+
+	if (!bigger)
+		return false;
+	for (uint32_t i = 0; i < ch->done_count; i++)
+		bigger[i] = ch->done[(ch->done_head + i) % ch->done_room];
+	free(ch->done);
+	ch->done = bigger;
+	ch->done_room = room;
+	ch->done_head = 0;
+	return true;
+}
+
+/* False when there is no memory for a token: the slot retires at another look. */
 static bool queue_token(struct mic_dma_chan *ch, uint64_t token)
 {
 	if (!token)
 		return true;
-	if (ch->done_count == ch->setup.size)
+	if (ch->done_count == ch->done_room && !grow_done(ch))
 		return false;
-	ch->done[(ch->done_head + ch->done_count) % ch->setup.size] = token;
+	ch->done[(ch->done_head + ch->done_count) % ch->done_room] = token;
 	mic_store_release(&ch->done_count, ch->done_count + 1);
 	return true;
 }
@@ -290,7 +305,7 @@ unsigned mic_dma_take_done(struct mic_dma_chan *ch, uint64_t *tokens, unsigned m
 	pthread_mutex_lock(&ch->clean);
 	for (; n < max && ch->done_count; n++) {
 		tokens[n] = ch->done[ch->done_head];
-		ch->done_head = (ch->done_head + 1) % ch->setup.size;
+		ch->done_head = (ch->done_head + 1) % ch->done_room;
 		mic_store_release(&ch->done_count, ch->done_count - 1);
 	}
 	pthread_mutex_unlock(&ch->clean);

@@ -112,7 +112,9 @@ uint32_t nbd_grant(struct nbd_client *c, uint32_t len)
 	for (unsigned i = 0; i < MIC_NBD_CLIENTS; i++) {
 		struct nbd_client *o = nbd->client[i];
 
-		if (o && o != c && !o->dead && o->held < nbd->share)
+		if (!o)
+			promised += nbd->share; /* whoever comes next must find something */
+		else if (o != c && !o->dead && o->held < nbd->share)
 			promised += nbd->share - o->held;
 	}
 	uint64_t room = left > promised + mine ? left - promised : mine < left ? mine : left;

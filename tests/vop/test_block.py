@@ -59,7 +59,6 @@ def raw(disk: Disk, readable: list[bytes], writable: list[int]) -> tuple[int | N
         at += n
     disk.drv.add(out, back, token=99)
     disk.drv.kick()
-    assert not lib.mic_dq_enable_interrupt(disk.drv.dq[0]) or True
     done: list[tuple[int, int]] = []
 
     def finished() -> bool:

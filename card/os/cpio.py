@@ -224,7 +224,7 @@ class Unpacker:
 
     def _file(self, entry: Entry, full: str) -> None:
         first = self._names.get(entry.hard_link) if entry.hard_link else None
-        if first and os.path.lexists(first):
+        if first and os.path.isfile(first) and not os.path.islink(first):
             os.link(first, full, follow_symlinks=False)
             if not entry.content:
                 return

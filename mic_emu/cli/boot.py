@@ -158,9 +158,9 @@ def override(
     if net is not None:
         card.net = net
     if image is not None:
-        card.image = os.path.abspath(image)
+        card.image = os.path.abspath(image) if image else ""
     if ramdisk is not None:
-        card.ramdisk = os.path.abspath(ramdisk)
+        card.ramdisk = os.path.abspath(ramdisk) if ramdisk else ""
     if cmdline is not None:
         card.cmdline = cmdline
     check_card(card, name)

@@ -556,6 +556,17 @@ int mic_dma_chan_stop(struct mic_dma_chan *ch, int timeout_ms)
 	return rc;
 }
 
+int mic_dma_pause(struct mic_dma_chan *ch, int timeout_ms)
+{
+	set_enable(ch, false);
+	return wait_inactive(ch, timeout_ms);
+}
+
+void mic_dma_resume(struct mic_dma_chan *ch)
+{
+	set_enable(ch, true);
+}
+
 /* Called with `issue` and `clean` held, channel disabled and inactive. */
 static void drop_records(struct mic_dma_chan *ch)
 {

@@ -1,18 +1,81 @@
+# Every target works on a machine with Python >= 3.10, gcc and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+NATIVE := $(wildcard native/src/*.c native/src/*.h native/include/*.h native/include/mic/*.h native/libscif/*)
+GENERATED := native/include/mic/layout_gen.h
+C_FILES := $(filter-out $(GENERATED),$(wildcard native/src/*.[ch] native/include/*.h native/include/mic/*.h native/libscif/*.[ch] native/fuzz/*.[ch] native/test/*.[ch] native/bench/*.[ch]))
+PY := mic_emu host card tests native/build_native.py setup.py
+
+.PHONY: build boot test help lint fmt check check-all asan tsan fuzz soak bench docs clean layout
 .DEFAULT_GOAL := build
+
+build: $(VENV)/.built ## build into .venv
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml setup.py native/build_native.py | $(BIN)/python
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+# Dependencies are installed once and after a change of pyproject.toml; C is compiled each time it changed.
+$(VENV)/.built: pyproject.toml setup.py native/build_native.py $(NATIVE) | $(BIN)/python
+	@if [ $(VENV)/.deps -nt pyproject.toml ]; then set -x; $(PIP) --no-deps -e .; \
+	else set -x; $(PIP) -e '.[test]' && touch $(VENV)/.deps; fi
 	@touch $@
 
-NATIVE := $(wildcard native/src/*.c native/include/mic/*.h native/libscif/*.c native/include/*.h)
-$(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+$(VENV)/.dev: pyproject.toml | build
+	$(PIP) -e '.[test,dev]'
 	@touch $@
 
-build: $(VENV)/.built
+boot: build ## build, boot a card and show it
+	$(BIN)/micemu boot
+
+test: build ## all tests; those that need a missing peer program are skipped
+	$(BIN)/python -m pytest -q
+
+check: build ## fast tests: no whole machine
+	$(BIN)/python -m pytest -q -m 'not system and not peer'
+
+check-all: lint test asan tsan ## what CI runs, and the sanitizers
+
+layout: build ## regenerate the C header from mic_emu/layout.py
+	$(BIN)/python -m mic_emu.layout > $(GENERATED).new && mv $(GENERATED).new $(GENERATED)
+
+lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layering, generated header
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	$(BIN)/mypy -p mic_emu
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	$(BIN)/python -m mic_emu.layout | diff -u $(GENERATED) - || { echo 'stale: make layout'; exit 1; }
+	sh native/lint.sh
+
+fmt: build $(VENV)/.dev ## format everything
+	$(BIN)/ruff format -q $(PY)
+	$(BIN)/ruff check -q --fix $(PY)
+	$(BIN)/clang-format -i $(C_FILES)
+
+asan: build ## C tests and ring tests under ASan and UBSan
+	sh native/sanitize.sh address,undefined
+
+tsan: build ## C tests under ThreadSanitizer
+	sh native/sanitize.sh thread
+
+fuzz: ## libFuzzer targets, SECONDS each (needs clang)
+	sh native/fuzz/run.sh $(or $(SECONDS_EACH),60)
+
+soak: build ## the long runs
+	MICEMU_SOAK=1 $(BIN)/python -m pytest -q -m soak --timeout 3600
+
+bench: build ## speed against limits of this machine, in one run
+	$(BIN)/micemu bench
+
+docs: build ## the documentation site
+	$(PIP) -e '.[docs]'
+	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+
+clean: ## remove what was built
+	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -f mic_emu/*.so mic_emu/_native.c
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20

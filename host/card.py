@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import close_prepared, extra_device, plan
+from mic_emu.host.devices import check, extra_device, plan
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
@@ -28,7 +29,7 @@ from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 C = L.CONSTANTS
 POWER_ON_LIMIT_S = 10.0
@@ -84,7 +85,7 @@ class Card:
         self.cosm = CosmDevice(self.index, self.driver, self.clock, self.log)
         self.cosm.heartbeat_enable = self.config.heartbeat
         self.cosm.on_change.append(self.notify)
-        self.policy = Policy(self.cosm, self.config.on_crash, self.clock, self.log, self._boot_again)
+        self.policy = Policy(self.cosm, self.config.on_crash, self.clock, self.log, self._boot_again, lambda: self.os_pid != 0)
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
 
     async def _power_on(self) -> None:
@@ -127,6 +128,7 @@ class Card:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         self.log.info(f"card OS ended: {how}", event="os_exit", status=status, reset=reset)
         self.os_pid = 0
+        self.policy.wake()
         if reset:
             return
         self._peer_died()
@@ -242,7 +244,8 @@ class Card:
         for path, what in ((image, "card image"), (self.config.ramdisk, "ramdisk")):
             if path:
                 check_file(path, what, self.name)
-        close_prepared(plan(self))
+        if self.supervisor is None:  # else the devices of a crashed boot still hold what they need
+            check(self)
 
     def backend(self, name: str) -> Backend:
         """A device's backend by name. Raises MicemuError."""
@@ -281,7 +284,7 @@ class Card:
         """Shut down (or reset) and boot again."""
         if self.cosm.state is State.ONLINE:
             await self.shutdown()
-        await self.boot(self.driver.firmware, self.driver.ramdisk, self.driver.cmdline)
+        await self.boot(self.driver.firmware, self.driver.ramdisk, self.cosm.cmdline or "")
 
     async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
         """Boot and wait until the card is online and its devices run.
@@ -300,7 +303,8 @@ class Card:
                 errno.EINVAL,
             )
         self.cosm.bootmode = self.driver.bootmode = "linux"
-        self.driver.firmware, self.driver.ramdisk, self.driver.cmdline = image, ramdisk, cmdline
+        self.driver.firmware, self.driver.ramdisk = image, ramdisk
+        self.driver.cmdline = self.kernel_command_line(cmdline)
         self.cosm.firmware, self.cosm.ramdisk, self.cosm.cmdline = image, ramdisk or None, cmdline or None
         await self.cosm.boot()
         try:
@@ -317,6 +321,14 @@ class Card:
             raise MicemuError(f"{self.name}: the bootstrap refused {image}: {why}")
         raise MicemuError(f"{self.name} did not boot: {why}" + (f"; its last words: {log}" if log else ""))
 
+    def kernel_command_line(self, text: str) -> str:
+        """What the daemon adds for the card's network (COSM-66) and our own words, then ``text``."""
+        own = (
+            f"ifcfg=static;address,172.31.{self.index + 1}.1;netmask,255.255.255.0 "
+            f"micemu.cwd={shlex.quote(self.cwd)}"
+        )
+        return f"{own} {text}".strip()
+
     def _boot_settled(self) -> bool:
         if self.refused or self.os_ended or self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE:
             return True
@@ -325,7 +337,7 @@ class Card:
         return all(b.ready.is_set() or b.failed for b in self.supervisor.backends)
 
     async def _boot_again(self) -> None:
-        await self.boot(self.driver.firmware, self.driver.ramdisk, self.driver.cmdline)
+        await self.boot(self.driver.firmware, self.driver.ramdisk, self.cosm.cmdline or "")
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from mic_emu.config import CardConfig, Config
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.host import inspection
-from mic_emu.wire import AsyncChannel, UnixServer, serve_unix
+from mic_emu.wire import WireError
+from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -80,6 +82,12 @@ class Control:
             await channel.send({"error": str(e), "kind": type(e).__name__, "errno": e.errno, "code": e.code})
         except TimeoutError as e:
             await channel.send({"error": str(e), "kind": "WaitTimeout", "errno": errno.ETIMEDOUT})
+        except (ConnectionError, WireError):
+            raise
+        except Exception as e:
+            self.instance.log.error(f"{msg.get('op')}: {e!r}", traceback=traceback.format_exc())
+            text = f"internal error in {msg.get('op')!r}: {e!r}; the log has the details (micemu log)"
+            await channel.send({"error": text, "kind": "MicemuError", "errno": errno.EIO})
         finally:
             for fd in fds:
                 _close_quietly(fd)
@@ -102,7 +110,7 @@ class Control:
         try:
             await self.instance.plug(configs)
             cards = self.instance.select(names)
-            images = {c.name: c.config.image or str(await asyncio.to_thread(image.built_in)) for c in cards}
+            images = {c.name: c.config.image or str(image.built_in()) for c in cards}
             for card in cards:
                 card.cwd = msg.get("cwd", "/")
                 card.prepare(images[card.name])

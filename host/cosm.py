@@ -163,7 +163,7 @@ class CosmDevice:
             await asyncio.gather(task, return_exceptions=True)
         ep, self._ep = self._ep, None
         if ep:
-            ep.close()
+            await ep.close()
 
     # --- connection (COSM 5.3) ----------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class CosmDevice:
         async with self._lock:
             if self.state not in (State.BOOTING, State.ONLINE):
                 self.log.warning("COSM connection refused", state=self.state.word)
-                ep.close()
+                await ep.close()
                 return
             await self._drop_connection()
             now = time.time_ns()
@@ -206,7 +206,7 @@ class CosmDevice:
                 message, data = data[: L.COSM_MSG.size], data[L.COSM_MSG.size :]
                 self._message(L.COSM_MSG.unpack(message))
             if revents & POLLHUP:
-                self._hang_up(ep)
+                await self._hang_up(ep)
                 return
 
     def _message(self, msg: dict[str, int]) -> None:
@@ -234,13 +234,13 @@ class CosmDevice:
         self.shutdown_status = Status.CRASHED  # published together with the state (COSM-50)
         self._move(Event.HEARTBEAT_LOST)
 
-    def _hang_up(self, ep: Endpoint) -> None:
+    async def _hang_up(self, ep: Endpoint) -> None:
         """T17: publish the remembered status; the state does not change."""
         if self._pending is not Status.NOP:
             self._publish(self._pending)
-        ep.close()
         if self._ep is ep:
             self._ep = None
+        await ep.close()
 
     def os_died(self, why: str) -> None:
         """The board saw its OS process end without an orderly shutdown: a crash that the watchdog
@@ -271,12 +271,16 @@ class CosmServer:
     async def serve(self) -> None:
         """Accept until cancelled."""
         while True:
-            ep = await self._listener.accept()
+            try:
+                ep = await self._listener.accept()
+            except ScifError as e:
+                self._log.warning(f"COSM accept: {e}")  # a card that went away in the middle of it
+                continue
             node = ep.peer[0] if ep.peer else 0
             device = self._find(node - 1)
             if device is None:
                 self._log.warning("COSM connection from a node without a card", node=node)
-                ep.close()
+                await ep.close()
             else:
                 asyncio.ensure_future(self._adopt(device, ep))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -20,10 +21,11 @@ from mic_emu.host.cosm import CosmDevice, CosmServer
 from mic_emu.host.network import Network
 from mic_emu.host.spawn import Spawner
 from mic_emu.log import Log
-from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.memory import Mapping, PageAllocator, create_shm
 from mic_emu.rundir import RunDir
 from mic_emu.scif.node import Node
-from mic_emu.wire import AsyncChannel
+from mic_emu.scif.service import ScifService, listen_at
+from mic_emu.wire_aio import AsyncChannel
 
 HOST_MEMORY_START = 1 << 20  # the first MiB stays unused: a zero address means "absent" everywhere
 
@@ -41,25 +43,19 @@ class Instance:
         self.cards: dict[str, Card] = {}
         self.stopping = asyncio.Event()
         self.host_fd = create_shm("host", config.host_memory)
-        self.memory_view = self._map(self.host_fd, config.host_memory)
+        self.memory_view = Mapping(self.host_fd, config.host_memory)
         self.memory = PageAllocator(self.host_fd, HOST_MEMORY_START, config.host_memory)
         self.node = Node(0, self.memory, self.memory_view, self.clock, log.bind(part="scif"))
         self.network = Network(log.bind(part="network"))
+        self.scif: ScifService | None = None
         self._cosm_task: asyncio.Task[None] | None = None
         self._plug = asyncio.Lock()
-
-    @staticmethod
-    def _map(fd: int, size: int) -> View:
-        import mmap
-
-        from mic_emu._native import ffi
-
-        area = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | 0x4000)  # MAP_NORESERVE
-        return View(ffi.cast("uint8_t *", ffi.from_buffer(area)), size)
 
     async def start(self) -> None:
         """Bring up what needs no card."""
         await self.node.start()
+        self.scif = ScifService(self.node, listen_at(self.rundir / "scif.sock"))
+        self.scif.start()
         server = CosmServer.open(self.node.open(), self._find_cosm, self.log.bind(part="cosm"))
         self._cosm_task = asyncio.ensure_future(server.serve())
 
@@ -136,6 +132,8 @@ class Instance:
         self.cards.clear()
         if self._cosm_task:
             self._cosm_task.cancel()
+        if self.scif:
+            await self.scif.close()
         await self.node.close()
         self.network.close()
 
@@ -163,7 +161,10 @@ async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Lo
     try:
         await asyncio.wait({stopping, spawn_task}, return_when=asyncio.FIRST_COMPLETED)
         if spawn_task.done():
-            log.error("init is gone: the instance ends")
+            gone = spawn_task.exception()
+            if not isinstance(gone, OSError):
+                raise RuntimeError("the channel to init failed") from gone
+            log.error(f"init is gone: the instance ends ({gone})")
             await control.close()
             rundir.remove()
             return
@@ -179,7 +180,13 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
     """Entry point in the process that init forked. fds: channel to init, ready pipe."""
     log = Log(args["log_fd"], process="host")
     channel = AsyncChannel(socket.socket(fileno=fds[0]))
-    asyncio.run(serve(args, channel, fds[1], log))
+    try:
+        asyncio.run(serve(args, channel, fds[1], log))
+    except BaseException as e:
+        # Before it served, somebody waits at the pipe for the reason; afterwards it is closed.
+        with contextlib.suppress(OSError):
+            os.write(fds[1], json.dumps({"error": f"{type(e).__name__}: {e}"}).encode() + b"\n")
+        raise
     return 0
 
 

@@ -25,6 +25,7 @@ from mic_emu.proc import kill_descendants
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
 
+HOST = "micemu-host"
 Target = Callable[[dict[str, Any], list[int]], int]
 
 
@@ -32,9 +33,10 @@ def close_all_but(keep: Sequence[int]) -> None:
     """Close every descriptor that is not in ``keep``."""
     last = -1
     for fd in sorted(set(keep)):
-        os.closerange(last + 1, fd)
+        if fd > last + 1:  # an empty range would mean "everything" to closerange
+            os.closerange(last + 1, fd)
         last = fd
-    os.closerange(last + 1, os.sysconf("SC_OPEN_MAX") if last < 4096 else last + 4096)
+    os.closerange(last + 1, max(os.sysconf("SC_OPEN_MAX"), last + 2))
 
 
 def run_child(parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]) -> NoReturn:
@@ -94,7 +96,7 @@ class Launcher:
         wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-        host = self.fork("micemu-host", host_main, args, [theirs.fileno(), ready_fd])
+        host = self.fork(HOST, host_main, args, [theirs.fileno(), ready_fd])
         theirs.close()
         os.close(ready_fd)
         self.rundir.write_pids({"init": os.getpid(), "host": host})
@@ -137,6 +139,9 @@ class Launcher:
             if pid == 0:
                 return
             name = self.children.pop(pid, None)
+            if name == HOST and status != 0:
+                self.log.error("the host process died", status=os.waitstatus_to_exitcode(status))
+                self.rundir.save_logs()
             if name is not None and channel is not None:
                 try:
                     channel.send({"exited": pid, "name": name, "status": os.waitstatus_to_exitcode(status)})

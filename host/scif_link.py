@@ -14,6 +14,7 @@ from mic_emu.memory import PageAllocator, View
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
 
+C = L.CONSTANTS
 BOOT = L.BOOTPARAM
 
 
@@ -29,7 +30,7 @@ class HostLink:
         self.driver = driver
         self.clock = clock
         self.log = log
-        self._mapped: dict[int, int] = {}
+        self._mapped: list[int] = []
         db = driver.irq.next_db()
         self._db = db
         self._irq = driver.irq.request(Kind.DB, db, "SCIF_INTR")
@@ -51,8 +52,8 @@ class HostLink:
 
     def _own_addr(self, off: int) -> int:
         """Host memory as the card sees it: the identity entries of the SMPT (HW-6)."""
-        addr = self.driver.smpt.map(off, 4096)
-        self._mapped[addr] = 4096
+        addr = self.driver.smpt.map(off, C["PAGE_SIZE"])
+        self._mapped.append(addr)
         return addr
 
     def _peer_view(self, addr: int, length: int) -> View:
@@ -62,8 +63,10 @@ class HostLink:
         self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"))
 
     def _publish(self, addr: int) -> None:
-        """Doorbell first, then the address (HW 7 ring-back)."""
-        BOOT.put(self.driver.page, 0, "c2h_scif_db", self._db if addr else 0xFF)
+        """Doorbell first, then the address (HW 7 ring-back). When we leave only the address goes: the
+        answer to EXIT still rings."""
+        if addr:
+            BOOT.put(self.driver.page, 0, "c2h_scif_db", self._db)
         BOOT.put(self.driver.page, 0, "scif_host_dma_addr", addr)
 
     def down(self) -> None:
@@ -73,6 +76,6 @@ class HostLink:
     async def stop(self) -> None:
         """EXIT to the card when it still answers, then remove the node and free everything."""
         await self.link.stop()
-        for addr, size in self._mapped.items():
-            self.driver.smpt.unmap(addr, size)
+        for addr in self._mapped:
+            self.driver.smpt.unmap(addr, C["PAGE_SIZE"])
         self._irq.free()

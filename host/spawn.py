@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mic_emu.errors import MicemuError
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 OnExit = Callable[[int], None]
 

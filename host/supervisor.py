@@ -20,7 +20,7 @@ from mic_emu.host.spawn import Spawner
 from mic_emu.host.vop import VopDevice, VopHost
 from mic_emu.log import Log
 from mic_emu.vop.bottom_half import DeviceSlot
-from mic_emu.wire import AsyncChannel
+from mic_emu.wire_aio import AsyncChannel
 
 STOP_LIMIT_S = 3.0
 MAX_PAUSE_S = 5.0

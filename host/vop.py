@@ -15,7 +15,7 @@ from mic_emu import layout as L
 from mic_emu.bar import Bus, drain
 from mic_emu.clock import Clock
 from mic_emu.errors import MicemuError
-from mic_emu.host.irq import Interrupt, Interrupts
+from mic_emu.host.irq import Interrupt, Interrupts, Kind
 from mic_emu.host.smpt import Smpt
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, View
@@ -101,7 +101,7 @@ class VopHost:
             for i in range(shape.num_vq):
                 addresses.append(self._ring_block(slot, kind, i))
             db = self.irq.next_db()
-            line = self.irq.request("db", db, f"vop virtio{kind}")
+            line = self.irq.request(Kind.DB, db, f"vop virtio{kind}")
         except BaseException as e:
             self._free_blocks(slot, addresses)
             if isinstance(e, MemoryError):

@@ -17,8 +17,9 @@ import asyncio
 import heapq
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from mic_emu.timing import PROFILES, Profile
 
 T = TypeVar("T")
 
@@ -27,21 +28,6 @@ def settle(future: asyncio.Future[None]) -> None:
     """Complete ``future`` unless it is already done."""
     if not future.done():
         future.set_result(None)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Factors applied to the specification's times."""
-
-    name: str
-    delay: float
-    limit: float
-
-
-PROFILES = {
-    "x100": Profile("x100", 1.0, 1.0),
-    "fast": Profile("fast", 0.02, 0.25),
-}
 
 
 class Alarm(Protocol):

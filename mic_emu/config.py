@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mic_emu.clock import PROFILES
 from mic_emu.errors import UsageError
+from mic_emu.timing import PROFILES
 
 if sys.version_info >= (3, 11):
     import tomllib

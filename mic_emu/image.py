@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mic_emu import layout
 from mic_emu.errors import MicemuError
+from mic_emu.rundir import base_dir
 
 MAGIC = b"MICOS1\0\0"
 VERSION = 1
@@ -212,10 +213,11 @@ def cache_dir(fallback: Path) -> Path:
     raise MicemuError(f"neither {base} nor {fallback} can hold the card's image: set XDG_CACHE_HOME")
 
 
-def default_image(fallback: Path) -> Path:
+def built_in(fallback: Path | None = None) -> Path:
     """Path of the package's own image, built now if there is none for this code yet.
 
-    fallback: directory for it when there is no writable cache directory.
+    fallback: directory for it when there is no writable cache directory (default: among the run
+              directories)
     Builders may race; each sees a whole image. Raises MicemuError, OSError (ENOSPC).
     """
     files = [(name, path, path.read_bytes()) for name, path in _sources()]
@@ -223,7 +225,7 @@ def default_image(fallback: Path) -> Path:
     for name, path, content in files:
         h.update(f"\0{name}\0{path}\0{len(content)}\0".encode())
         h.update(content)
-    where = cache_dir(fallback)
+    where = cache_dir(fallback or base_dir() / ".cache")
     path = where / f"micos-{h.hexdigest()[:32]}.img"
     try:
         with path.open("rb") as f:

@@ -170,12 +170,34 @@ CONSTANTS: dict[str, int] = {
     "DMA_DCAR_IM0": 1 << 24,
     "DMA_DCAR_IM1": 1 << 25,
     "DMA_DCAR_IS0": 1 << 26,
+    "DMA_DCR_RESET": 0x55,  # channels 0-3 are the host's, all disabled
     "DMA_DRAR_SIZE_SHIFT": 4,
     "DMA_DRAR_SMPT_SHIFT": 21,
     "DMA_DRAR_SYS": 1 << 26,
     "DMA_DSTAT_COUNT": 0x1FFFF,
     "DMA_DSTAT_QUIESCED": 1 << 29,
     "DMA_DSTAT_ERROR": 1 << 31,
+    "DMA_DSTAT_ACTIVE": 1 << 28,  # ours: the engine is between fetching and retiring (bits 31:28)
+    # Not registers: words of the MMIO object where a process that sleeps on DSTAT says so, one per channel.
+    "DMA_SLEEPERS": 0x1FF00,  # 0 nobody, else count + 1 that is waited for, or
+    "DMA_SLEEP_ANY": 0xFFFFFFFF,
+    # DCHERR: why a channel halted (HW-31). The chapter only says "non-zero"; one bit per cause is ours.
+    "DMA_ERR_HEAD": 1 << 0,  # same head written again, or head outside the ring
+    "DMA_ERR_RING": 1 << 1,  # ring size 0, misaligned, or not backed by memory
+    "DMA_ERR_TYPE": 1 << 2,  # unknown descriptor type
+    "DMA_ERR_LENGTH": 1 << 3,  # copy of nothing
+    "DMA_ERR_ALIGN": 1 << 4,  # copy not 64-byte aligned, status not 8, general not 4
+    "DMA_ERR_SOURCE": 1 << 5,  # source not in GDDR, own MMIO or a backed SMPT entry
+    "DMA_ERR_DEST": 1 << 6,  # the same for the destination
+    "DMA_ERR_PAIR": 1 << 7,  # host memory to host memory
+    "DMA_ERR_MEMORY": 1 << 8,  # the memory itself failed under the access
+    "DMA_MEMCPY_LEN_SHIFT": 46,
+    "DMA_MEMCPY_LEN_MASK": 0x3FFF,
+    "DMA_ADDR_MASK": (1 << 40) - 1,
+    "DMA_TYPE_SHIFT": 60,
+    "DMA_MEMCPY_WRITE_BACK": 1 << 55,
+    "DMA_MEMCPY_INTERRUPT": 1 << 56,
+    "DMA_STATUS_INTERRUPT": 1 << 59,
     "DMA_DESC_NOP": 0,
     "DMA_DESC_MEMCPY": 1,
     "DMA_DESC_STATUS": 2,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import mmap
 import os
 import secrets
 from typing import Any
@@ -86,6 +87,15 @@ class View:
         """A view of a part."""
         self._check(off, length)
         return View(self.pointer + off, length)
+
+
+class Mapping(View):
+    """A whole memory object, mapped shared; unmapped when the object goes."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        # MAP_NORESERVE: most of it is never touched.
+        self._area = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | 0x4000)
+        super().__init__(ffi.cast("uint8_t *", ffi.from_buffer(self._area)), size)
 
 
 class OutOfNodeMemory(OSError):

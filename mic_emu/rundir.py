@@ -13,12 +13,13 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mic_emu.errors import MicemuError, UsageError
 
+CRASH_TAIL = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 # A Unix socket's path has 108 bytes; "mic255/console.sock" must fit behind the directory.
 MAX_PATH = 108 - len("/mic255/console.sock") - 1
@@ -113,10 +114,7 @@ class RunDir:
 
     def create(self) -> None:
         """Make the directory, private to the caller. Raises MicemuError naming what is in the way."""
-        if base_dir().parent == Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")):
-            _private_dir(base_dir())
-        else:
-            _private_dir(base_dir())
+        _private_dir(base_dir())
         _private_dir(self.path)
 
     def check_owner(self) -> None:
@@ -127,14 +125,43 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Serialise starting and cleaning. The lock file lies beside the directory and stays."""
-        _private_dir(base_dir())
-        fd = os.open(base_dir() / f".{self.instance}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        """Serialise starting and cleaning. The lock file goes with the instance."""
+        path = base_dir() / f".{self.instance}.lock"
+        while True:
+            _private_dir(base_dir())
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # the last instance took the directory away in between
             fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # its last holder removed it: take the new one
+        try:
             yield
         finally:
+            if not self.path.exists():
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    base_dir().rmdir()  # other instances may be there
             os.close(fd)
+
+    @property
+    def crash_log(self) -> Path:
+        """Where init keeps the logs of an instance whose host process died; outside the directory, which
+        goes with the instance."""
+        state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+        return Path(state) / "micemu" / f"{self.instance}-crash.log"
+
+    def save_logs(self) -> None:
+        """Keep the ends of the logs (at most 1 MiB each) as ``crash_log``."""
+        with suppress(OSError):
+            self.crash_log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            parts = [p.read_bytes()[-CRASH_TAIL:] for p in (self.log, self.path / "stderr.log") if p.exists()]
+            self.crash_log.write_bytes(b"\n".join(parts))
 
     def write_pids(self, processes: dict[str, int]) -> None:
         """Record who runs: ``{"host": pid, "init": pid}`` with start times and the boot id."""
@@ -157,9 +184,5 @@ class RunDir:
         return {role: p for role, p in found.items() if p.alive()}
 
     def remove(self) -> None:
-        """Delete the directory with all it holds."""
+        """Delete the directory with all it holds; the caller holds the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
-        try:
-            base_dir().rmdir()
-        except OSError:
-            pass  # other instances, or a lock file that somebody holds

@@ -2,7 +2,7 @@
 
 A message is one JSON object on one line, at most ``MAX_MESSAGE`` bytes. Descriptors travel with the
 first byte of their message, which says in ``"fds"`` how many they are; they arrive close-on-exec.
-``Channel`` blocks with named deadlines, ``AsyncChannel`` is the same for asyncio; neither changes
+``Channel`` blocks with named deadlines, ``wire_aio.AsyncChannel`` is the same for asyncio; neither changes
 the socket's blocking mode, which other processes may share.
 
 Bytes of a peer that is broken or hostile end in ``WireError``: every descriptor that it sent and
@@ -12,17 +12,15 @@ nobody took is closed, and the channel is of no more use.
 from __future__ import annotations
 
 import array
-import asyncio
 import errno
 import json
 import os
-import secrets
 import select
 import socket
 import stat
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -154,7 +152,7 @@ class _Inbox:
         return msg, fds
 
 
-class _Base:
+class BaseChannel:
     """What both channels share: the socket and its owner's duties."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -189,7 +187,7 @@ class _Base:
             raise PeerClosed("the peer has gone") from e
 
 
-class Channel(_Base):
+class Channel(BaseChannel):
     """Blocking channel; the socket belongs to it from now on. One thread at a time per direction."""
 
     def __enter__(self) -> Channel:
@@ -242,84 +240,6 @@ class Channel(_Base):
         return bool(poller.poll(None if left is None else left * 1000))
 
 
-class AsyncChannel(_Base):
-    """Channel for asyncio: one task receives, any number of tasks send."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
-        self._sending = asyncio.Lock()
-
-    async def __aenter__(self) -> AsyncChannel:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def send(
-        self, msg: Message, fds: Sequence[int] = (), timeout_s: float | None = SEND_TIMEOUT_S
-    ) -> None:
-        """As ``Channel.send``. A send that was cut short (time-out, cancelled) ends the connection,
-        because the peer could not tell where the next message begins."""
-        rest = memoryview(encode(msg, len(fds)))
-        async with self._sending:
-            begun = False
-            try:
-                while rest:
-                    n = self._push(rest, fds)
-                    if n:
-                        rest, fds, begun = rest[n:], (), True
-                    else:
-                        await self._ready(True, timeout_s, "the peer did not read a message of ours")
-            except (WireTimeout, asyncio.CancelledError):
-                if begun:
-                    self.sock.shutdown(socket.SHUT_RDWR)
-                raise
-
-    async def recv(self, timeout_s: float | None, what: str) -> tuple[Message, list[int]]:
-        """As ``Channel.recv``; a cancelled call loses nothing."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (got := self._inbox.take()) is None:
-            if not self._inbox.fill(self.sock):
-                left = None if deadline is None else deadline - time.monotonic()
-                await self._ready(False, left, f"{what}: nothing came within {timeout_s} s")
-        return got
-
-    async def _ready(self, writing: bool, timeout_s: float | None, why: str) -> None:
-        loop = asyncio.get_running_loop()
-        fd = self.sock.fileno()
-        if fd < 0:
-            raise PeerClosed("the connection was closed on this side")
-        ready: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        (loop.add_writer if writing else loop.add_reader)(fd, wake)
-        try:
-            await asyncio.wait_for(ready, timeout_s)
-        except asyncio.TimeoutError:
-            raise WireTimeout(why) from None
-        finally:
-            if self.sock.fileno() == fd:
-                (loop.remove_writer if writing else loop.remove_reader)(fd)
-
-    def close(self) -> None:
-        """Close the socket and every descriptor that nobody took; wakes nobody, may be repeated."""
-        fd = self.sock.fileno()
-        if fd >= 0:
-            try:
-                loop = asyncio.get_running_loop()
-            except RuntimeError:
-                pass
-            else:
-                loop.remove_reader(fd)
-                loop.remove_writer(fd)
-        super().close()
-
-
 def channel_pair() -> tuple[Channel, Channel]:
     """Two connected channels, close-on-exec."""
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -369,7 +289,7 @@ def listen_unix(path: str, mode: int = 0o600, backlog: int = 128) -> socket.sock
         _check_stale(path)
     reach = _Reached(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    temporary = f".{secrets.token_hex(6)}"
+    temporary = f".{os.urandom(6).hex()}"
     try:
         with reach as at:
             sock.bind(at(temporary))
@@ -390,81 +310,3 @@ def _check_stale(path: str) -> None:
     except (ConnectionRefusedError, FileNotFoundError):
         return
     raise OSError(errno.EADDRINUSE, "somebody listens there already", path)
-
-
-Handler = Callable[[AsyncChannel], Awaitable[None]]
-
-
-class UnixServer:
-    """Accepts connections of permitted users and runs one handler task for each."""
-
-    def __init__(self, sock: socket.socket, path: str | None, handler: Handler, uids: frozenset[int]) -> None:
-        self.sock = sock
-        self.path = path
-        self._handler = handler
-        self._uids = uids
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.get_running_loop()
-        self._id = os.fstat(sock.fileno()).st_ino if path is None else os.lstat(path).st_ino
-        sock.setblocking(False)
-        self._loop.add_reader(sock.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        try:
-            conn, _ = self.sock.accept()
-        except (BlockingIOError, ConnectionError):
-            return
-        except OSError as e:
-            # No descriptor left: look again when the connections that hold them may have gone.
-            self._loop.remove_reader(self.sock.fileno())
-            self._loop.call_later(0.1, self._resume)
-            self._loop.call_exception_handler(
-                {"message": f"{self.path}: accept: {e.strerror}", "exception": e}
-            )
-            return
-        if peer_credentials(conn)[1] not in self._uids:
-            conn.close()
-            return
-        task = self._loop.create_task(self._serve(AsyncChannel(conn)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _resume(self) -> None:
-        if self.sock.fileno() >= 0:
-            self._loop.add_reader(self.sock.fileno(), self._accept)
-
-    async def _serve(self, channel: AsyncChannel) -> None:
-        async with channel:
-            try:
-                await self._handler(channel)
-            except (PeerClosed, WireError):
-                pass  # a peer that dies or talks nonsense ends its own connection only
-
-    async def close(self) -> None:
-        """Stop listening, remove the socket's name, end the handlers; may be repeated."""
-        if self.sock.fileno() < 0:
-            return
-        self._loop.remove_reader(self.sock.fileno())
-        self.sock.close()
-        if self.path is not None:
-            try:
-                if os.lstat(self.path).st_ino == self._id:
-                    os.unlink(self.path)
-            except FileNotFoundError:
-                pass
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def serve_unix(
-    path: str, handler: Handler, mode: int = 0o600, uids: frozenset[int] | None = None
-) -> UnixServer:
-    """Listen at ``path`` in the running event loop; ``handler`` gets a channel per connection.
-
-    Connections of users other than ``uids`` (default: our own and root) are closed at once.
-    Raises OSError as ``listen_unix``.
-    """
-    allowed = frozenset({os.geteuid(), 0}) if uids is None else uids
-    return UnixServer(listen_unix(path, mode), path, handler, allowed)

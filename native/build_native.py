@@ -35,6 +35,7 @@ def sources() -> list[str]:
 
 
 ffi = FFI()
+ffi.cdef("struct iovec { void *iov_base; size_t iov_len; };")  # from <sys/uio.h>
 for header in headers():
     for text in SECTION.findall(header.read_text()):
         ffi.cdef(text)

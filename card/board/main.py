@@ -17,6 +17,7 @@ from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import FD_COUNT, Bus, drain
 from mic_emu.card.board.bootstrap import BootRefused, Bootstrap
+from mic_emu.card.board.dma import DmaEngine
 from mic_emu.log import Log
 from mic_emu.proc import kill_descendants
 from mic_emu.wire import Channel
@@ -47,9 +48,7 @@ class Board:
         self.poller = select.poll()
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
-        rc = lib.mic_dma_engine_start(bus.ptr)
-        if rc < 0:
-            raise OSError(-rc, "cannot start the DMA engine")
+        self.dma = DmaEngine(bus)
 
     def post(self, code: str) -> None:
         """Show a POST code."""
@@ -58,9 +57,11 @@ class Board:
     def power_on(self) -> None:
         """Reset everything and let the bootstrap get ready for a download (HW 6.2)."""
         self.kill_os()
-        lib.mic_dma_engine_reset(self.bus.ptr)
+        self.dma.reset()
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
+        # GDDR comes up zeroed, and what the last OS used goes back to the system.
+        lib.mic_punch(self.bus.fds[lib.MIC_FD_GDDR], 0, self.bus.gddr.size)
         base = download_address(self.bus.gddr.size)
         self.post(POST_READY)
         self.bus.hw_store("spad", base | APIC_ID << C["DOWNLOAD_APIC_SHIFT"] | C["DOWNLOAD_READY"], C["SPAD_DOWNLOAD"])
@@ -139,5 +140,5 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
         except OSError as e:
             log.warning(f"the host is gone: {e}")
         finally:
-            lib.mic_dma_engine_stop(bus.ptr)
+            board.dma.close()
     return 0

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from mic_emu import wire
-from mic_emu.wire import AsyncChannel, Channel, PeerClosed, WireError, WireTimeout
+from mic_emu import wire, wire_aio
+from mic_emu.wire import Channel, PeerClosed, WireError, WireTimeout
+from mic_emu.wire_aio import AsyncChannel
 
 
 def open_fds() -> set[str]:
@@ -279,7 +280,7 @@ def test_serve_unix_speaks_to_clients_and_leaves_nothing(tmp_path: Path) -> None
             os.close(r)
 
     async def main() -> None:
-        server = wire.serve_unix(path, handler)
+        server = await wire_aio.serve_unix(path, handler)
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
         with wire.connect_unix(path) as bad:
             bad.sendall(b"nonsense\n")
@@ -301,7 +302,7 @@ def test_serve_unix_refuses_other_users(tmp_path: Path) -> None:
         await ch.send({"hello": 1})
 
     async def main() -> None:
-        server = wire.serve_unix(path, handler, uids=frozenset({os.getuid() + 1}))
+        server = await wire_aio.serve_unix(path, handler, uids=frozenset({os.getuid() + 1}))
         async with AsyncChannel(wire.connect_unix(path)) as ch:
             with pytest.raises(PeerClosed):
                 await ch.recv(5, "anything")

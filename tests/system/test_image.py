@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The package's own image."""
     with pytest.MonkeyPatch.context() as mp:
         mp.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return image.default_image(Path("/nonexistent")).read_bytes()
+        return image.built_in(Path("/nonexistent")).read_bytes()
 
 
 def rehead(built: bytes, change: Callable[[ImageHeader], ImageHeader]) -> bytes:
@@ -108,16 +108,16 @@ def test_any_wrong_header_byte_is_refused_or_harmless(built: bytes, field: int) 
 def test_image_is_cached_by_content_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second build is the first one's file; a damaged cache entry is rebuilt; few are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = image.default_image(Path("/nonexistent"))
+    first = image.built_in(Path("/nonexistent"))
     ino = first.stat().st_ino
-    assert image.default_image(Path("/nonexistent")) == first
+    assert image.built_in(Path("/nonexistent")) == first
     assert first.stat().st_ino == ino
     for n in range(image.KEEP_IMAGES + 5):
         old = first.with_name(f"micos-{n:032}.img")
         old.write_bytes(b"")
         os.utime(old, (n, n))
     first.write_bytes(first.read_bytes()[:5000])
-    assert image.default_image(Path("/nonexistent")) == first
+    assert image.built_in(Path("/nonexistent")) == first
     parse_header(first.read_bytes())
     assert len(list(first.parent.iterdir())) == image.KEEP_IMAGES
 
@@ -126,14 +126,14 @@ def test_unwritable_cache_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Without a cache directory the image lies in the fallback directory."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert image.default_image(tmp_path / "run").parent == tmp_path / "run"
+    assert image.built_in(tmp_path / "run").parent == tmp_path / "run"
 
 
 def test_concurrent_builders_all_get_a_whole_image(tmp_path: Path) -> None:
     """Eight processes that build at once each read a valid image and leave one file."""
     code = (
         "from pathlib import Path; from mic_emu import image; "
-        "p = image.default_image(Path('/nonexistent')); image.parse_header(p.read_bytes()); print(p)"
+        "p = image.built_in(Path('/nonexistent')); image.parse_header(p.read_bytes()); print(p)"
     )
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     with ThreadPoolExecutor(8) as pool:
@@ -192,4 +192,4 @@ def test_the_card_runs_the_downloaded_bytes(built: bytes) -> None:
 def test_image_file_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache directory is the user's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert stat.S_IMODE(image.default_image(Path("/x")).parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(image.built_in(Path("/x")).parent.stat().st_mode) == 0o700

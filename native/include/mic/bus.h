@@ -6,6 +6,7 @@
 #ifndef MIC_BUS_H
 #define MIC_BUS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -15,15 +16,15 @@
 /* cffi-begin */
 /* Order of the descriptors that mic_bus_attach() takes. */
 enum mic_bus_fd {
-	MIC_FD_GDDR,   /* BAR 0: offset = card physical address */
-	MIC_FD_MMIO,   /* BAR 4 */
-	MIC_FD_HOST,   /* host memory: offset = host bus address */
-	MIC_FD_CONFIG, /* PCI configuration space */
-	MIC_FD_RESET,  /* eventfd: RGCR bit 0 was written */
-	MIC_FD_BOOT,   /* eventfd: the bootstrap interrupt */
-	MIC_FD_VEC,    /* 16 eventfds: interrupts to the host, by vector */
-	MIC_FD_IRQ = 22,   /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
-	MIC_FD_CHAN = 42,  /* 8 eventfds: DMA channel c has something to do */
+	MIC_FD_GDDR,      /* BAR 0: offset = card physical address */
+	MIC_FD_MMIO,      /* BAR 4 */
+	MIC_FD_HOST,      /* host memory: offset = host bus address */
+	MIC_FD_CONFIG,    /* PCI configuration space */
+	MIC_FD_RESET,     /* eventfd: RGCR bit 0 was written */
+	MIC_FD_BOOT,      /* eventfd: the bootstrap interrupt */
+	MIC_FD_VEC,       /* 16 eventfds: interrupts to the host, by vector */
+	MIC_FD_IRQ = 22,  /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
+	MIC_FD_CHAN = 42, /* 8 eventfds: DMA channel c has something to do */
 	MIC_FD_COUNT = 50
 };
 
@@ -46,6 +47,18 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus);
 void mic_hw_store(struct mic_bus *bus, uint32_t off, uint32_t value);
 void mic_hw_reset(struct mic_bus *bus);
 
+/* The engine's side of a channel: raise the completion interrupt of channel `c` towards its owner
+ * (masked: it waits for the unmasking, HW-35), and halt it with a DCHERR bit (HW-31). */
+void mic_hw_dma_interrupt(struct mic_bus *bus, unsigned c);
+void mic_hw_dma_fault(struct mic_bus *bus, unsigned c, uint32_t error);
+/* Sleep while DSTAT of channel `c` is `seen`, at most `timeout_ns`, until its count is `count`, the
+ * channel goes idle or it halts; may return early. MIC_DMA_SLEEP_ANY: until it changes at all. */
+void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns);
+/* The engine's side: the count has become `count`; MIC_DMA_SLEEP_ANY: idle or halted. */
+void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count);
+/* DCR holds bits of both sides' channels: change some of them in one step. Wakes the engine. */
+void mic_dcr_update(struct mic_bus *bus, uint32_t clear, uint32_t set);
+
 /* Interrupts to the host follow the mode that configuration space shows: MSI-X with its table and
  * pending bits, MSI (vector 0, MXAR0), INTx (vector 0), none while bus mastering or INTx is off. A
  * card without configuration space (vendor id 0) delivers as MSI-X without masks.
@@ -60,6 +73,11 @@ void mic_ring_card(struct mic_bus *bus, int db);
 
 /* Configuration space was written: deliver what became possible. */
 void mic_bus_config_changed(struct mic_bus *bus);
+
+/* May the function reach host memory now? False while bus mastering is off. */
+bool mic_bus_master(struct mic_bus *bus);
+/* Descriptor number `which` (enum mic_bus_fd) of this process. */
+int mic_bus_fd(struct mic_bus *bus, unsigned which);
 
 /* Memories. Sizes in bytes. */
 uint8_t *mic_bus_gddr(struct mic_bus *bus);

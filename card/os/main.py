@@ -1,0 +1,160 @@
+"""micos: the card's operating system. ``main`` is the first code of a downloaded image.
+
+One process is the kernel: card driver, SCIF node, COSM client, VOP and the virtio drivers. Programs
+run below a small init process, which is forked before any thread exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mic_emu import layout as L
+from mic_emu._native import lib
+from mic_emu.bar import Bus
+from mic_emu.card.os.agent import Agent
+from mic_emu.card.os.cosm import CosmClient
+from mic_emu.card.os.drivers import Environment
+from mic_emu.card.os.interrupts import CardInterrupts
+from mic_emu.card.os.klog import KernelLog
+from mic_emu.card.os.registry import DRIVERS
+from mic_emu.card.os.scif_link import CardLink
+from mic_emu.card.os.userland import PANIC_STATUS, Userland
+from mic_emu.card.os.vop import VopCard
+from mic_emu.clock import Clock
+from mic_emu.cosm.states import Status
+from mic_emu.log import Log
+from mic_emu.memory import PageAllocator, page_align
+from mic_emu.scif.node import Node
+from mic_emu.scif.service import ScifService, listen_at
+
+C = L.CONSTANTS
+
+
+class BootError(Exception):
+    """The card cannot come up; the sentence says why."""
+
+
+def command_line(bus: Bus, base: int, size: int) -> dict[str, str]:
+    """Kernel parameters: ``key=value`` words, and words alone, from behind the image."""
+    raw = bus.gddr.read(base + size, min(C["CMDLINE_MAX"], bus.gddr.size - base - size))
+    words = shlex.split(raw.partition(b"\0")[0].decode(errors="replace"))
+    return {k: v for k, _, v in (w.partition("=") for w in words)}
+
+
+class Kernel:
+    """Everything that lives as long as the card is up."""
+
+    def __init__(self, boot: dict[str, Any], bus: Bus, log: Log) -> None:
+        self.boot = boot
+        self.bus = bus
+        self.log = log
+        self.clock = Clock(boot["timing"])
+        base, size = boot["base"], boot["size"]
+        self.params = command_line(bus, base, size)
+        self.ramdisk = self._ramdisk(base)
+        first = max(2 * base, base + page_align(size + C["CMDLINE_MAX"]))
+        if self.ramdisk:
+            first = max(first, self.ramdisk[0] + self.ramdisk[1])
+        self.memory = PageAllocator(bus.fds[lib.MIC_FD_GDDR], page_align(first), bus.gddr.size & ~4095)
+        self.interrupts = CardInterrupts(bus)
+        self.page = self._device_page()
+        self.node_id = L.BOOTPARAM.get(self.page, 0, "node_id")
+        self.node = Node(self.node_id, self.memory, bus.gddr, self.clock, log.bind(part="scif"))
+        self._down: asyncio.Future[Status] | None = None
+
+    def _ramdisk(self, base: int) -> tuple[int, int] | None:
+        """Address and length that the host patched into the boot header, if they make sense."""
+        at = self.bus.gddr.load(base + C["BOOT_RAMDISK_IMAGE"], 4)
+        size = self.bus.gddr.load(base + C["BOOT_RAMDISK_SIZE"], 4)
+        if not at or not size:
+            return None
+        if at + size > self.bus.gddr.size:
+            raise BootError(f"the ramdisk at {at:#x} with {size} bytes does not lie in card memory")
+        return at, size
+
+    def _device_page(self) -> Any:
+        """HW 7 steps 5 and 6: map the page the host announced, check its magic."""
+        lo, hi = (self.bus.read("spad", C[name]) for name in ("SPAD_DP_LO", "SPAD_DP_HI"))
+        try:
+            page = self.bus.card_view(hi << 32 | lo, C["DP_SIZE"])
+        except IndexError as e:
+            raise BootError(f"the device page cannot be mapped: {e}") from e
+        magic = L.BOOTPARAM.get(page, 0, "magic")
+        if magic != C["MIC_MAGIC"]:
+            raise BootError(f"the device page has magic {magic:#x} instead of {C['MIC_MAGIC']:#x} (EIO)")
+        return page
+
+    async def run(self, userland: Userland) -> Status:
+        """Bring everything up, serve until the card goes down, take everything down in order."""
+        loop = asyncio.get_running_loop()
+        self._down = loop.create_future()
+        loop.add_signal_handler(signal.SIGTERM, self.go_down, Status.POWEROFF)
+        userland.on_request(self.go_down)
+        userland.start(loop)
+        await self.node.start()
+        scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
+        scif.start()
+        environment = Environment(self.boot, self.params, self.bus, userland, self.log)
+        vop = VopCard(
+            self.bus, self.page, self.memory, self.interrupts, self.clock, self.log,
+            {kind: lambda make=make: make(environment) for kind, make in DRIVERS.items()},  # type: ignore[misc]
+        )  # fmt: skip
+        link = CardLink(self.node, self.bus, self.page, self.interrupts)
+        link.start()
+        client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
+        self.node.on_peer(lambda node, online: self._peer(client, node, online))
+        agent = Agent(environment)
+        await agent.open()
+        await vop.start()
+        self.log.info("card is up", event="card_up", node=self.node_id)
+        status = await self._down
+        self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
+        await agent.close()
+        await userland.shutdown()
+        await scif.close()
+        await client.report(status)
+        await client.close()
+        await link.stop()
+        await vop.close()
+        await self.node.close()
+        return status
+
+    def _peer(self, client: CosmClient, node: int, online: bool) -> None:
+        if node == 0 and online:
+            task = asyncio.ensure_future(client.run())
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    def go_down(self, status: Status) -> None:
+        """Power off, halt or restart; the first request counts."""
+        if self._down and not self._down.done():
+            self._down.set_result(status)
+
+
+def main() -> NoReturn:
+    """Entry point of the image. 0 after an orderly end; a panic ends the process on the spot, because
+    driver threads may be anywhere in C."""
+    boot = json.loads(sys.argv[1])
+    log = Log(boot["log_fd"], process="micos", card=boot["name"])
+    bus = Bus(boot["fds"])
+    log.set_hook(KernelLog(bus.gddr).record)
+    try:
+        kernel = Kernel(boot, bus, log)
+        # The init process is forked here, while this process has one thread and no event loop.
+        userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
+        asyncio.run(kernel.run(userland))
+    except BootError as e:
+        log.error(f"panic: {e}")
+        os._exit(errno.EIO)
+    except BaseException as e:
+        log.error(f"panic: {e!r}", traceback=traceback.format_exc())
+        os._exit(PANIC_STATUS)
+    os._exit(0)

@@ -1,0 +1,97 @@
+"""Which devices a card gets: backends and what each needs from the host process."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+from mic_emu.config import CardConfig, format_size, parse_size
+from mic_emu.errors import MicemuError, UsageError
+from mic_emu.host.disk import open_image
+from mic_emu.host.supervisor import Backend
+from mic_emu.wire import listen_unix
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+
+
+def plan(card: Card) -> list[Backend]:
+    """Backends of a boot, in the order in which the real daemon adds them: console, net, block."""
+    made: list[Backend] = []
+    try:
+        made.append(console(card))
+        if card.config.net != "none":
+            made.append(network(card))
+        if card.config.disk != "none":
+            made.append(block(card, "block", card.config))
+    except BaseException:
+        for backend in made:
+            for fd in backend.fds:
+                os.close(fd)
+        raise
+    return made
+
+
+def check(card: Card) -> None:
+    """Would ``plan`` work? Raises MicemuError with the fix; nothing stays open."""
+    if card.config.net != "none" and card.network:
+        card.network.check(card.index, card.config.net)
+    if card.config.disk != "none":
+        os.close(open_image(card.config, disk_path(card), card.name))
+
+
+def console(card: Card) -> Backend:
+    """The console: a listening socket for ``micemu console`` and the log file."""
+    path = card.dir / "console.sock"
+    listener = listen_unix(str(path))
+    listener.setblocking(False)
+    log = os.open(card.dir / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    backend = Backend("console", "console", {"personality": card.config.personality}, [listener.detach(), log])
+    backend.facts["socket"] = str(path)
+    backend.facts["log"] = str(card.dir / "console.log")
+    return backend
+
+
+def disk_path(card: Card) -> str:
+    """The card's image: the configured one, or a scratch image that goes with the run directory."""
+    return card.config.disk or str(card.dir / "disk.img")
+
+
+def block(card: Card, name: str, config: CardConfig) -> Backend:
+    """A disk on a raw image."""
+    path = config.disk or disk_path(card)
+    fd = open_image(config, path, card.name)
+    size = os.lseek(fd, 0, os.SEEK_END)
+    args = {"read_only": config.read_only, "personality": card.config.personality, "serial": f"{card.name}-{name}"}
+    backend = Backend("block", name, args, [fd])
+    backend.facts.update(path=path, size=format_size(size), read_only=config.read_only)
+    return backend
+
+
+def network(card: Card) -> Backend:
+    """The network in the best mode that this machine offers."""
+    if card.network is None:
+        raise MicemuError(f"{card.name}: no network is prepared", errno.EINVAL)
+    args, fds, facts = card.network.prepare(card.index, card.config.net)
+    args["personality"] = card.config.personality
+    backend = Backend("net", "net", args, fds)
+    backend.facts.update(facts)
+    return backend
+
+
+def extra_device(card: Card, kind: str, options: dict[str, Any]) -> Backend:
+    """A device for ``micemu vop add``. Raises UsageError naming what is wrong."""
+    if kind != "block":
+        raise UsageError(f"cannot add a device of kind {kind!r} at run time; known kinds: block")
+    unknown = set(options) - {"path", "read_only", "size", "name"}
+    if unknown or "path" not in options:
+        raise UsageError(f"a block device needs path=FILE, and may have size=, read_only=, name=; not {sorted(unknown)}")
+    taken = {b.name for b in card.supervisor.backends} if card.supervisor else set()
+    name = options.get("name") or next(n for n in (f"block{i}" for i in range(1, 256)) if n not in taken)
+    if name in taken:
+        raise UsageError(f"{card.name} has a device {name} already")
+    config = CardConfig(disk=options["path"], read_only=bool(options.get("read_only")))
+    if "size" in options:
+        config.disk_size = parse_size(options["size"], "size")
+    return block(card, name, config)

@@ -1,0 +1,103 @@
+"""What ``micemu dump`` shows: registers, device page, vrings, SMPT, the card's log (HW 9, VOP 10)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mic_emu import layout as L
+from mic_emu.errors import UsageError
+from mic_emu.pciconfig import ConfigSpace
+from mic_emu.vop import device_page as dp
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+
+WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
+
+
+def dump(card: Card, what: str, device: str | None) -> Any:
+    """Plain data of one thing. Raises UsageError for an unknown one."""
+    views = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log, "pci": pci}
+    if what not in views:
+        raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
+    rows = views[what](card)
+    if what == "vring" and device:
+        rows = [r for r in rows if device in (r["device"], str(r["slot"]))]
+    return rows
+
+
+def registers(card: Card) -> list[dict[str, Any]]:
+    """Every register with its value."""
+    return [
+        {"offset": off, "name": name, "value": card.bus.mmio.load(off, 4), "doc": row.doc, "clause": row.clause}
+        for off, name, row in L.register_words()
+    ]
+
+
+def page(card: Card) -> dict[str, Any]:
+    """Boot parameters and every slot of the device page."""
+    view = card.driver.page
+    slots = []
+    for slot in dp.walk(view):
+        shape = slot.shape
+        slots.append({
+            "offset": slot.off, "type": slot.type, "num_vq": shape.num_vq, "feature_len": shape.feature_len,
+            "config_len": shape.config_len, "status": L.DEVICE_DESC.get(view, slot.off, "status"),
+            "host_features": view.read(slot.off + shape.features_off, shape.feature_len).hex(),
+            "guest_features": view.read(slot.off + shape.accepted_off, shape.feature_len).hex(),
+            "config": view.read(slot.off + shape.config_off, shape.config_len).hex(),
+            "rings": [
+                {f.name: L.VQCONFIG.get(view, slot.off + shape.vq_off(i), f.name) for f in L.VQCONFIG.fields}
+                for i in range(min(shape.num_vq, L.CONSTANTS["MAX_VRINGS"]))
+            ],
+            "control": {f.name: L.DEVICE_CTRL.get(view, slot.ctrl, f.name) for f in L.DEVICE_CTRL.fields},
+        })  # fmt: skip
+    boot = {f.name: L.BOOTPARAM.get(view, 0, f.name) for f in L.BOOTPARAM.fields}
+    return {"bootparam": boot, "slots": slots}
+
+
+def vrings(card: Card) -> list[dict[str, Any]]:
+    """Indices and pending chains of every ring of every live device."""
+    rows: list[dict[str, Any]] = []
+    for dev in card.vop.devices if card.vop else []:
+        num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
+        for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
+            avail = block + 16 * num
+            avail_idx = host.load(avail + 2, 2)
+            ready = 0 < used <= gddr.size - dp.used_size(num)
+            used_idx = gddr.load(used + 2, 2) if ready else 0
+            pending = [host.load(avail + 4 + 2 * (k % num), 2) for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))]
+            rows.append({
+                "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
+                "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
+                "used_flags": gddr.load(used, 2) if ready else 0, "pending": [_chain(host, block, num, h) for h in pending],
+            })  # fmt: skip
+    return rows
+
+
+def _chain(host: Any, block: int, num: int, head: int) -> list[dict[str, int]]:
+    """The descriptors of one chain; bounded, whatever the card wrote."""
+    out: list[dict[str, int]] = []
+    index = head
+    while index < num and len(out) < num:
+        desc = L.VRING_DESC.unpack(host.read(block + 16 * index, 16))
+        out.append({"index": index, **desc})
+        if not desc["flags"] & L.CONSTANTS["VRING_DESC_F_NEXT"]:
+            break
+        index = desc["next"]
+    return out
+
+
+def smpt(card: Card) -> list[dict[str, int]]:
+    """The software table, as the real driver's debug file shows it."""
+    return [vars(row) if hasattr(row, "__dict__") else row._asdict() for row in card.driver.smpt.rows()]
+
+
+def pci(card: Card) -> str:
+    """Configuration space in the hex form that ``lspci -F`` reads."""
+    return ConfigSpace(card.bus).hexdump(f"{card.index + 1:02x}:00.0")
+
+
+def log(card: Card) -> str:
+    """The card's kernel log out of GDDR; it outlives the card OS."""
+    return card.log_buffer().decode(errors="replace")

@@ -1,0 +1,177 @@
+"""micemu boot"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.config import NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
+from mic_emu.errors import MicemuError, UsageError
+from mic_emu.rundir import RunDir
+
+START_LIMIT_S = 20.0
+
+
+def start_host(where: RunDir, config: Config) -> None:
+    """Start init and the host process of an instance. Raises MicemuError."""
+    from mic_emu.host import launcher
+
+    where.create()
+    fd = launcher.start(where, {"instance": where.instance, "config": config.to_dict()})
+    with os.fdopen(fd, "rb") as pipe:
+        line = pipe.readline()
+    answer = json.loads(line) if line else {}
+    if "ready" not in answer:
+        why = answer.get("error") or f"it ended at once; its last words: {where.crash_log}"
+        raise MicemuError(f"the host process did not start: {why}")
+
+
+def connect_or_start(where: RunDir, config: Config) -> client.Channel:
+    """The instance's control channel; the instance is started, or swept up first, as needed."""
+    with where.locked():
+        where.check_owner()
+        if not where.read_pids():
+            from mic_emu.cli.clean import sweep
+
+            sweep(where)
+            start_host(where, config)
+        return client.connect(where)
+
+
+def show_progress(msg: client.Message) -> None:
+    """One line per card on a terminal."""
+    if "progress" in msg and sys.stderr.isatty():
+        click.echo(f"{msg['progress']}: {msg['state']}", err=True)
+
+
+@click.command()
+@click.argument("cards", nargs=-1, metavar="[CARD]...", shell_complete=client.complete_cards)
+@click.option("-n", "--cards", "count", type=int, metavar="N", help="How many cards to have (default 1).")
+@click.option("--memory", metavar="SIZE", help="Card memory, for example 512M (default 8G, sparse).")
+@click.option("--disk", metavar="PATH[:ro]", help="Raw disk image, made if absent; {card} is the card's name; 'none' for no disk.")
+@click.option("--disk-size", metavar="SIZE", help="Size of an image that is made (default 64M).")
+@click.option("--net", type=click.Choice(NET_MODES), help="Network: probed best first by default.")
+@click.option("--image", type=click.Path(), help="Card image (default: the built-in micos).")
+@click.option("--ramdisk", type=click.Path(), help="cpio archive (newc, may be gzipped) laid over the card's root.")
+@click.option("--cmdline", metavar="TEXT", help="Appended to the card's kernel command line.")
+@click.option("--timing", type=click.Choice(["fast", "x100"]), help="Emulated times: fast (default) or the real ones.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file with [[card]] tables.")
+@client.json_option
+def command(
+    cards: tuple[str, ...], count: int | None, memory: str | None, disk: str | None, disk_size: str | None,
+    net: str | None, image: str | None, ramdisk: str | None, cmdline: str | None, timing: str | None,
+    config_path: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Boot cards by the real protocol and wait until they are online.
+
+    Starts the emulator when it does not run. CARD names (mic0, mic1, ...) boot only these.
+
+    \b
+    Examples:
+      micemu boot
+      micemu boot -n 4 --disk '/tmp/{card}.img'
+      micemu boot --disk root.img:ro --net none
+      micemu boot mic1 --config lab.toml
+    """
+    where = client.rundir()
+    names = [] if cards == ("all",) else list(cards)
+    needed = max([card_index(n) + 1 for n in names], default=0)
+    running = current(where)
+    if config_path is None and running is not None and count is None and not _any(memory, disk, disk_size, net, image, ramdisk, cmdline):
+        config = running
+        if len(config.cards) < max(needed, 1):
+            config.cards += [CardConfig() for _ in range(max(needed, 1) - len(config.cards))]
+    else:
+        config = load(config_path, max(count, needed) if count is not None else (needed or None) if config_path is None else None)
+    if timing:
+        config.timing = timing
+    for i, card in enumerate(config.cards):
+        override(card, f"mic{i}", len(config.cards), memory, disk, disk_size, net, image, ramdisk, cmdline)
+    request = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
+    fresh = running is None
+    with connect_or_start(where, config) as channel:
+        try:
+            for msg, _ in client.converse(channel, "boot", **request):
+                show_progress(msg)
+        except MicemuError:
+            if fresh:
+                _stop_empty()
+            raise
+    if as_json:
+        client.emit(msg["status"])
+    else:
+        from mic_emu.cli.status import render
+
+        render(msg["status"])
+        hint(msg["status"])
+
+
+def _any(*values: object) -> bool:
+    return any(v is not None for v in values)
+
+
+def _stop_empty() -> None:
+    """A failed first boot leaves nothing behind: state as before."""
+    try:
+        if not client.ask("status")["status"]["cards"]:
+            from mic_emu.cli.stop import stop_instance
+
+            stop_instance(client.rundir(), orderly=False, limit_s=10.0)
+    except MicemuError:
+        pass
+
+
+def card_index(name: str) -> int:
+    """The number of ``micN``. Raises UsageError."""
+    if not (name.startswith("mic") and name[3:].isdigit()):
+        raise UsageError(f"{name!r} is not a card name: use mic0, mic1, ...")
+    return int(name[3:])
+
+
+def current(where: RunDir) -> Config | None:
+    """The configuration of the running instance, None when there is none."""
+    try:
+        return Config.from_dict(client.ask("config")["config"]) if where.read_pids() else None
+    except MicemuError:
+        return None
+
+
+def override(
+    card: CardConfig, name: str, count: int, memory: str | None, disk: str | None, disk_size: str | None,
+    net: str | None, image: str | None, ramdisk: str | None, cmdline: str | None,
+) -> None:  # fmt: skip
+    """Command line options over the file's values."""
+    if memory is not None:
+        card.memory = parse_size(memory, "--memory")
+    if disk_size is not None:
+        card.disk_size = parse_size(disk_size, "--disk-size")
+    if disk is not None:
+        if count > 1 and "{card}" not in disk and disk != "none" and not disk.endswith(":ro"):
+            raise UsageError(f"--disk {disk}: {count} cards cannot write to one image; put {{card}} into the path")
+        set_disk(card, disk.replace("{card}", name))
+    if net is not None:
+        card.net = net
+    if image is not None:
+        card.image = os.path.abspath(image) if image else ""
+    if ramdisk is not None:
+        card.ramdisk = os.path.abspath(ramdisk) if ramdisk else ""
+    if cmdline is not None:
+        card.cmdline = cmdline
+    check_card(card, name)
+
+
+def hint(status: client.Message) -> None:
+    """The next commands to try."""
+    name = status["cards"][0]["name"]
+    click.echo(
+        f"\nTry: micemu console {name}          a shell on the card (leave with Ctrl-])\n"
+        f"     micemu run {name} -- uname -a   a program on the card\n"
+        f"     micemu ping {name}              the card's network\n"
+        f"     micemu shutdown && micemu stop"
+    )

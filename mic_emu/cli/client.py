@@ -1,0 +1,104 @@
+"""What commands share: finding the emulator, asking it, common options, output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+
+from mic_emu.errors import BY_NAME, MicemuError, NotRunning
+from mic_emu.rundir import RunDir
+from mic_emu.wire import Channel, PeerClosed, connect_unix
+
+Message = dict[str, Any]
+
+
+def rundir() -> RunDir:
+    """The run directory that the command line names."""
+    ctx = click.get_current_context(silent=True)
+    return RunDir(ctx.find_root().obj if ctx else None)
+
+
+def connect(where: RunDir | None = None) -> Channel:
+    """Connect to the host process. Raises NotRunning with the fix."""
+    where = where or rundir()
+    where.check_owner()
+    try:
+        return Channel(connect_unix(str(where.control)))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise NotRunning(f"no emulator runs (instance {where.instance}): start one with micemu boot") from None
+
+
+def converse(channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any) -> Iterator[tuple[Message, list[int]]]:
+    """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
+    channel.send({"op": op, **fields}, fds)
+    while True:
+        try:
+            msg, got = channel.recv(None, f"the host's answer to {op!r}")
+        except PeerClosed:
+            raise MicemuError(f"the host process ended during {op!r}; its last words: {rundir().crash_log}") from None
+        if "error" in msg:
+            error = BY_NAME.get(msg.get("kind", ""), MicemuError)
+            exc = error.__new__(error)
+            MicemuError.__init__(exc, msg["error"], msg.get("errno", 0))
+            raise exc
+        yield msg, got
+        if msg.get("done"):
+            return
+
+
+def ask(op: str, fds: Sequence[int] = (), **fields: Any) -> Message:
+    """One request, its last answer."""
+    with connect() as channel:
+        for msg, _ in converse(channel, op, fds, **fields):
+            pass
+    return msg
+
+
+def ask_card(card: Message, op: str, limit_s: float = 60.0, **fields: Any) -> Message:
+    """A request to a running card OS; its answer, ``error`` and ``errno`` included. Raises MicemuError."""
+    try:
+        with Channel(connect_unix(f"{card['run_dir']}/os.sock")) as channel:
+            channel.send({"op": op, **fields})
+            return channel.recv(limit_s, f"the card's answer to {op!r}")[0]
+    except OSError as e:
+        raise MicemuError(f"{card['name']} does not answer: {e}", e.errno or 0) from e
+
+
+def emit(plain: Any) -> None:
+    """``--json`` output."""
+    click.echo(json.dumps(plain, indent=2 if sys.stdout.isatty() else None))
+
+
+def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(f)
+
+
+def complete_cards(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of the cards that exist now, for shell completion."""
+    try:
+        names = [c["name"] for c in ask("status")["status"]["cards"]]
+    except (MicemuError, OSError):
+        names = ["mic0"]
+    return [n for n in [*names, "all"] if n.startswith(incomplete)]
+
+
+def cards_argument(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Card names; none means all."""
+    return click.argument("cards", nargs=-1, metavar="[CARD]...", shell_complete=complete_cards)(f)
+
+
+def card_argument(f: Callable[..., Any]) -> Callable[..., Any]:
+    """One card name."""
+    return click.argument("card", metavar="CARD", shell_complete=complete_cards)(f)
+
+
+def tilde(path: str) -> str:
+    """A path as people write it."""
+    home = os.path.expanduser("~")
+    return "~" + path[len(home) :] if home != "/" and path.startswith(home + "/") else path

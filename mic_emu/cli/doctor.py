@@ -1,0 +1,148 @@
+"""micemu doctor"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.config import format_size
+
+
+@dataclass
+class Finding:
+    """One check: ``ok``, ``degraded`` (works, but less) or ``broken``."""
+
+    name: str
+    verdict: str
+    detail: str
+    fix: str = ""
+
+
+def python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 10):
+        return Finding("python", "broken", version, "use Python 3.10 or newer")
+    return Finding("python", "ok", version)
+
+
+def shared_memory() -> Finding:
+    try:
+        st = os.statvfs("/dev/shm")
+    except OSError as e:
+        return Finding("shared memory", "broken", f"/dev/shm: {e.strerror}", "mount a tmpfs at /dev/shm")
+    room = st.f_bavail * st.f_frsize
+    detail = f"/dev/shm has {format_size(room // (1 << 20) * (1 << 20))} free"
+    if room < 64 << 20:
+        return Finding("shared memory", "broken", detail, "a card needs about 40M: make /dev/shm larger (docker run --shm-size=1g)")
+    if room < 512 << 20:
+        return Finding("shared memory", "degraded", detail, "large SCIF windows will get ENOMEM: make /dev/shm larger")
+    return Finding("shared memory", "ok", detail)
+
+
+def run_directory() -> Finding:
+    from mic_emu.errors import MicemuError
+
+    try:
+        where = client.rundir()
+        where.check_owner()
+    except MicemuError as e:
+        return Finding("run directory", "broken", str(e), "set XDG_RUNTIME_DIR to a directory of your own")
+    return Finding("run directory", "ok", str(where.path))
+
+
+def namespaces() -> Finding:
+    from mic_emu.namespaces import refusals
+
+    refused = refusals()
+    if refused:
+        return Finding(
+            "namespaces", "degraded", "; ".join(refused),
+            "cards run as plain processes; allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, or a container "
+            "profile that permits unshare)",
+        )  # fmt: skip
+    return Finding("namespaces", "ok", "user, mnt, uts, ipc, net, pid")
+
+
+def network() -> Finding:
+    from mic_emu import netns
+
+    found = netns.probe()
+    if found.mode == "ns":
+        return Finding("network", "ok", "TAPs in namespaces of our own")
+    return Finding("network", "degraded", "user-space responder", found.reason)
+
+
+def cpus() -> Finding:
+    n = len(os.sched_getaffinity(0))
+    if n < 2:
+        return Finding("processors", "degraded", f"{n}", "nothing can spin: latencies are those of sleeping peers; use 2 or more")
+    return Finding("processors", "ok", f"{n}")
+
+
+def descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        return Finding("descriptors", "degraded", f"limit {soft} (hard {hard})", "four cards need about 600: ulimit -n 4096")
+    return Finding("descriptors", "ok", f"limit {soft}")
+
+
+def peers() -> Finding:
+    wanted = ("nbdinfo", "nbdcopy", "qemu-img", "fio", "mkfs.ext4", "ping", "iperf3", "tshark", "lspci")
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [p for p in wanted if shutil.which(p, path=path) is None]
+    if missing:
+        return Finding("tools for tests", "degraded", f"missing: {', '.join(missing)}", "their tests are skipped; nothing else needs them")
+    return Finding("tools for tests", "ok", "all there")
+
+
+def leftovers() -> Finding:
+    from mic_emu.cli.clean import leftovers as stray
+
+    where = client.rundir()
+    if where.path.exists() and not where.read_pids():
+        return Finding("leftovers", "degraded", f"{where.path} of a dead instance, processes {stray(where) or 'none'}", "micemu clean")
+    names = [p.name for p in Path("/dev/shm").glob(f"micemu-{os.getuid()}-*")]
+    if names:
+        return Finding("leftovers", "degraded", f"in /dev/shm: {', '.join(names)}", "remove them")
+    return Finding("leftovers", "ok", "none")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    python, shared_memory, run_directory, namespaces, network, cpus, descriptors, peers, leftovers,
+)  # fmt: skip
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding; a check that fails is one too."""
+    for check in CHECKS:
+        try:
+            yield check()
+        except OSError as e:
+            yield Finding(check.__name__, "broken", str(e))
+
+
+@click.command()
+@client.json_option
+def command(as_json: bool) -> None:
+    """Check what this machine offers, with the fix for what is missing. Exit status 1 when something is broken.
+
+    \b
+    Example:
+      micemu doctor
+    """
+    findings = list(examine())
+    if as_json:
+        client.emit([asdict(f) for f in findings])
+    else:
+        for f in findings:
+            click.echo(f"{f.verdict:<9} {f.name}: {f.detail}" + (f"\n          fix: {f.fix}" if f.fix else ""))
+    if any(f.verdict == "broken" for f in findings):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,77 @@
+"""micemu dump"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mic_emu.cli import client
+
+WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
+
+
+@click.command()
+@click.argument("what", type=click.Choice(WHAT))
+@click.argument("card", default="mic0", metavar="[CARD]", shell_complete=client.complete_cards)
+@click.option("--device", metavar="NAME", help="Only this device (vring).")
+@click.option("--all", "everything", is_flag=True, help="Registers that are 0 too.")
+@client.json_option
+def command(what: str, card: str, device: str | None, everything: bool, as_json: bool) -> None:
+    """Look into a card: registers, device page, vrings, address map, kernel log, PCI configuration.
+
+    Works in every state; the log of a dead card stays readable until its reset.
+
+    \b
+    Examples:
+      micemu dump registers
+      micemu dump page mic1 --json
+      micemu dump log mic0
+      micemu dump pci > mic0.txt && lspci -F mic0.txt -vvv
+    """
+    data = client.ask("dump", card=card, what=what, device=device)["dump"]
+    if as_json:
+        client.emit(data)
+    elif isinstance(data, str):
+        click.echo(data, nl=False)
+    else:
+        {"registers": registers, "page": page, "vring": vrings, "smpt": table}[what](data, everything)
+
+
+def registers(rows: list[dict[str, Any]], everything: bool) -> None:
+    """One register a line."""
+    for r in rows:
+        if r["value"] or everything:
+            click.echo(f"{r['offset']:#07x}  {r['name']:<14} {r['value']:#010x}  {r['doc']}")
+
+
+def page(data: dict[str, Any], everything: bool) -> None:
+    """Boot parameters, then a block per slot."""
+    for name, value in data["bootparam"].items():
+        click.echo(f"{name:<20} {value:#x}" if value >= 0 else f"{name:<20} {value}")
+    for slot in data["slots"]:
+        click.echo(f"\nslot at {slot['offset']}: type {slot['type']}, status {slot['status']:#x}")
+        click.echo(f"  features   host {slot['host_features']} guest {slot['guest_features']}")
+        click.echo(f"  config     {slot['config']}")
+        for i, ring in enumerate(slot["rings"]):
+            click.echo(f"  ring {i}     address {ring['address']:#x} used {ring['used_address']:#x} num {ring['num']}")
+        click.echo("  control    " + " ".join(f"{k}={v}" for k, v in slot["control"].items()))
+
+
+def vrings(rows: list[dict[str, Any]], everything: bool) -> None:
+    """Indices and pending chains."""
+    for r in rows:
+        click.echo(
+            f"{r['device']} ring {r['ring']}: num {r['num']}, avail {r['avail_idx']}, used {r['used_idx']}, "
+            f"{len(r['pending'])} pending"
+        )
+        for chain in r["pending"] if everything else r["pending"][:4]:
+            text = " -> ".join(f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & 2 else ''}" for d in chain)
+            click.echo(f"    {text}")
+
+
+def table(rows: list[dict[str, Any]], everything: bool) -> None:
+    """Generic rows."""
+    for r in rows:
+        if everything or any(r[k] for k in r if k.startswith("ref")):
+            click.echo("  ".join(f"{k} {v:#x}" if isinstance(v, int) else f"{k} {v}" for k, v in r.items()))

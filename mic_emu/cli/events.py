@@ -1,0 +1,37 @@
+"""micemu events"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.errors import MicemuError
+
+
+@click.command()
+@click.option("--recent", is_flag=True, help="First what happened up to now (the last 1000 events).")
+@click.option("--count", type=int, default=0, metavar="N", help="End after N events.")
+def command(recent: bool, count: int) -> None:
+    """Follow events as JSON lines (each has "schema": 1) until the emulator ends.
+
+    \b
+    Examples:
+      micemu events
+      micemu events --recent | jq -c 'select(.event == "state")'
+    """
+    seen = 0
+    try:
+        with client.connect() as channel:
+            for msg, _ in client.converse(channel, "events", recent=recent):
+                if msg.get("done"):
+                    return
+                click.echo(json.dumps(msg))
+                seen += 1
+                if count and seen >= count:
+                    return
+    except MicemuError:
+        if not client.rundir().read_pids():
+            return  # the emulator ended, and so do its events
+        raise

@@ -1,0 +1,93 @@
+"""micemu log"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.errors import NotRunning
+from mic_emu.log import LEVELS
+
+IN_MODIFY, IN_ATTRIB, IN_DELETE_SELF = 0x2, 0x4, 0x400
+
+
+def text(line: str) -> str:
+    """A record as people read it."""
+    try:
+        r = json.loads(line)
+    except ValueError:
+        return line.rstrip("\n")
+    when = time.strftime("%H:%M:%S", time.localtime(r["time"])) + f"{r['time'] % 1:.3f}"[1:]
+    who = " ".join(str(r[k]) for k in ("process", "card", "device") if r.get(k))
+    return f"{when} {r['level']:<7} {who}: {r['message']}"
+
+
+@dataclass
+class Filter:
+    """Which records to print, and how."""
+
+    as_json: bool
+    minimum: int
+    card: str
+
+    def show(self, line: str) -> None:
+        """Print one record if it is wanted; half a line (a writer that was killed) is not."""
+        try:
+            r = json.loads(line)
+        except ValueError:
+            return
+        if LEVELS.index(r["level"]) >= self.minimum and self.card in ("", r.get("card", self.card)):
+            click.echo(line.rstrip("\n") if self.as_json else text(line))
+
+
+def follow(path: Path, position: int, chosen: Filter) -> None:
+    """Print what is appended, until the file goes away with its instance."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_CLOEXEC)
+    libc.inotify_add_watch(watch, os.fsencode(path), IN_MODIFY | IN_ATTRIB | IN_DELETE_SELF)
+    with path.open() as f:
+        f.seek(position)
+        while True:
+            for line in f:
+                chosen.show(line)
+            sys.stdout.flush()
+            if not path.exists():
+                return
+            select.select([watch], [], [])
+            os.read(watch, 65536)
+
+
+@click.command()
+@client.cards_argument
+@click.option("-f", "--follow", "keep", is_flag=True, help="Print what comes, until the emulator ends.")
+@click.option("-n", "--lines", type=int, default=0, metavar="N", help="Only the last N records.")
+@click.option("--level", type=click.Choice(LEVELS), default="info", show_default=True, help="Least level to show.")
+@client.json_option
+def command(cards: tuple[str, ...], keep: bool, lines: int, level: str, as_json: bool) -> None:
+    """Show the log of all processes. A card's own kernel log: micemu dump log CARD.
+
+    \b
+    Examples:
+      micemu log
+      micemu log -f mic0
+      micemu log --level error --json
+    """
+    chosen = Filter(as_json, LEVELS.index(level), cards[0] if cards and cards[0] != "all" else "")
+    path = client.rundir().log
+    if not path.exists():
+        raise NotRunning(f"no emulator runs (instance {client.rundir().instance}), and none left a log")
+    content = path.read_text(errors="replace")
+    records = content.splitlines(keepends=True)
+    for line in records[-lines:] if lines > 0 else records:
+        chosen.show(line)
+    if keep:
+        follow(path, len(content.encode()), chosen)

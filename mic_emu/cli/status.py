@@ -1,0 +1,60 @@
+"""micemu status"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.config import format_size
+from mic_emu.errors import NotRunning
+
+
+def render(status: dict[str, Any]) -> None:
+    """The table that people read."""
+    host = status["host"]
+    click.echo(f"instance {status['instance']}: host process {host['pid']}, timing {host['timing']}")
+    for card in status["cards"]:
+        pids = card["pids"]
+        note = "" if card["shutdown_status"] == "nop" else f" ({card['shutdown_status']})"
+        click.echo(f"\n{card['name']}  {card['state']}{note}")
+        click.echo(f"  processes  board {pids['board'] or '-'}, card OS {pids['os'] or '-'}")
+        click.echo(f"  memory     {format_size(card['memory'])}, post code {card['post_code']}")
+        if card["state"] in ("online", "booting"):
+            spaces = card["contained"].get("namespaces") or ["none: plain processes"]
+            click.echo(f"  namespaces {', '.join(spaces)}")
+            addresses = card["addresses"]
+            detail = "" if card["net"] == "none" else f", host {addresses['host']}, card {addresses['card']}"
+            click.echo(f"  network    {card['net']}{detail}")
+        for device in card["devices"]:
+            extra = {k: v for k, v in device.items() if k in ("path", "size", "pty", "nbd", "error", "why")}
+            if device.get("restarts"):
+                extra["restarts"] = device["restarts"]
+            text = ", ".join(f"{k} {v}" for k, v in extra.items())
+            click.echo(f"  {device['type']:<10} {device['state']:<10} pid {device['pid'] or '-'}  {text}".rstrip())
+
+
+@click.command()
+@client.json_option
+def command(as_json: bool) -> None:
+    """Show the cards, their devices and processes.
+
+    Exit status 3 when no emulator runs. The JSON form is a contract (schema 1).
+
+    \b
+    Examples:
+      micemu status
+      micemu status --json | python3 -m json.tool
+    """
+    try:
+        status = client.ask("status")["status"]
+    except NotRunning:
+        if as_json:
+            client.emit({"schema": 1, "host": {"pid": None}, "cards": []})
+            raise click.exceptions.Exit(3) from None
+        raise
+    if as_json:
+        client.emit(status)
+    else:
+        render(status)

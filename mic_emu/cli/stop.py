@@ -1,0 +1,69 @@
+"""micemu stop"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.errors import WaitTimeout
+from mic_emu.rundir import RunDir
+
+
+def stop_instance(where: RunDir, orderly: bool, limit_s: float) -> None:
+    """Ask the host process to end and wait until init has cleaned up. Raises WaitTimeout."""
+    init = where.read_pids().get("init")
+    watch = os.pidfd_open(init.pid) if init else -1
+    try:
+        with client.connect(where) as channel:
+            for _ in client.converse(channel, "stop", orderly=orderly, timeout=limit_s):
+                pass
+        if watch >= 0 and not select.select([watch], [], [], limit_s)[0]:
+            raise WaitTimeout(f"the emulator did not end within {limit_s:g} s: micemu stop --force")
+    finally:
+        if watch >= 0:
+            os.close(watch)
+
+
+def kill_instance(where: RunDir) -> bool:
+    """Kill the host process, wait for init to clean up. False when nothing ran."""
+    pids = where.read_pids()
+    victim = pids.get("host") or pids.get("init")
+    if victim is None:
+        return False
+    init = pids.get("init")
+    watch = os.pidfd_open(init.pid) if init else -1
+    os.kill(victim.pid, signal.SIGKILL)
+    if watch >= 0:
+        select.select([watch], [], [], 15.0)
+        os.close(watch)
+    return True
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Kill everything at once; always works.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait.")
+@client.json_option
+def command(force: bool, timeout: float, as_json: bool) -> None:
+    """Shut every card down and end the emulator; nothing is left behind.
+
+    \b
+    Examples:
+      micemu stop
+      micemu stop --force
+    """
+    where = client.rundir()
+    if force:
+        from mic_emu.cli.clean import sweep
+
+        kill_instance(where)
+        with where.locked():
+            if not where.read_pids():
+                sweep(where)
+    else:
+        stop_instance(where, orderly=True, limit_s=timeout)
+    if as_json:
+        client.emit({"stopped": where.instance})

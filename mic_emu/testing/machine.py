@@ -1,0 +1,174 @@
+"""A whole emulator for a test: own instance, own run directory, everything gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MICEMU = [sys.executable, "-m", "mic_emu.cli"]
+
+
+def eventually(condition: Callable[[], Any], within_s: float, what: str) -> Any:
+    """Wait until ``condition()`` is true and return its value; AssertionError names what was awaited."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"{what}: not within {within_s:g} s")
+        # A pause between two looks at another process's state, where no descriptor tells of a change.
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What must be the same before and after: shared memory, processes of ours, mounts, interfaces."""
+
+    shm: frozenset[str]
+    mounts: int
+    interfaces: frozenset[str]
+
+    @classmethod
+    def now(cls) -> Leftovers:
+        names = frozenset(n for n in os.listdir("/dev/shm") if n.startswith("micemu-"))
+        mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+        return cls(names, mounts, frozenset(os.listdir("/sys/class/net")))
+
+
+class Machine:
+    """Runs ``micemu`` commands against an instance of its own. Context manager; checks for leaks."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
+        runtime = self.home / "run"
+        runtime.mkdir(mode=0o700)
+        self.run_dir = runtime / "micemu" / "default"
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("MICEMU_")},
+            "XDG_RUNTIME_DIR": str(runtime),
+            "XDG_STATE_HOME": str(self.home / "state"),
+            "XDG_CACHE_HOME": cache,
+            **(environment or {}),
+        }
+        self._before = Leftovers.now()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def micemu(
+        self, *args: str, check: bool = True, timeout: float = 60, cwd: str | Path | None = None, stdin: Any = subprocess.DEVNULL
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end. ``check``: AssertionError with all output when it fails."""
+        done = subprocess.run(
+            [*MICEMU, *args], env=self.env, stdin=stdin, capture_output=True, text=True, timeout=timeout, check=False,
+            cwd=cwd or self.home, errors="replace",
+        )  # fmt: skip
+        if check and done.returncode != 0:
+            raise AssertionError(
+                f"micemu {' '.join(args)}: exit status {done.returncode}\n{done.stdout}{done.stderr}\n{self.report()}"
+            )
+        return done
+
+    def popen(self, *args: str, **kwargs: Any) -> subprocess.Popen[Any]:
+        """Start a command; the caller ends it."""
+        return subprocess.Popen([*MICEMU, *args], env=self.env, cwd=kwargs.pop("cwd", self.home), **kwargs)
+
+    def json(self, *args: str, **kwargs: Any) -> Any:
+        """A command's ``--json`` output."""
+        return json.loads(self.micemu(*args, "--json", **kwargs).stdout)
+
+    def boot(self, *args: str) -> dict[str, Any]:
+        """``micemu boot``; returns the status."""
+        status: dict[str, Any] = self.json("boot", *args)
+        return status
+
+    def status(self) -> dict[str, Any]:
+        """``status --json``; an empty one when nothing runs."""
+        out = self.micemu("status", "--json", check=False)
+        plain: dict[str, Any] = json.loads(out.stdout)
+        return plain
+
+    def card(self, name: str = "mic0") -> dict[str, Any]:
+        """One card of the status."""
+        return next(c for c in self.status()["cards"] if c["name"] == name)
+
+    def device(self, kind: str, name: str = "mic0") -> dict[str, Any]:
+        """One device of a card."""
+        return next(d for d in self.card(name)["devices"] if d["type"] == kind)
+
+    def on_card(self, *argv: str, card: str = "mic0", **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        """A program on the card."""
+        return self.micemu("run", card, "--", *argv, **kwargs)
+
+    def shell(self, script: str, card: str = "mic0", **kwargs: Any) -> str:
+        """A shell script on the card; its output."""
+        return self.on_card("sh", "-c", script, card=card, **kwargs).stdout
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def processes(self) -> list[str]:
+        """Command lines of processes that belong to this instance."""
+        mark = str(self.home).encode()
+        found = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in environ.read_bytes():
+                    found.append((environ.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
+            except OSError:
+                continue
+        return found
+
+    def report(self) -> str:
+        """Logs for a failed test."""
+        parts = []
+        for path in [*self.run_dir.glob("*.log*"), *self.home.glob("state/micemu/*"), *self.run_dir.glob("*/*.log")]:
+            try:
+                parts.append(f"--- {path.name}\n" + path.read_text(errors="replace")[-6000:])
+            except OSError:
+                continue
+        return "\n".join(parts)
+
+    def check_clean(self) -> None:
+        """Nothing is left: processes, shared memory, mounts, interfaces, run directory."""
+        eventually(lambda: not self.processes(), 10, f"the end of all processes, now {self.processes()}")
+        after = Leftovers.now()
+        assert after.shm <= self._before.shm, f"left in /dev/shm: {after.shm - self._before.shm}"
+        assert after.mounts <= self._before.mounts, "mounts are left"
+        assert after.interfaces <= self._before.interfaces, f"interfaces are left: {after.interfaces - self._before.interfaces}"
+        left = [str(p) for p in (self.home / "run").rglob("*")]
+        assert not left, f"left in the run directory: {left}"
+
+    def close(self, stop: Sequence[str] = ("stop", "--force")) -> None:
+        """Stop the instance, check that nothing is left, remove the directories."""
+        try:
+            self.micemu(*stop, check=False)
+            self.check_clean()
+        finally:
+            for pid in [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/environ") if self._ours(p)]:
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    pass
+            shutil.rmtree(self.home, ignore_errors=True)
+
+    def _ours(self, environ: Path) -> bool:
+        try:
+            return str(self.home).encode() in environ.read_bytes()
+        except OSError:
+            return False

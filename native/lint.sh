@@ -1,0 +1,11 @@
+#!/bin/sh
+# Strict compile of all C, and cppcheck when it is there.
+set -eu
+cd "$(dirname "$0")/.."
+for f in native/src/*.c; do
+	gcc -std=gnu11 -O2 -fsyntax-only -Inative/include -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -Werror "$f"
+done
+if command -v cppcheck >/dev/null 2>&1; then
+	cppcheck -q --std=c11 --error-exitcode=1 --inline-suppr --suppress=missingIncludeSystem \
+		--enable=warning,portability -Inative/include native/src
+fi

@@ -1,0 +1,253 @@
+/* DMA descriptors: address decoding and what each type does (HW 5.3, HW-24, 25, 31). */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <string.h>
+
+#include "mic/barrier.h"
+#include "mic/dma.h"
+
+/* A reset waits for at most one chunk; small enough to be quick, large enough to cost nothing. */
+#define CHUNK (256u * 1024)
+
+/* --- accesses that may fail ---------------------------------------------------------------------- */
+
+static __thread sigjmp_buf *guard;
+static struct sigaction previous;
+static unsigned users;
+static pthread_mutex_t users_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void on_sigbus(int sig, siginfo_t *info, void *context)
+{
+	(void)info;
+	(void)context;
+	if (guard)
+		siglongjmp(*guard, 1);
+	/* Not ours: whoever was there before gets it when the access is repeated. */
+	sigaction(sig, &previous, NULL);
+}
+
+void mic_dma_guard_get(void)
+{
+	/* SA_NODEFER: leaving by siglongjmp must not leave the signal blocked. */
+	struct sigaction sa = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER};
+
+	pthread_mutex_lock(&users_lock);
+	if (users++ == 0)
+		sigaction(SIGBUS, &sa, &previous);
+	pthread_mutex_unlock(&users_lock);
+}
+
+void mic_dma_guard_put(void)
+{
+	pthread_mutex_lock(&users_lock);
+	if (--users == 0)
+		sigaction(SIGBUS, &previous, NULL);
+	pthread_mutex_unlock(&users_lock);
+}
+
+/* --- addresses ------------------------------------------------------------------------------------ */
+
+enum space { NOWHERE, GDDR, HOST, MMIO };
+
+static uint64_t min64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* Bytes from `addr` to the next SMPT entry. */
+static uint64_t to_boundary(uint64_t addr)
+{
+	const uint64_t page = 1ull << MIC_SMPT_SHIFT;
+
+	return page - (addr & (page - 1));
+}
+
+static bool host_backed(struct mic_bus *bus, uint64_t addr, uint64_t len)
+{
+	if (!mic_bus_master(bus))
+		return false;
+	for (uint64_t n; len; addr += n, len -= n) {
+		n = min64(len, to_boundary(addr));
+		if (!mic_card_at(bus, addr, n))
+			return false;
+	}
+	return true;
+}
+
+/* What [addr, addr + len) is as a whole. */
+static enum space space_of(struct mic_bus *bus, uint64_t addr, uint64_t len)
+{
+	if (addr >= MIC_CARD_MMIO_BASE && addr + len <= MIC_CARD_MMIO_BASE + MIC_MMIO_SIZE)
+		return MMIO;
+	if (addr >= MIC_SMPT_BASE)
+		return host_backed(bus, addr, len) ? HOST : NOWHERE;
+	return mic_gddr_at(bus, addr, len) ? GDDR : NOWHERE;
+}
+
+static uint32_t load32(struct mic_bus *bus, enum space space, uint64_t addr)
+{
+	if (space == MMIO)
+		return mic_mmio_read(bus, (uint32_t)(addr - MIC_CARD_MMIO_BASE));
+	const uint32_t *p = mic_card_at(bus, addr, sizeof *p);
+
+	return p ? mic_load_acquire(p) : 0;
+}
+
+static void store32(struct mic_bus *bus, enum space space, uint64_t addr, uint32_t value)
+{
+	if (space == MMIO) {
+		mic_mmio_write(bus, (uint32_t)(addr - MIC_CARD_MMIO_BASE), value);
+		return;
+	}
+	uint32_t *p = mic_card_at(bus, addr, sizeof *p);
+
+	if (p)
+		mic_store_release(p, value);
+}
+
+/* --- descriptor types ------------------------------------------------------------------------------ */
+
+static int copy(struct mic_bus *bus, uint64_t src, uint64_t dst, uint64_t len, const uint32_t *abort)
+{
+	for (uint64_t n; len; src += n, dst += n, len -= n) {
+		if (abort && mic_load_acquire(abort))
+			return -EINTR;
+		n = min64(min64(len, CHUNK), min64(to_boundary(src), to_boundary(dst)));
+		/* Translated again for every chunk: the host may rewrite an SMPT entry meanwhile, and
+		 * then the copy must not go on through the old one. */
+		const void *from = mic_card_at(bus, src, n);
+		void *to = mic_card_at(bus, dst, n);
+
+		if (!from || !to)
+			return from ? MIC_DMA_ERR_DEST : MIC_DMA_ERR_SOURCE;
+		memmove(to, from, n);
+	}
+	return 0;
+}
+
+static void copy_registers(struct mic_bus *bus, enum space from, uint64_t src, enum space to, uint64_t dst,
+			   uint64_t len)
+{
+	for (uint64_t i = 0; i < len; i += 4)
+		store32(bus, to, dst + i, load32(bus, from, src + i));
+}
+
+static int do_memcpy(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
+		     struct mic_dma_effect *effect)
+{
+	uint64_t src = qw[0] & MIC_DMA_ADDR_MASK, dst = qw[1] & MIC_DMA_ADDR_MASK;
+	uint64_t len = (qw[0] >> MIC_DMA_MEMCPY_LEN_SHIFT & MIC_DMA_MEMCPY_LEN_MASK) * MIC_DMA_ALIGN;
+	int rc = 0;
+
+	if (!len)
+		return MIC_DMA_ERR_LENGTH;
+	if ((src | dst) & (MIC_DMA_ALIGN - 1))
+		return MIC_DMA_ERR_ALIGN;
+	enum space from = space_of(bus, src, len), to = space_of(bus, dst, len);
+
+	if (from == NOWHERE || to == NOWHERE)
+		return from == NOWHERE ? MIC_DMA_ERR_SOURCE : MIC_DMA_ERR_DEST;
+	if (from == HOST && to == HOST)
+		return MIC_DMA_ERR_PAIR;
+	if (from == MMIO || to == MMIO)
+		copy_registers(bus, from, src, to, dst, len);
+	else
+		rc = copy(bus, src, dst, len, abort);
+	effect->bytes = len;
+	effect->interrupt = qw[1] & MIC_DMA_MEMCPY_INTERRUPT;
+	effect->write_back = qw[1] & MIC_DMA_MEMCPY_WRITE_BACK;
+	return rc;
+}
+
+/* Store `size` bytes (8: status, 4: general) of qw0. */
+static int do_store(struct mic_bus *bus, const uint64_t qw[2], unsigned size, struct mic_dma_effect *effect)
+{
+	uint64_t dst = qw[1] & MIC_DMA_ADDR_MASK;
+
+	if (dst & (size - 1))
+		return MIC_DMA_ERR_ALIGN;
+	enum space to = space_of(bus, dst, size);
+	uint64_t *p = to == MMIO ? NULL : mic_card_at(bus, dst, size);
+
+	/* p is NULL as well when the SMPT entry was rewritten since space_of(). */
+	if (to == NOWHERE || (to != MMIO && !p))
+		return MIC_DMA_ERR_DEST;
+	if (p && size == 8) {
+		mic_store_release(p, qw[0]);
+	} else {
+		store32(bus, to, dst, (uint32_t)qw[0]);
+		if (size == 8)
+			store32(bus, to, dst + 4, (uint32_t)(qw[0] >> 32));
+	}
+	effect->interrupt = size == 8 && qw[1] & MIC_DMA_STATUS_INTERRUPT;
+	return 0;
+}
+
+static int execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
+		   struct mic_dma_effect *effect)
+{
+	switch (qw[1] >> MIC_DMA_TYPE_SHIFT) {
+	case MIC_DMA_DESC_NOP:
+		return 0;
+	case MIC_DMA_DESC_MEMCPY:
+		return do_memcpy(bus, qw, abort, effect);
+	case MIC_DMA_DESC_STATUS:
+		return do_store(bus, qw, 8, effect);
+	case MIC_DMA_DESC_GENERAL:
+		return do_store(bus, qw, 4, effect);
+	default:
+		return MIC_DMA_ERR_TYPE; /* the key types 4 and 5 too */
+	}
+}
+
+int mic_dma_execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
+		    struct mic_dma_effect *effect)
+{
+	sigjmp_buf env;
+	int rc;
+
+	if (sigsetjmp(env, 0)) {
+		guard = NULL;
+		return MIC_DMA_ERR_MEMORY;
+	}
+	guard = &env;
+	mic_signal_fence();
+	rc = execute(bus, qw, abort, effect);
+	mic_signal_fence();
+	guard = NULL;
+	return rc;
+}
+
+static int fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2])
+{
+	const uint64_t *p;
+
+	if (addr & (MIC_DMA_DESC_SIZE - 1) || (addr >= MIC_SMPT_BASE && !mic_bus_master(bus)))
+		return MIC_DMA_ERR_RING;
+	p = mic_card_at(bus, addr, MIC_DMA_DESC_SIZE);
+	if (!p)
+		return MIC_DMA_ERR_RING;
+	qw[0] = mic_load_acquire(&p[0]);
+	qw[1] = mic_load_acquire(&p[1]);
+	return 0;
+}
+
+int mic_dma_fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2])
+{
+	sigjmp_buf env;
+	int rc;
+
+	if (sigsetjmp(env, 0)) {
+		guard = NULL;
+		return MIC_DMA_ERR_MEMORY;
+	}
+	guard = &env;
+	mic_signal_fence();
+	rc = fetch(bus, addr, qw);
+	mic_signal_fence();
+	guard = NULL;
+	return rc;
+}

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Builds and runs the C tests: native/test/run.sh [plain|asan|tsan] [program ...]
+# CC chooses the compiler. Exit status 0: every test of every program passed.
+set -eu
+kind=${1:-plain}
+[ $# -gt 0 ] && shift
+root=$(cd "$(dirname "$0")/../.." && pwd)
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+case $kind in
+plain) flags="-O2" ;;
+asan) flags="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" ;;
+# TSan does not model fences; what they order is also ordered by atomic accesses.
+tsan) flags="-O1 -fsanitize=thread -Wno-unknown-warning-option -Wno-tsan" ;;
+*) echo "usage: $0 [plain|asan|tsan] [program ...]" >&2; exit 2 ;;
+esac
+export TSAN_OPTIONS="halt_on_error=1 ${TSAN_OPTIONS:-}"
+status=0
+[ $# -gt 0 ] || set -- "$root"/native/test/test_*.c
+sources="bus dma_desc dma_engine dma_drv vring_dev vring_drv vdev"
+for test in "$@"; do
+	name=$(basename "$test" .c)
+	files="$root/native/test/$name.c"
+	for s in $sources; do files="$files $root/native/src/$s.c"; done
+	# shellcheck disable=SC2086
+	${CC:-cc} -std=gnu11 -g $flags -Wall -Wextra -Wshadow -fno-omit-frame-pointer -fno-strict-aliasing \
+		-I"$root/native/include" -o "$out/$name" $files -pthread
+	echo "== $name ($kind)"
+	timeout 600 "$out/$name" || { echo "== $name: exit status $?"; status=1; }
+done
+exit $status

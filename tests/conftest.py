@@ -1,0 +1,42 @@
+"""Shared fixtures: peers, a whole machine, logs attached to a failing test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from mic_emu.testing.machine import Machine
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """``@pytest.mark.peer("nbdinfo")``: skip when the program is missing, fail where CI promises it."""
+    for mark in item.iter_markers("peer"):
+        missing = [p for p in mark.args if shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+        if missing and os.environ.get("MICEMU_REQUIRE_PEERS") == "1":
+            pytest.fail(f"peer programs are missing and MICEMU_REQUIRE_PEERS=1: {', '.join(missing)}")
+        if missing:
+            pytest.skip(f"peer programs are missing: {', '.join(missing)}")
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.skip("needs root")
+    if item.get_closest_marker("soak") and os.environ.get("MICEMU_SOAK") != "1":
+        pytest.skip("long run: make soak")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Attach the logs of the test's machine to its failure."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    machine = getattr(item, "funcargs", {}).get("machine")
+    if report.when == "call" and report.failed and isinstance(machine, Machine):
+        report.sections.append(("machine", machine.report()))
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """An emulator instance of the test's own; nothing of it may be left."""
+    with Machine() as m:
+        yield m

@@ -14,7 +14,7 @@ from mic_emu import layout as L
 from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
-from mic_emu.cosm.states import State
+from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan
@@ -229,6 +229,10 @@ class Card:
         return self.cosm.state is State.READY
 
     @property
+    def is_online(self) -> bool:
+        return self.cosm.state is State.ONLINE
+
+    @property
     def bootable(self) -> bool:
         """Would ``boot`` be accepted? A crashed card is: it is reset first."""
         return self.cosm.state in (State.READY, State.RESET_FAILED, State.SHUTTING_DOWN, State.RESETTING)
@@ -280,11 +284,16 @@ class Card:
         assert self.supervisor
         await self.supervisor.remove(backend)
 
-    async def reboot(self) -> None:
-        """Shut down (or reset) and boot again."""
-        if self.cosm.state is State.ONLINE:
+    async def reboot(self, image: str) -> None:
+        """Shut down (or reset) and boot again as configured."""
+        if self.is_online:
             await self.shutdown()
-        await self.boot(self.driver.firmware, self.driver.ramdisk, self.cosm.cmdline or "")
+        await self.boot(image, self.config.ramdisk, self.config.cmdline)
+
+    def _words(self) -> str:
+        """State and, after a crash, why: ``shutting_down (crashed)``."""
+        status = self.cosm.shutdown_status
+        return self.cosm.state.word + ("" if status is Status.NOP else f" ({status.word})")
 
     async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
         """Boot and wait until the card is online and its devices run.
@@ -311,7 +320,7 @@ class Card:
             await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
         except TimeoutError as e:
             self.os_ended = str(e)
-        if self.cosm.state is State.ONLINE:
+        if self.is_online:
             return
         why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
         log = self.log_tail()
@@ -341,6 +350,8 @@ class Card:
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
+        if not self.is_online:
+            raise StateError(f"{self.name} is {self._words()}: only an online card shuts down (micemu reset {self.name})")
         await self.cosm.shutdown()
         limit = self.clock.limit(BOOT_LIMIT) if limit_s is None else limit_s
         await self.until(
@@ -349,6 +360,8 @@ class Card:
 
     async def reset(self) -> None:
         """Reset and wait. Raises StateError when the card is ready already."""
+        if self.is_ready:
+            raise StateError(f"{self.name} is ready: there is nothing to reset")
         self.cosm.reset()
         await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
         if self.cosm.state is State.RESET_FAILED:

@@ -93,7 +93,7 @@ class MemoryRequests:
         ticket = self._tickets.pop(args[0], None)
         if ticket is not None:
             session.ep.windows.abandon(ticket.window)
-            if ticket.run is not None:
+            if ticket.run is not None and not args[1]:  # else part of it is already in use
                 self.node.pages.drop(ticket.pid, ticket.run)
         return Reply()
 

@@ -229,6 +229,10 @@ class Card:
         return self.cosm.state is State.READY
 
     @property
+    def is_online(self) -> bool:
+        return self.cosm.state is State.ONLINE
+
+    @property
     def bootable(self) -> bool:
         """Would ``boot`` be accepted? A crashed card is: it is reset first."""
         return self.cosm.state in (State.READY, State.RESET_FAILED, State.SHUTTING_DOWN, State.RESETTING)
@@ -311,7 +315,7 @@ class Card:
             await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
         except TimeoutError as e:
             self.os_ended = str(e)
-        if self.cosm.state is State.ONLINE:
+        if self.is_online:
             return
         why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
         log = self.log_tail()

@@ -292,6 +292,17 @@ class DmaChannel:
         if rc < 0:
             raise _error(-rc, f"DMA channel {self.index}: terminate_all")
 
+    def pause(self) -> None:
+        """Stand still after the descriptor in progress; nothing is lost (the X100 driver has no such
+        operation, but the enable bit is one). Raises DmaError ETIMEDOUT."""
+        rc = lib.mic_dma_pause(self._ptr, _LET_GO_MS)
+        if rc < 0:
+            raise _error(-rc, f"DMA channel {self.index}: pause")
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        lib.mic_dma_resume(self._ptr)
+
     def _run_callbacks(self) -> None:
         # Not blocking: the thread (or the callback further up this stack) that runs callbacks now
         # looks again after it let go, so nothing is left behind and nothing runs out of order.

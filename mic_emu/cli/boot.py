@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from mic_emu.cli import client
 from mic_emu.config import NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, UsageError
 from mic_emu.rundir import RunDir
+from mic_emu.wire import Channel
 
 START_LIMIT_S = 20.0
 
@@ -32,7 +34,7 @@ def start_host(where: RunDir, config: Config) -> None:
         raise MicemuError(f"the host process did not start: {why}")
 
 
-def connect_or_start(where: RunDir, config: Config) -> client.Channel:
+def connect_or_start(where: RunDir, config: Config) -> Channel:
     """The instance's control channel; the instance is started, or swept up first, as needed."""
     with where.locked():
         where.check_owner()
@@ -93,7 +95,7 @@ def command(
         config.timing = timing
     for i, card in enumerate(config.cards):
         override(card, f"mic{i}", len(config.cards), memory, disk, disk_size, net, image, ramdisk, cmdline)
-    request = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
+    request: dict[str, Any] = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
     fresh = running is None
     with connect_or_start(where, config) as channel:
         try:
@@ -158,9 +160,9 @@ def override(
     if net is not None:
         card.net = net
     if image is not None:
-        card.image = os.path.abspath(image)
+        card.image = os.path.abspath(image) if image else ""
     if ramdisk is not None:
-        card.ramdisk = os.path.abspath(ramdisk)
+        card.ramdisk = os.path.abspath(ramdisk) if ramdisk else ""
     if cmdline is not None:
         card.cmdline = cmdline
     check_card(card, name)

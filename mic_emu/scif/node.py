@@ -21,10 +21,13 @@ from mic_emu.memory import PAGE, OutOfNodeMemory, PageAllocator, View
 from mic_emu.scif import qp as queue
 from mic_emu.scif.endpoint import NODE_ALIVE_S, Endpoint
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.fences import Fences
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.notifier import Notifier
+from mic_emu.scif.pages import Pages
 from mic_emu.scif.ports import Ports
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.windows import WindowTable
 
 HOST = 0
 RETIRE_S = 0.5
@@ -159,6 +162,13 @@ class Node:
             Op.CLIENT_SENT: lambda msg, link: self._endpoint(msg.p0).on_sent(),
             Op.CLIENT_RCVD: lambda msg, link: self._endpoint(msg.p0).on_received(),
         }  # fmt: skip
+        self.pages = Pages(self)
+        self.windows = WindowTable(self)
+        self.fences = Fences(self)
+
+    def add_handler(self, op: Op, handler: Callable[[Msg, Link | None], None]) -> None:
+        """Serve an opcode."""
+        self._handlers[op] = handler
 
     # --- what clients use ---------------------------------------------------------------------
 
@@ -223,6 +233,7 @@ class Node:
         if self._reaper is not None:
             self._reaper.cancel()
         self.free_retired()
+        self.pages.close()
         self.notifier.stop()
 
     # --- what endpoints and links use ---------------------------------------------------------
@@ -420,6 +431,7 @@ class Node:
         del self._online[node_id]
         for ep in list(self.endpoints.values()):
             ep.node_lost(node_id)
+        self.windows.node_lost(node_id)
         if self.id != HOST:
             self._memories.pop(node_id, None)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from mic_emu._native import lib
 from mic_emu.scif.endpoint import State
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.memory_requests import MemoryRequests
 from mic_emu.scif.session import (
     Answer,
     Control,
@@ -86,6 +87,8 @@ class ScifService:
             lib.MIC_SCIF_FLUSH: self._flush,
             lib.MIC_SCIF_MASK: self._mask,
         }
+        self._memory = MemoryRequests(self)
+        self._handlers.update(self._memory.handlers)
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -188,10 +191,6 @@ class ScifService:
         del self._controls[fd]
         self._epoll.unregister(fd)
         control.close()
-        self.process_left(control)
-
-    def process_left(self, control: Control) -> None:
-        """A control connection ended; with the last of its process, what the process held is free."""
 
     def forget(self, session: Session) -> None:
         """The session is released."""
@@ -209,6 +208,8 @@ class ScifService:
         """One request. Raises OSError with the errno for the program."""
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(sid)
+        if op == lib.MIC_SCIF_DROP:
+            return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:
             return self._find(args[0])
         if op == lib.MIC_SCIF_NODES:
@@ -285,8 +286,3 @@ class ScifService:
     def _mask(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         mask, pending = session.mask()
         return Reply([mask, pending, session.surplus_token()])
-
-    async def windows_gone(self, session: Session) -> None:
-        """The endpoint is released: its windows go first (SCIF 2.8)."""
-
-

@@ -564,3 +564,20 @@ def test_hw_28_random_clients_match_a_model(
             ch.sync_wait(cookie)
     assert ran == submitted
     assert bus.gddr.read(0, 2 * AREA) == bytes(model)
+
+
+def test_hw_22_pause_and_resume(lab: Lab, chan: DmaChannel) -> None:
+    """HW-22: a paused channel stands still between descriptors and loses nothing."""
+    chan.pause()
+    cookies = []
+    for n in range(8):
+        tx = chan.prep_imm_data(local(chan) + 8 * n, n + 1)
+        assert tx
+        cookies.append(tx.submit())
+    with pytest.raises(DmaError) as e:
+        chan.sync_wait(cookies[-1], timeout_s=0.05)
+    assert e.value.errno == errno.ETIMEDOUT
+    assert lab.bus.card_view(local(chan), 64).read(0, 64) == bytes(64)
+    chan.resume()
+    chan.sync_wait(cookies[-1])
+    assert lab.bus.card_view(local(chan) + 56, 8).load(0, 8) == 8

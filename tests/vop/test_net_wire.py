@@ -6,13 +6,12 @@ import socket
 import threading
 
 import pytest
+from netwire import BIG, Loop, Wire, eventually, frames
 
 from mic_emu import layout
 from mic_emu._native import lib
 from mic_emu.testing.rings import NEEDS_RESET
 from mic_emu.virtio import net
-
-from netwire import BIG, Loop, Wire, eventually, frames
 
 MODERN = net.accepted_features(net.MODERN_FEATURES)
 PERSONALITIES = {

@@ -191,7 +191,7 @@ struct mic_scif_seg { /* a run of node memory */
 };
 
 struct mic_scif_win { /* a window, followed by its segments */
-	uint64_t offset, len;
+	uint64_t id, offset, len;
 	uint32_t prot, nsegs;
 };
 

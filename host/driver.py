@@ -11,6 +11,7 @@ from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.clock import Clock
 from mic_emu.errors import MicemuError
+from mic_emu.host.cosm import BootRequest
 from mic_emu.host.irq import Interrupts
 from mic_emu.host.smpt import Smpt
 from mic_emu.log import Log
@@ -67,6 +68,7 @@ class Driver:
         self.ramdisk = ""
         self.cmdline = ""
         self.bootmode = "linux"
+        self.find: Callable[[str], str] = lambda name: name  # firmware names to paths
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
 
@@ -99,8 +101,10 @@ class Driver:
         """Bit 0 of SPAD2."""
         return bool(self.bus.read("spad", C["SPAD_DOWNLOAD"]) & C["DOWNLOAD_READY"])
 
-    async def start(self) -> None:
+    async def start(self, request: BootRequest) -> None:
         """HW 6.3 steps 4 to 12. Undoes itself and raises MicemuError."""
+        self.firmware, self.ramdisk = self.find(request.firmware), self.find(request.ramdisk)
+        self.cmdline, self.bootmode = request.cmdline, request.bootmode
         self.init_bootparam()
         # Slots of an earlier boot are all removed ones; the card of this boot starts with a clean list.
         self.page.zero(C["DP_FIRST_SLOT"], C["DP_SIZE"] - C["DP_FIRST_SLOT"])

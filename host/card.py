@@ -180,6 +180,7 @@ class Card:
         self.boots += 1
         self.refused = self.os_ended = ""
         self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
+        self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
         self.link.start()
         self.vop = VopHost(
             self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log

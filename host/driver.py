@@ -14,6 +14,7 @@ from mic_emu.clock import Clock
 from mic_emu.dma import DRAIN_S
 from mic_emu.errors import MicemuError
 from mic_emu.host import dma
+from mic_emu.host.cosm import BootRequest
 from mic_emu.host.irq import Interrupts
 from mic_emu.host.smpt import Smpt
 from mic_emu.log import Log
@@ -72,6 +73,7 @@ class Driver:
         self.ramdisk = ""
         self.cmdline = ""
         self.bootmode = "linux"
+        self.find: Callable[[str], str] = lambda name: name  # firmware names to paths
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
 
@@ -105,8 +107,10 @@ class Driver:
         """Bit 0 of SPAD2."""
         return bool(self.bus.read("spad", C["SPAD_DOWNLOAD"]) & C["DOWNLOAD_READY"])
 
-    async def start(self) -> None:
+    async def start(self, request: BootRequest) -> None:
         """HW 6.3 steps 4 to 12. Undoes itself and raises MicemuError."""
+        self.firmware, self.ramdisk = self.find(request.firmware), self.find(request.ramdisk)
+        self.cmdline, self.bootmode = request.cmdline, request.bootmode
         self.init_bootparam()
         # Slots of an earlier boot are all removed ones; the card of this boot starts with a clean list.
         self.page.zero(C["DP_FIRST_SLOT"], C["DP_SIZE"] - C["DP_FIRST_SLOT"])

@@ -31,6 +31,7 @@ from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout, p
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
 _BACKOFF_S = (0.1, 10.0)
 _STEADY_S = 5.0
+_ACCEPT_PAUSE_S = 0.2
 
 MakeRoot = Callable[[], tuple[Root, list[str]]]
 
@@ -158,6 +159,7 @@ class _Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
         self.sequence = itertools.count()
         self.ending = False
+        self.going_down = False
         self.console: _Console | None = None
 
     # --- the loop ---
@@ -169,7 +171,7 @@ class _Loop:
         self.listener.setblocking(False)
         self.watch(wake_r, lambda: self.reap(wake_r))
         self.watch(self.control.fileno(), self.on_control)
-        self.watch(self.listener.fileno(), self.on_connect)
+        self.listen()
         fds = []
         if self.config.console:
             self.console = _Console(self)
@@ -239,6 +241,7 @@ class _Loop:
             self.shut_down(float(got[0]["shutdown"]))
 
     def shut_down(self, grace_s: float) -> None:
+        self.going_down = True
         self.unwatch(self.listener.fileno())
         if self.console:
             self.console.stop()
@@ -264,10 +267,19 @@ class _Loop:
 
     # --- clients ---
 
+    def listen(self) -> None:
+        if not self.going_down:
+            self.watch(self.listener.fileno(), self.on_connect)
+
     def on_connect(self) -> None:
         try:
             conn, _ = self.listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
         except OSError:
+            # No descriptor left: the listener would stay readable, so look away for a while.
+            self.unwatch(self.listener.fileno())
+            self.after(_ACCEPT_PAUSE_S, self.listen)
             return
         if peer_credentials(conn)[1] != os.geteuid():
             conn.close()

@@ -14,7 +14,7 @@ from mic_emu import layout as L
 from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
-from mic_emu.cosm.states import State
+from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan
@@ -192,7 +192,9 @@ class Card:
             self.supervisor.add(backend)
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF (HW-49)."""
+        """VOP, then SCIF (HW-49). A crashed card is not asked to cooperate (COSM-55)."""
+        if self.cosm.shutdown_status is Status.CRASHED:
+            self._peer_died()
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from mic_emu._native import lib
 from mic_emu.card.os import program
+from mic_emu.card.os.power import own_command
 from mic_emu.card.os.program import Command, Root, Started, kill_all
 
 from mic_emu import runproto
@@ -29,6 +30,8 @@ from mic_emu.runproto import BadRequest
 from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout, peer_credentials
 
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
+# A login shell's profile sets PATH anew; the card's own poweroff and reboot come first nevertheless.
+_LOGIN = 'PATH="${MICEMU_BIN:+$MICEMU_BIN:}$PATH"; exec "$SHELL" -i'
 _BACKOFF_S = (0.1, 10.0)
 _STEADY_S = 5.0
 
@@ -303,7 +306,8 @@ class _Loop:
             client.master, slave = self.root.open_terminal()
             program.set_size(client.master, request.rows, request.cols)
         env = runproto.card_environment(request.env, self.config.env)
-        command = Command(request.argv, env, request.cwd, stdio, slave, request.umask)
+        argv = own_command(request.argv, env.get("MICEMU_BIN", ""))
+        command = Command(argv, env, request.cwd, stdio, slave, request.umask)
         client.started = program.start(self.root, command)
         self.clients[client.pid] = client
         self.watch(client.started.ready_fd, lambda: self.on_started(client))
@@ -413,7 +417,7 @@ class _Console:
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            command = Command([shell, "-i", "-l"], env, self.loop.config.cwd, terminal=self.slave)
+            command = Command([shell, "-l", "-c", _LOGIN], env, self.loop.config.cwd, terminal=self.slave)
             started = program.start(self.loop.root, command)
         except OSError:
             self.retry()

@@ -25,6 +25,7 @@ from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.klog import KernelLog
+from mic_emu.card.os.power import SIGNALS
 from mic_emu.card.os.registry import DRIVERS
 from mic_emu.card.os.scif_link import CardLink
 from mic_emu.card.os.userland import PANIC_STATUS, Userland
@@ -98,6 +99,8 @@ class Kernel:
         loop = asyncio.get_running_loop()
         self._down = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self.go_down, Status.POWEROFF)
+        for number, how in SIGNALS.items():
+            loop.add_signal_handler(number, self.go_down, how)
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()

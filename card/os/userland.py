@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_emu.bar import Bus
-from mic_emu.card.os import init
+from mic_emu.card.os import init, power
 from mic_emu.card.os.rootfs import RootConfig, make_root
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
@@ -39,7 +39,10 @@ class Userland:
         """Fork init; call before any thread or event loop exists."""
         path = str(Path(boot["dir"]) / "run.sock")
         listener = listen_unix(path)
+        folder = Path(boot["dir"]) / "bin"
+        power.install(folder)
         env = {
+            "MICEMU_BIN": str(folder),
             "MICEMU_NODE": str(boot["index"] + 1),
             "MICEMU_CARD": boot["name"],
             "MICEMU_SCIF_SOCKET": str(Path(boot["dir"]) / "scif.sock"),

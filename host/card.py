@@ -180,6 +180,7 @@ class Card:
         self.boots += 1
         self.refused = self.os_ended = ""
         self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
+        self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
         self.link.start()
         self.vop = VopHost(
             self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
@@ -233,6 +234,10 @@ class Card:
         return self.cosm.state is State.READY
 
     @property
+    def is_online(self) -> bool:
+        return self.cosm.state is State.ONLINE
+
+    @property
     def bootable(self) -> bool:
         """Would ``boot`` be accepted? A crashed card is: it is reset first."""
         return self.cosm.state in (State.READY, State.RESET_FAILED, State.SHUTTING_DOWN, State.RESETTING)
@@ -284,12 +289,17 @@ class Card:
         assert self.supervisor
         await self.supervisor.remove(backend)
 
-    async def reboot(self) -> None:
-        """Shut down (or reset) and boot again."""
-        if self.cosm.state is State.ONLINE:
+    async def reboot(self, image: str) -> None:
+        """Shut down (or reset) and boot again as configured."""
+        if self.is_online:
             await self.shutdown()
         await self._make_ready()
-        await self.boot_stored()
+        await self.boot(image, self.config.ramdisk, self.config.cmdline)
+
+    def _words(self) -> str:
+        """State and, after a crash, why: ``shutting_down (crashed)``."""
+        status = self.cosm.shutdown_status
+        return self.cosm.state.word + ("" if status is Status.NOP else f" ({status.word})")
 
     async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
         """Boot and wait until the card is online and its devices run.
@@ -325,7 +335,7 @@ class Card:
             await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
         except TimeoutError as e:
             self.os_ended = str(e)
-        if self.cosm.state is State.ONLINE:
+        if self.is_online:
             return
         why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
         log = self.log_tail()
@@ -352,6 +362,8 @@ class Card:
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
+        if not self.is_online:
+            raise StateError(f"{self.name} is {self._words()}: only an online card shuts down (micemu reset {self.name})")
         await self.cosm.shutdown()
         limit = self.clock.limit(BOOT_LIMIT) if limit_s is None else limit_s
         await self.until(
@@ -360,6 +372,8 @@ class Card:
 
     async def reset(self) -> None:
         """Reset and wait. Raises StateError when the card is ready already."""
+        if self.is_ready:
+            raise StateError(f"{self.name} is ready: there is nothing to reset")
         await self._reset_and_wait()
         if self.cosm.state is State.RESET_FAILED:
             raise MicemuError(f"{self.name}: the firmware did not become ready after the reset", errno.EIO)

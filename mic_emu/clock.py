@@ -17,7 +17,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mic_emu.timing import PROFILES, Profile
 
@@ -111,7 +111,8 @@ class ManualClock(Clock):
         task = asyncio.ensure_future(awaitable)
         alarm = self._sleeper(self.limit(seconds))
         try:
-            await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {task, alarm}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s")

@@ -34,6 +34,7 @@ _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
 _LOGIN = 'PATH="${MICEMU_BIN:+$MICEMU_BIN:}$PATH"; exec "$SHELL" -i'
 _BACKOFF_S = (0.1, 10.0)
 _STEADY_S = 5.0
+_ACCEPT_PAUSE_S = 0.2
 
 MakeRoot = Callable[[], tuple[Root, list[str]]]
 
@@ -161,6 +162,7 @@ class _Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
         self.sequence = itertools.count()
         self.ending = False
+        self.going_down = False
         self.console: _Console | None = None
 
     # --- the loop ---
@@ -172,7 +174,7 @@ class _Loop:
         self.listener.setblocking(False)
         self.watch(wake_r, lambda: self.reap(wake_r))
         self.watch(self.control.fileno(), self.on_control)
-        self.watch(self.listener.fileno(), self.on_connect)
+        self.listen()
         fds = []
         if self.config.console:
             self.console = _Console(self)
@@ -242,6 +244,7 @@ class _Loop:
             self.shut_down(float(got[0]["shutdown"]))
 
     def shut_down(self, grace_s: float) -> None:
+        self.going_down = True
         self.unwatch(self.listener.fileno())
         if self.console:
             self.console.stop()
@@ -267,10 +270,19 @@ class _Loop:
 
     # --- clients ---
 
+    def listen(self) -> None:
+        if not self.going_down:
+            self.watch(self.listener.fileno(), self.on_connect)
+
     def on_connect(self) -> None:
         try:
             conn, _ = self.listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
         except OSError:
+            # No descriptor left: the listener would stay readable, so look away for a while.
+            self.unwatch(self.listener.fileno())
+            self.after(_ACCEPT_PAUSE_S, self.listen)
             return
         if peer_credentials(conn)[1] != os.geteuid():
             conn.close()

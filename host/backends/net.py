@@ -80,6 +80,7 @@ class Net(BackendProcess):
         if self.capture:
             self.dev.capture(None)
             result = self.capture.stats()
+            result["file_errno"] = result.pop("error")
             self.capture.close()
             os.close(self.capture_fd)
             self.capture = None

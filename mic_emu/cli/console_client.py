@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import string
 import struct
 import sys
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ def parse_key(text: str) -> bytes:
         return b""
     for prefix in ("ctrl-", "ctrl+", "c-", "^"):
         rest = word.removeprefix(prefix)
-        if rest != word and len(rest) == 1 and (rest.isalpha() or rest in "@[\\]^_"):
+        if rest != word and len(rest) == 1 and (rest in string.ascii_letters or rest in "@[\\]^_"):
             return bytes([ord(rest.upper()) & 0x1F])
     raise UsageError(f"detach key {text!r}: use ^ and a letter or one of @[\\]^_, or none")
 
@@ -63,12 +64,19 @@ def attach(sock: socket.socket, name: str, detach: bytes = b"\x1d") -> bool:
         interactive = terminal.is_terminal(0)
         if interactive:
             how = f"detach with {key_name(detach)}" if detach else "no detach key"
-            print(f"Attached to the console of {name}, {how}.", file=sys.stderr, flush=True)
+            _say(f"Attached to the console of {name}, {how}.")
             # Undone first, so that the last line is printed in the mode it expects.
-            stack.callback(lambda: print(f"\nDetached from {name}.", file=sys.stderr, flush=True))
+            stack.callback(_say, f"\nDetached from {name}.")
             raw = stack.enter_context(terminal.Raw(0))
         relay = _Relay(sock, signals, detach if interactive else b"", raw if interactive else None)
         return relay.run()
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # the terminal has gone
 
 
 class _Relay:
@@ -79,6 +87,7 @@ class _Relay:
         self.raw = raw
         self.output = b""  # messages that the backend did not take yet
         self.reading = True
+        self.lost = False
 
     def run(self) -> bool:
         self.sock.setblocking(False)
@@ -92,7 +101,7 @@ class _Relay:
             if 0 in events and self.reading and self.on_input():
                 return True
             if self.sock.fileno() in events and not self.on_socket():
-                return False
+                return self.lost
 
     def poll(self) -> set[int]:
         poller = select.poll()
@@ -136,7 +145,7 @@ class _Relay:
         return bool(key)
 
     def on_socket(self) -> bool:
-        """Move bytes; False when the backend has gone."""
+        """Move bytes; False when the backend has gone, or our terminal (``lost``)."""
         if not self.flush():
             return False
         try:
@@ -145,9 +154,11 @@ class _Relay:
             return True
         except OSError:
             return False
-        if shown:
+        try:
             terminal.write_all(1, shown)
-        return bool(shown)
+        except OSError:
+            self.lost = True
+        return bool(shown) and not self.lost
 
     def flush(self) -> bool:
         try:

@@ -80,12 +80,7 @@ def run(
     with Channel(sock) as channel, terminal.caught(wanted) as signals:
         try:
             master = _start(channel, request, where)
-            relay = _Relay(channel, signals, master)
-            try:
-                return relay.run()
-            finally:
-                if master >= 0:
-                    os.close(master)
+            return _Relay(channel, signals, master).run()
         except PeerClosed:
             raise MicemuError(f"{where} went down while {argv[0]} was running", errno.ECONNRESET) from None
 
@@ -143,10 +138,13 @@ class _Relay:
         if self.master < 0:
             return self.wait()
         os.set_blocking(self.master, False)
-        if not terminal.is_terminal(0):
-            return self.wait()
-        with terminal.Raw(0) as self.raw:
-            return self.wait()
+        try:
+            if not terminal.is_terminal(0):
+                return self.wait()
+            with terminal.Raw(0) as self.raw:
+                return self.wait()
+        finally:
+            self.close()
 
     def wait(self) -> int:
         while True:
@@ -212,10 +210,21 @@ class _Relay:
         except OSError:
             shown = b""
         if not shown:  # every process has closed the terminal: only the exit status is missing
-            self.master, self.typing = -1, False
+            self.close()
             return False
-        terminal.write_all(1, shown)
+        try:
+            terminal.write_all(1, shown)
+        except OSError:  # nobody sees it any more: hang up
+            self.channel.send({"signal": int(signal.SIGHUP)})
+            self.close()
+            return False
         return True
+
+    def close(self) -> None:
+        """Close the program's terminal."""
+        if self.master >= 0:
+            os.close(self.master)
+        self.master, self.typing = -1, False
 
     def drain(self) -> None:
         """Show what the program wrote before it ended."""

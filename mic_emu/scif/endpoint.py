@@ -21,6 +21,7 @@ from mic_emu.scif import qp as queue
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.windows import Windows
 
 if TYPE_CHECKING:
     from mic_emu.scif.node import Node, Path
@@ -69,6 +70,7 @@ class Endpoint:
         self.rings: queue.Rings | None = None
         self.peer_qp_addr = 0
         self.slot = -1  # our bit in the node's notify page
+        self.windows = Windows(self)
         self.backlog = 0
         self.pending: deque[Request] = deque()
         self._answer: asyncio.Future[None] | None = None  # grant or rejection of our request
@@ -450,6 +452,23 @@ class Endpoint:
         """CLIENT_RCVD: there is room again."""
         self.changed()
 
+    @property
+    def is_connected(self) -> bool:
+        """Connected now."""
+        return self.state is State.CONNECTED
+
+    def check_connected(self) -> None:
+        """The checks before every RMA, window or fence call (SCIF 2.10-2.15).
+
+        Raises ScifError ECONNRESET, ENOTCONN, ENODEV.
+        """
+        if self.state is State.DISCONNECTED:
+            raise ScifError(errno.ECONNRESET, "the peer has closed")
+        if self.state is not State.CONNECTED:
+            raise ScifError(errno.ENOTCONN, "not connected")
+        if self.node.path(self.peer[0]) is None:
+            raise ScifError(errno.ENODEV, "the peer's node is gone")
+
     # --- poll ---------------------------------------------------------------------------------
 
     def mask(self) -> int:
@@ -527,6 +546,7 @@ class Endpoint:
         self.stop_listening()
         if self.state is State.CONNECTING and self._answer is not None:
             self.connect_failed(errno.EINTR, withdraw=True)
+        await self.windows.release()
         if self.state is State.CONNECTED and self.path is not None:
             self._gone = asyncio.get_running_loop().create_future()
             self._set(State.CLOSING)

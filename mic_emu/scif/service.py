@@ -17,8 +17,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_emu._native import lib
+from mic_emu.bar import close_all
+from mic_emu.memory import Mapping
 from mic_emu.scif.endpoint import State
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.memory_requests import MemoryRequests
 from mic_emu.scif.session import (
     Answer,
     Control,
@@ -86,6 +89,8 @@ class ScifService:
             lib.MIC_SCIF_FLUSH: self._flush,
             lib.MIC_SCIF_MASK: self._mask,
         }
+        self._memory = MemoryRequests(self)
+        self._handlers.update(self._memory.handlers)
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -149,14 +154,22 @@ class ScifService:
             return b""
 
     def _on_first(self, fd: int, sock: socket.socket) -> None:
-        packet = self._receive(sock)
-        if packet is None:
+        try:
+            packet, fds, _, _ = socket.recv_fds(sock, PACKET, 1)
+        except BlockingIOError:
             return
+        except OSError:
+            packet, fds = b"", []
         del self._fresh[fd]
         if len(packet) != Control.REQUEST.size:
             self._drop(fd, sock)
+            close_all(fds)
             return
-        op, _, _, a0, *_ = Control.REQUEST.unpack(packet)
+        op, _, _, a0, a1, *_ = Control.REQUEST.unpack(packet)
+        if op == lib.MIC_SCIF_MEMORY and len(fds) == 1:
+            self._take_memory(a0, a1, fds[0])
+            self._reply_to(sock, 0)
+        close_all(fds)
         pid, uid = peer_credentials(sock)
         if op == lib.MIC_SCIF_OPEN:
             self._epoll.modify(fd, _WATCH_SESSION)
@@ -168,6 +181,15 @@ class ScifService:
             self._reply_to(sock, 0)
         else:
             self._drop(fd, sock)
+
+    def _take_memory(self, node_id: int, size: int, fd: int) -> None:
+        """The host hands us the memory of another card, for connections between the two."""
+        try:
+            if os.fstat(fd).st_size != size:
+                raise ValueError(f"{size} bytes announced")
+            self.node.add_memory(node_id, Mapping(fd, size), fd)
+        except (OSError, ValueError) as e:
+            self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
     def _reply_to(self, sock: socket.socket, status: int, value: int = 0) -> None:
         try:
@@ -188,10 +210,6 @@ class ScifService:
         del self._controls[fd]
         self._epoll.unregister(fd)
         control.close()
-        self.process_left(control)
-
-    def process_left(self, control: Control) -> None:
-        """A control connection ended; with the last of its process, what the process held is free."""
 
     def forget(self, session: Session) -> None:
         """The session is released."""
@@ -209,6 +227,8 @@ class ScifService:
         """One request. Raises OSError with the errno for the program."""
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(sid)
+        if op == lib.MIC_SCIF_DROP:
+            return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:
             return self._find(args[0])
         if op == lib.MIC_SCIF_NODES:
@@ -285,8 +305,3 @@ class ScifService:
     def _mask(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         mask, pending = session.mask()
         return Reply([mask, pending, session.surplus_token()])
-
-    async def windows_gone(self, session: Session) -> None:
-        """The endpoint is released: its windows go first (SCIF 2.8)."""
-
-

@@ -79,7 +79,9 @@ class UserEndpoint(Endpoint):
 class Session:
     """One endpoint descriptor of a program: the node's end of its socket, and the endpoint behind it."""
 
-    def __init__(self, service: ScifService, sock: socket.socket, sid: int, cookie: int, pid: int, privileged: bool) -> None:
+    def __init__(
+        self, service: ScifService, sock: socket.socket, sid: int, cookie: int, pid: int, privileged: bool
+    ) -> None:
         self.service = service
         self.node = service.node
         self.sock = sock
@@ -224,7 +226,15 @@ class Session:
             raise ScifError(errno.ENODEV, "the peer's pages are outside its memory") from None
         nodes = self.node.id | ep.peer[0] << 16 | ep.port << 32 | ep.peer[1] << 48
         own = ep.qp.offset
-        places = [own, peer_qp, ring, self.node.notifier.offset, notify, ep.rings.peer_page.notify_slot, nodes]
+        places = [
+            own,
+            peer_qp,
+            ring,
+            self.node.notifier.offset,
+            notify,
+            ep.rings.peer_page.notify_slot,
+            nodes,
+        ]
         return places, [self.node.memory_fd, peer_fd]
 
     def _remote(self, field: str) -> int:
@@ -245,7 +255,6 @@ class Session:
             if self.attempt is not None and not self.attempt.done():
                 await asyncio.wait([self.attempt], timeout=self.node.clock.api(NODE_ALIVE_S))
             ep.stop_listening()
-            await self.service.windows_gone(self)
             await ep.close()
         finally:
             ep.session = None
@@ -352,4 +361,3 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process that connected."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
-

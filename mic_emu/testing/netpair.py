@@ -151,7 +151,7 @@ class Ends:
         ns = self.host if side == "host" else self.card
         return subprocess.Popen(
             argv, preexec_fn=ns.enter, pass_fds=(ns.user_fd, ns.net_fd), text=True, **kw
-        )  # noqa: PLW1509
+        )
 
     def run(self, side: str, argv: Sequence[str], timeout_s: float = 30) -> str:
         """Run a program there; returns its output. Raises CalledProcessError, TimeoutExpired."""

@@ -1,10 +1,11 @@
 /* Endpoints by descriptor: who is behind a number, and the pages of its connection. */
-#include "internal.h"
+#include "memory.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef SO_COOKIE
@@ -21,7 +22,9 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void after_fork(void)
 {
+	move_after_fork_child();
 	wire_after_fork();
+	map_after_fork_child();
 	ep_after_fork();
 }
 
@@ -29,7 +32,7 @@ static void first_use(void)
 {
 	int saved = errno;
 
-	pthread_atfork(NULL, NULL, after_fork);
+	pthread_atfork(move_before_fork, move_after_fork_parent, after_fork);
 	errno = saved;
 }
 
@@ -82,6 +85,7 @@ static void unmap_pages(struct ep *ep)
 /* The last user is gone: recycle. Called with table_lock held. */
 static void recycle(struct ep *ep)
 {
+	rma_forget(ep);
 	unmap_pages(ep);
 	ep->next_free = free_list;
 	free_list = ep;
@@ -133,6 +137,7 @@ int ep_add(int fd, uint64_t cookie, uint64_t sid)
 	memset(ep, 0, sizeof *ep);
 	ep->cookie = cookie;
 	ep->sid = sid;
+	pthread_mutex_init(&ep->rma_lock, NULL);
 	mic_store_release(slot, ep);
 	pthread_mutex_unlock(&table_lock);
 	return 0;
@@ -231,6 +236,7 @@ static void *map(int fd, uint64_t off, size_t len)
 static int map_connection(struct ep *ep, const struct answer *ans)
 {
 	const uint64_t *v = ans->head.v;
+	struct stat st;
 
 	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], 3 * PAGE);
 	ep->peer = map(ans->fds[1], v[MIC_SCIF_V_PEER_QP], PAGE);
@@ -244,6 +250,10 @@ static int map_connection(struct ep *ep, const struct answer *ans)
 	}
 	ep->ring = own + PAGE;
 	ep->ctl = (void *)(own + 2 * PAGE);
+	if (fstat(ans->fds[0], &st) == 0) {
+		ep->mem_dev = st.st_dev;
+		ep->mem_ino = st.st_ino;
+	}
 	ep->slot = (uint32_t)v[MIC_SCIF_V_PEER_SLOT];
 	ep->node = (uint16_t)v[MIC_SCIF_V_NODES];
 	ep->peer_node = (uint16_t)(v[MIC_SCIF_V_NODES] >> 16);

@@ -43,7 +43,9 @@ struct ep {
 	struct mic_scif_notify *own_notify, *notify;
 	uint32_t slot;     /* the peer's bit in *notify */
 	uint32_t spin;     /* how long waiting looks before it sleeps, time stamp ticks */
+	uint64_t mem_dev, mem_ino; /* our node's memory */
 	struct rma_table *rma; /* windows as last seen */
+	pthread_mutex_t rma_lock;
 	struct ep *next_free;
 };
 

@@ -26,10 +26,11 @@ struct mic_map {
 struct mic_bus {
 	struct mic_map gddr, mmio, host, config;
 	int fd[MIC_FD_COUNT];
+	bool over_pci;    /* this process is the host: register cycles pass the function */
 	uint64_t ignored; /* writes to registers that do not exist or are read-only */
 };
 
-static const struct mic_reg_row reg_table[MIC_REG_ROWS] = { MIC_REG_TABLE };
+static const struct mic_reg_row reg_table[MIC_REG_ROWS] = {MIC_REG_TABLE};
 
 static int map_fd(struct mic_map *m, int fd)
 {
@@ -94,6 +95,17 @@ static uint32_t *reg_at(struct mic_bus *bus, uint32_t off)
 	return (uint32_t *)(void *)(bus->mmio.base + off);
 }
 
+static uint16_t config16(struct mic_bus *bus, uint32_t off)
+{
+	return mic_load_acquire((uint16_t *)(void *)(bus->config.base + off));
+}
+
+/* Power state D0? In D3hot the function neither decodes memory nor sends anything. */
+static bool awake(struct mic_bus *bus)
+{
+	return !(config16(bus, MIC_PCI_CAP_PM + 4) & 3u);
+}
+
 /* The table row of a register and its index in the row, or NULL for an unknown offset. */
 static const struct mic_reg_row *reg_find(uint32_t off, uint32_t *index)
 {
@@ -116,10 +128,24 @@ static void signal_fd(int fd)
 		(void)!eventfd_write(fd, 1);
 }
 
+/* Does BAR 4 answer this process? The card reaches its registers without passing the function. */
+static bool decoded(struct mic_bus *bus)
+{
+	return !bus->over_pci || !config16(bus, 0) ||
+	       (config16(bus, MIC_PCI_COMMAND) & MIC_PCI_COMMAND_MEMORY && awake(bus));
+}
+
+void mic_bus_set_over_pci(struct mic_bus *bus, bool on)
+{
+	bus->over_pci = on;
+}
+
 uint32_t mic_mmio_read(struct mic_bus *bus, uint32_t off)
 {
 	uint32_t index;
 
+	if (!decoded(bus))
+		return UINT32_MAX; /* nobody claims the cycle: all ones */
 	if (!reg_find(off, &index))
 		return 0;
 	return mic_load_acquire(reg_at(bus, off));
@@ -162,30 +188,25 @@ enum irq_mode {
 	IRQ_INTX,
 };
 
-static uint16_t config16(struct mic_bus *bus, uint32_t off)
-{
-	return mic_load_acquire((uint16_t *)(void *)(bus->config.base + off));
-}
-
 /* How the function signals now: what the driver wrote into configuration space decides (HW 4.3). */
 static enum irq_mode irq_mode(struct mic_bus *bus)
 {
 	if (!config16(bus, 0))
 		return IRQ_BARE;
 	uint16_t command = config16(bus, MIC_PCI_COMMAND);
-	bool master = command & MIC_PCI_COMMAND_MASTER;
 
+	if (!awake(bus))
+		return IRQ_NONE;
 	if (config16(bus, MIC_PCI_CAP_MSIX + 2) & MIC_PCI_MSIX_ENABLE)
 		return IRQ_MSIX; /* bus mastering is looked at per vector: without it messages stay pending */
 	if (config16(bus, MIC_PCI_CAP_MSI + 2) & MIC_PCI_MSI_ENABLE)
-		return master ? IRQ_MSI : IRQ_NONE;
+		return command & MIC_PCI_COMMAND_MASTER ? IRQ_MSI : IRQ_NONE;
 	return command & MIC_PCI_COMMAND_INTX_OFF ? IRQ_NONE : IRQ_INTX;
 }
 
 static bool vector_masked(struct mic_bus *bus, unsigned v)
 {
-	return config16(bus, MIC_PCI_CAP_MSIX + 2) & MIC_PCI_MSIX_MASKALL ||
-	       !(config16(bus, MIC_PCI_COMMAND) & MIC_PCI_COMMAND_MASTER) ||
+	return config16(bus, MIC_PCI_CAP_MSIX + 2) & MIC_PCI_MSIX_MASKALL || !mic_bus_master(bus) ||
 	       mic_load_acquire(reg_at(bus, MIC_REG_MSIX_CTRL(v))) & 1u;
 }
 
@@ -362,7 +383,7 @@ static void write_dcar(struct mic_bus *bus, uint32_t c, uint32_t value)
 	do {
 		new = (value & ~MIC_DMA_DCAR_IS0) | (value & mask ? 0 : old & MIC_DMA_DCAR_IS0);
 	} while (!mic_cas(reg, &old, new));
-	if (old & mask && new & MIC_DMA_DCAR_IS0)
+	if (old & mask && new &MIC_DMA_DCAR_IS0)
 		deliver_dma(bus, c);
 }
 
@@ -387,7 +408,8 @@ void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count)
 
 void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns)
 {
-	struct timespec ts = { .tv_sec = (time_t)(timeout_ns / 1000000000), .tv_nsec = (long)(timeout_ns % 1000000000) };
+	struct timespec ts = {.tv_sec = (time_t)(timeout_ns / 1000000000),
+			      .tv_nsec = (long)(timeout_ns % 1000000000)};
 	uint32_t *dstat = reg_at(bus, MIC_REG_DSTAT(c)), want = count < MIC_DMA_SLEEP_ANY ? count + 1 : count;
 	uint32_t other = mic_exchange(sleepers(bus, c), want);
 
@@ -432,7 +454,7 @@ static void write_dhpr(struct mic_bus *bus, uint32_t c, uint32_t value)
 void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 {
 	uint32_t index;
-	const struct mic_reg_row *row = reg_find(off, &index);
+	const struct mic_reg_row *row = decoded(bus) ? reg_find(off, &index) : NULL;
 
 	if (!row) {
 		mic_fetch_add(&bus->ignored, 1);
@@ -499,7 +521,7 @@ void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 
 bool mic_bus_master(struct mic_bus *bus)
 {
-	return !config16(bus, 0) || config16(bus, MIC_PCI_COMMAND) & MIC_PCI_COMMAND_MASTER;
+	return !config16(bus, 0) || (config16(bus, MIC_PCI_COMMAND) & MIC_PCI_COMMAND_MASTER && awake(bus));
 }
 
 int mic_bus_fd(struct mic_bus *bus, unsigned which)
@@ -604,7 +626,8 @@ void mic_shm_fence(void)
 
 int mic_punch(int fd, uint64_t off, uint64_t len)
 {
-	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno : 0;
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno
+												     : 0;
 }
 
 int mic_reserve(int fd, uint64_t off, uint64_t len)

@@ -32,7 +32,7 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 void mic_dma_guard_get(void)
 {
 	/* SA_NODEFER: leaving by siglongjmp must not leave the signal blocked. */
-	struct sigaction sa = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER };
+	struct sigaction sa = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER};
 
 	pthread_mutex_lock(&users_lock);
 	if (users++ == 0)
@@ -186,7 +186,8 @@ static int do_store(struct mic_bus *bus, const uint64_t qw[2], unsigned size, st
 	return 0;
 }
 
-static int execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort, struct mic_dma_effect *effect)
+static int execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
+		   struct mic_dma_effect *effect)
 {
 	switch (qw[1] >> MIC_DMA_TYPE_SHIFT) {
 	case MIC_DMA_DESC_NOP:

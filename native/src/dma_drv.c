@@ -10,11 +10,11 @@
 #include "mic/dma.h"
 #include "mic/vring.h"
 
-#define FLAG_SLOTS 3u     /* a fence and the two status descriptors of an interrupt */
-#define PENDING_LEVEL 4u  /* submit issues by itself beyond this many waiting descriptors */
-#define PREP_TIMEOUT_S 5
+#define FLAG_SLOTS       3u /* a fence and the two status descriptors of an interrupt */
+#define PENDING_LEVEL    4u /* submit issues by itself beyond this many waiting descriptors */
+#define PREP_TIMEOUT_S   5
 #define SETUP_TIMEOUT_MS 1000
-#define FIRST_COOKIE 1    /* the counter's start: never assigned, counts as complete */
+#define FIRST_COOKIE     1 /* the counter's start: never assigned, counts as complete */
 
 struct record {
 	int32_t cookie; /* 0: this slot is not the last one of a transaction */
@@ -35,7 +35,7 @@ struct mic_dma_chan {
 	uint32_t head;       /* next slot to fill */
 	uint32_t prep_start; /* head before the transaction in preparation */
 	uint64_t prep_bytes;
-	int32_t cookie;      /* last assigned */
+	int32_t cookie; /* last assigned */
 
 	pthread_mutex_t issue;
 	uint32_t submitted; /* head of the last submitted transaction */
@@ -45,7 +45,7 @@ struct mic_dma_chan {
 	uint32_t last_tail; /* slots before it are free again: published after its records are read */
 	int32_t completed;
 	int32_t cancel_from, cancel_to; /* cookies in (from, to] were terminated */
-	uint64_t *done;     /* tokens for take_done(): a queue that grows while nobody takes any */
+	uint64_t *done; /* tokens for take_done(): a queue that grows while nobody takes any */
 	uint32_t done_room, done_head, done_count;
 
 	struct mic_dma_counters count;
@@ -85,7 +85,8 @@ static void set_mask(struct mic_dma_chan *ch, bool on)
 
 bool mic_dma_halted(struct mic_dma_chan *ch)
 {
-	return mic_mmio_read(ch->bus, MIC_REG_DCHERR(ch->setup.c)) || read_status(ch) & MIC_DMA_DSTAT_QUIESCED;
+	return mic_mmio_read(ch->bus, MIC_REG_DCHERR(ch->setup.c)) ||
+	       read_status(ch) & MIC_DMA_DSTAT_QUIESCED;
 }
 
 /* After the channel was disabled: until the engine is past the descriptor it had begun. */
@@ -152,17 +153,26 @@ static int setup_channel(struct mic_dma_chan *ch)
 	return -EBUSY;
 }
 
+static uint64_t *ring_memory(struct mic_bus *bus, const struct mic_dma_setup *s)
+{
+	uint64_t len = (uint64_t)s->size * MIC_DMA_DESC_SIZE, size = mic_bus_host_size(bus);
+
+	if (s->c >= MIC_DMA_HOST_CHANNELS)
+		return mic_gddr_at(bus, s->memory, len);
+	if (s->memory > size || len > size - s->memory)
+		return NULL;
+	return (uint64_t *)(void *)(mic_bus_host(bus) + s->memory);
+}
+
 static int check_setup(struct mic_bus *bus, const struct mic_dma_setup *s)
 {
 	bool window = s->ring >= MIC_SMPT_BASE;
 
 	if (s->c >= MIC_DMA_CHANNELS || s->size < 8 || s->size > MIC_DMA_RING_SIZE || s->ring % MIC_DMA_ALIGN ||
-	    s->status % 8 || !s->max_bytes || s->max_bytes % MIC_DMA_ALIGN ||
+	    s->memory % MIC_DMA_ALIGN || s->status % 8 || !s->max_bytes || s->max_bytes % MIC_DMA_ALIGN ||
 	    s->max_bytes / MIC_DMA_ALIGN > MIC_DMA_MEMCPY_LEN_MASK || window != (s->c < MIC_DMA_HOST_CHANNELS))
 		return -EINVAL;
-	if (!mic_card_at(bus, s->ring, (uint64_t)s->size * MIC_DMA_DESC_SIZE) || !mic_card_at(bus, s->status, 8))
-		return -EFAULT;
-	return 0;
+	return ring_memory(bus, s) ? 0 : -EFAULT;
 }
 
 void mic_dma_chan_destroy(struct mic_dma_chan *ch)
@@ -203,7 +213,7 @@ struct mic_dma_chan *mic_dma_chan_create(struct mic_bus *bus, const struct mic_d
 	}
 	ch->bus = bus;
 	ch->setup = *setup;
-	ch->ring = mic_card_at(bus, setup->ring, (uint64_t)setup->size * MIC_DMA_DESC_SIZE);
+	ch->ring = ring_memory(bus, setup);
 	ch->records = calloc(setup->size, sizeof *ch->records);
 	ch->end_slot = calloc(setup->size, sizeof *ch->end_slot);
 	ch->cookie = ch->completed = ch->cancel_from = ch->cancel_to = FIRST_COOKIE;
@@ -265,7 +275,7 @@ static bool retire_slot(struct mic_dma_chan *ch, struct record *r)
 	if (!queue_token(ch, r->token))
 		return false;
 	mic_store_release(&ch->completed, r->cookie);
-	*r = (struct record){ 0 };
+	*r = (struct record){0};
 	count_add(&ch->count.completed, 1);
 	return true;
 }
@@ -357,8 +367,9 @@ static void put(struct mic_dma_chan *ch, uint64_t qw0, uint64_t qw1)
 
 static void put_status(struct mic_dma_chan *ch, uint64_t dst, uint64_t value, bool interrupt)
 {
-	put(ch, value, (uint64_t)MIC_DMA_DESC_STATUS << MIC_DMA_TYPE_SHIFT | dst |
-			       (interrupt ? MIC_DMA_STATUS_INTERRUPT : 0));
+	put(ch, value,
+	    (uint64_t)MIC_DMA_DESC_STATUS << MIC_DMA_TYPE_SHIFT | dst |
+		    (interrupt ? MIC_DMA_STATUS_INTERRUPT : 0));
 }
 
 /* FENCE is one status write; INTERRUPT two, the second with the interrupt bit (HW-26). */
@@ -491,7 +502,7 @@ int mic_dma_submit(struct mic_dma_chan *ch, uint64_t token)
 	if (!ch->preparing || ch->head == ch->prep_start)
 		return -EINVAL;
 	pthread_mutex_lock(&ch->clean);
-	ch->records[last] = (struct record){ .cookie = cookie, .token = token };
+	ch->records[last] = (struct record){.cookie = cookie, .token = token};
 	mic_store_relaxed(&ch->end_slot[(uint32_t)cookie % ch->setup.size], ch->head);
 	mic_store_release(&ch->cookie, cookie);
 	pthread_mutex_unlock(&ch->clean);
@@ -552,6 +563,17 @@ int mic_dma_chan_stop(struct mic_dma_chan *ch, int timeout_ms)
 	return rc;
 }
 
+int mic_dma_pause(struct mic_dma_chan *ch, int timeout_ms)
+{
+	set_enable(ch, false);
+	return wait_inactive(ch, timeout_ms);
+}
+
+void mic_dma_resume(struct mic_dma_chan *ch)
+{
+	set_enable(ch, true);
+}
+
 /* Called with `issue` and `clean` held, channel disabled and inactive. */
 static void drop_records(struct mic_dma_chan *ch)
 {
@@ -560,7 +582,7 @@ static void drop_records(struct mic_dma_chan *ch)
 		struct record *r = &ch->records[slot];
 
 		queue_token(ch, r->token ? r->token | MIC_DMA_TOKEN_DROPPED : 0);
-		*r = (struct record){ 0 };
+		*r = (struct record){0};
 	}
 	ch->cancel_from = ch->completed;
 	ch->cancel_to = ch->completed = ch->cookie;

@@ -24,8 +24,8 @@ struct channel {
 struct mic_dma_engine {
 	struct mic_bus *bus;
 	struct channel channel[MIC_DMA_CHANNELS];
-	int wake_fd;       /* readable while `pause` or `stop` is set: level, read by nobody else */
-	uint32_t pause;    /* threads must park; a copy in flight is cut off */
+	int wake_fd;    /* readable while `pause` or `stop` is set: level, read by nobody else */
+	uint32_t pause; /* threads must park; a copy in flight is cut off */
 	uint32_t stop;
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
@@ -55,8 +55,8 @@ static uint64_t slot_addr(struct mic_bus *bus, unsigned c, uint32_t hi, uint32_t
 	uint64_t base = read_reg(bus, MIC_REG_DRAR_LO(c));
 
 	if (hi & MIC_DMA_DRAR_SYS)
-		base |= (uint64_t)(hi & 3) << 32 | (uint64_t)(hi >> MIC_DMA_DRAR_SMPT_SHIFT & 0x1f) << MIC_SMPT_SHIFT |
-			MIC_SMPT_BASE;
+		base |= (uint64_t)(hi & 3) << 32 |
+			(uint64_t)(hi >> MIC_DMA_DRAR_SMPT_SHIFT & 0x1f) << MIC_SMPT_SHIFT | MIC_SMPT_BASE;
 	else
 		base |= (uint64_t)(hi & 0xf) << 32;
 	return base + (uint64_t)index * MIC_DMA_DESC_SIZE;
@@ -92,9 +92,10 @@ static int write_back(struct mic_bus *bus, unsigned c, uint32_t next)
 {
 	uint64_t addr = read_reg(bus, MIC_REG_DSTATWB_LO(c)) |
 			(uint64_t)(read_reg(bus, MIC_REG_DSTATWB_HI(c)) & 0xff) << 32;
-	uint32_t status = mic_load_acquire(status_reg(bus, c)) & ~(MIC_DMA_DSTAT_COUNT | MIC_DMA_DSTAT_ACTIVE);
-	const uint64_t qw[2] = { status | next, (uint64_t)MIC_DMA_DESC_GENERAL << MIC_DMA_TYPE_SHIFT | addr };
-	struct mic_dma_effect none = { 0 };
+	uint32_t status =
+		mic_load_acquire(status_reg(bus, c)) & ~(MIC_DMA_DSTAT_COUNT | MIC_DMA_DSTAT_ACTIVE);
+	const uint64_t qw[2] = {status | next, (uint64_t)MIC_DMA_DESC_GENERAL << MIC_DMA_TYPE_SHIFT | addr};
+	struct mic_dma_effect none = {0};
 
 	return mic_dma_execute(bus, qw, NULL, &none);
 }
@@ -102,7 +103,7 @@ static int write_back(struct mic_bus *bus, unsigned c, uint32_t next)
 static int step_at(struct channel *ch, uint32_t hi, uint32_t tail)
 {
 	struct mic_dma_engine *e = ch->engine;
-	struct mic_dma_effect effect = { 0 };
+	struct mic_dma_effect effect = {0};
 	uint64_t qw[2];
 	uint32_t next = tail + 1 == ring_size(hi) ? 0 : tail + 1;
 	int rc = mic_dma_fetch(e->bus, slot_addr(e->bus, ch->c, hi, tail), qw);
@@ -204,7 +205,7 @@ static void *channel_main(void *arg)
 	struct channel *ch = arg;
 	struct mic_dma_engine *e = ch->engine;
 	int kick = mic_bus_fd(e->bus, MIC_FD_CHAN + ch->c);
-	struct pollfd fds[2] = { { .fd = kick, .events = POLLIN }, { .fd = e->wake_fd, .events = POLLIN } };
+	struct pollfd fds[2] = {{.fd = kick, .events = POLLIN}, {.fd = e->wake_fd, .events = POLLIN}};
 	eventfd_t drop;
 	char name[16];
 
@@ -291,7 +292,7 @@ static int start_threads(struct mic_dma_engine *e)
 	sigdelset(&all, SIGBUS);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	for (unsigned c = 0; c < MIC_DMA_CHANNELS && !rc; c++) {
-		e->channel[c] = (struct channel){ .engine = e, .c = c };
+		e->channel[c] = (struct channel){.engine = e, .c = c};
 		rc = pthread_create(&e->channel[c].thread, NULL, channel_main, &e->channel[c]);
 		if (!rc)
 			e->started++;
@@ -325,7 +326,7 @@ void mic_dma_engine_stats(struct mic_dma_engine *e, unsigned c, struct mic_dma_s
 {
 	const struct mic_dma_stats *s;
 
-	*out = (struct mic_dma_stats){ 0 };
+	*out = (struct mic_dma_stats){0};
 	if (c >= MIC_DMA_CHANNELS)
 		return;
 	s = &e->channel[c].stats;

@@ -377,8 +377,8 @@ static void disarm(struct mic_net_dev *nd)
 static int look(struct mic_net_dev *nd, bool serving, int timeout_ms)
 {
 	struct mic_vdev *dev = nd->dev;
-	bool local = serving && !nd->starved && ring_ready(&dev->vq[TO_CARD]);
-	int extra = local ? mic_net_end_fd(&nd->end) : -1;
+	bool blocked = !serving || nd->starved || !ring_ready(&dev->vq[TO_CARD]);
+	int extra = mic_net_end_fd(&nd->end, blocked);
 	int ready = mic_vdev_sleep(dev, &extra, 1, timeout_ms);
 
 	if (ready == -EINTR)
@@ -387,7 +387,13 @@ static int look(struct mic_net_dev *nd, bool serving, int timeout_ms)
 		nd->end.error = -ready;
 		return MIC_RUN_LOCAL;
 	}
-	return ready & 2 ? MIC_RUN_CONTROL : 0;
+	if (ready & 2)
+		return MIC_RUN_CONTROL;
+	if (blocked && ready & 4) {
+		mic_net_end_lost(&nd->end);
+		return MIC_RUN_LOCAL;
+	}
+	return 0;
 }
 
 int mic_net_dev_run(struct mic_net_dev *nd)

@@ -136,6 +136,7 @@ struct mic_net_drv *mic_net_drv_create(struct mic_vdrv *drv, int local_fd, struc
 		return NULL;
 	nd->drv = drv;
 	nd->addr = area;
+	nd->end.gone_fd = -1;
 	if (area & 63u || mtu < 68 || mtu > 65535)
 		goto fail;
 	rc = mic_net_end_init(&nd->end, local_fd, resp);
@@ -319,7 +320,8 @@ static bool arm(struct mic_net_drv *nd)
 
 static int look(struct mic_net_drv *nd, int timeout_ms)
 {
-	int extra = nd->tx_nfree ? mic_net_end_fd(&nd->end) : -1;
+	bool blocked = !nd->tx_nfree;
+	int extra = mic_net_end_fd(&nd->end, blocked);
 	int ready = mic_vdrv_sleep(nd->drv, &extra, 1, timeout_ms);
 
 	if (ready == -EINTR)
@@ -328,7 +330,13 @@ static int look(struct mic_net_drv *nd, int timeout_ms)
 		nd->end.error = -ready;
 		return MIC_RUN_LOCAL;
 	}
-	return ready & 2 ? MIC_RUN_CONTROL : 0;
+	if (ready & 2)
+		return MIC_RUN_CONTROL;
+	if (blocked && ready & 4) {
+		mic_net_end_lost(&nd->end);
+		return MIC_RUN_LOCAL;
+	}
+	return 0;
 }
 
 int mic_net_drv_run(struct mic_net_drv *nd)

@@ -17,26 +17,26 @@ struct test {
 static struct test *tests, **last_test = &tests;
 static int failures;
 
-#define TEST(id)                                                                  \
-	static void id(void);                                                     \
-	static struct test id##_test = { #id, id, NULL };                         \
-	__attribute__((constructor)) static void id##_add(void)                   \
-	{                                                                         \
-		*last_test = &id##_test;                                          \
-		last_test = &id##_test.next;                                      \
-	}                                                                         \
+#define TEST(id)                                                                                             \
+	static void id(void);                                                                                \
+	static struct test id##_test = {#id, id, NULL};                                                      \
+	__attribute__((constructor)) static void id##_add(void)                                              \
+	{                                                                                                    \
+		*last_test = &id##_test;                                                                     \
+		last_test = &id##_test.next;                                                                 \
+	}                                                                                                    \
 	static void id(void)
 
-#define CHECK_OR_RETURN(cond, value)                                              \
-	do {                                                                      \
-		if (!(cond)) {                                                    \
-			printf("%s:%d: %s\n", __FILE__, __LINE__, #cond);         \
-			__atomic_fetch_add(&failures, 1, __ATOMIC_SEQ_CST);       \
-			return value;                                             \
-		}                                                                 \
+#define CHECK_OR_RETURN(cond, value)                                                                         \
+	do {                                                                                                 \
+		if (!(cond)) {                                                                               \
+			printf("%s:%d: %s\n", __FILE__, __LINE__, #cond);                                    \
+			__atomic_fetch_add(&failures, 1, __ATOMIC_SEQ_CST);                                  \
+			return value;                                                                        \
+		}                                                                                            \
 	} while (0)
 /* Fails the test and leaves it; in a thread function, ends the thread. */
-#define CHECK(cond) CHECK_OR_RETURN(cond, )
+#define CHECK(cond)           CHECK_OR_RETURN(cond, )
 #define CHECK_IN_THREAD(cond) CHECK_OR_RETURN(cond, NULL)
 
 #define TEST_LIMIT_S 120

@@ -19,7 +19,7 @@ static void *ring_doorbells(void *arg)
 /* Does the line ring within a second? Takes the ring. */
 static bool rings(int fd)
 {
-	struct pollfd p = { .fd = fd, .events = POLLIN };
+	struct pollfd p = {.fd = fd, .events = POLLIN};
 
 	return poll(&p, 1, 1000) == 1 && lab_rang(fd);
 }
@@ -189,7 +189,8 @@ TEST(hw_11_translation_never_leaves_the_memories)
 
 	lab_open(&lab, 3 * MIB, 5 * MIB);
 	for (int i = 0; i < 200000; i++) {
-		uint64_t addr = (uint64_t)lab_random(&seed) << (lab_random(&seed) % 34), len = lab_random(&seed) % (6 * MIB);
+		uint64_t addr = (uint64_t)lab_random(&seed) << (lab_random(&seed) % 34),
+			 len = lab_random(&seed) % (6 * MIB);
 		uint8_t *p;
 
 		mic_mmio_write(lab.bus, MIC_REG_SMPT(lab_random(&seed) % 32), lab_random(&seed) & 0x1f);

@@ -9,9 +9,9 @@
 #include "mic/dma.h"
 #include "mic/vring.h"
 
-#define RING 1024u
+#define RING       1024u
 #define RING_BYTES (RING * 16 + 4096)
-#define RINGS (32 * MIB) /* where the rings lie, in both memories */
+#define RINGS      (32 * MIB) /* where the rings lie, in both memories */
 
 struct rig {
 	struct lab lab;
@@ -34,9 +34,13 @@ static void rig_close(struct rig *r)
 
 static struct mic_dma_chan *channel(struct rig *r, unsigned c)
 {
-	uint64_t base = RINGS + c * RING_BYTES + (c < 4 ? MIC_SMPT_BASE : 0);
-	struct mic_dma_setup s = { .ring = base, .status = base + RING * 16, .size = RING, .c = c,
-				   .max_bytes = c < 4 ? MIC_DMA_HOST_MAX : MIC_DMA_CARD_MAX };
+	uint64_t memory = RINGS + c * RING_BYTES, base = memory + (c < 4 ? MIC_SMPT_BASE : 0);
+	struct mic_dma_setup s = {.ring = base,
+				  .memory = memory,
+				  .status = base + RING * 16,
+				  .size = RING,
+				  .c = c,
+				  .max_bytes = c < 4 ? MIC_DMA_HOST_MAX : MIC_DMA_CARD_MAX};
 
 	return mic_dma_chan_create(r->lab.bus, &s);
 }
@@ -69,7 +73,8 @@ static void *copy_and_compare(void *arg)
 		memset(mem + MIB / 2, 0xee, len + 64);
 		CHECK_IN_THREAD(mic_dma_prep_memcpy(cl->ch, host, area, len, 0) == 0);
 		CHECK_IN_THREAD(mic_dma_submit(cl->ch, 0) > 0);
-		CHECK_IN_THREAD(mic_dma_prep_memcpy(cl->ch, area + MIB / 2, host, len, MIC_DMA_PREP_INTERRUPT) == 0);
+		CHECK_IN_THREAD(
+			mic_dma_prep_memcpy(cl->ch, area + MIB / 2, host, len, MIC_DMA_PREP_INTERRUPT) == 0);
 		cookie = mic_dma_submit(cl->ch, 1);
 		CHECK_IN_THREAD(cookie > 0);
 		CHECK_IN_THREAD(mic_dma_wait(cl->ch, cookie, 20000, true) == 0);
@@ -86,7 +91,7 @@ TEST(hw_24_eight_channels_at_once)
 
 	rig_open(&r);
 	for (unsigned c = 0; c < 8; c++) {
-		cl[c] = (struct client){ .rig = &r, .ch = channel(&r, c), .id = c };
+		cl[c] = (struct client){.rig = &r, .ch = channel(&r, c), .id = c};
 		CHECK(cl[c].ch);
 	}
 	for (unsigned c = 0; c < 8; c++)
@@ -111,7 +116,7 @@ TEST(hw_28_four_clients_of_one_channel)
 
 	CHECK(ch);
 	for (unsigned i = 0; i < 4; i++) {
-		cl[i] = (struct client){ .rig = &r, .ch = ch, .id = i };
+		cl[i] = (struct client){.rig = &r, .ch = ch, .id = i};
 		pthread_create(&t[i], NULL, copy_and_compare, &cl[i]);
 	}
 	for (unsigned i = 0; i < 4; i++)
@@ -141,7 +146,8 @@ TEST(hw_52_resets_under_load)
 			ch[c] = channel(&r, c);
 			CHECK(ch[c]);
 			for (int i = 0; i < 20; i++) {
-				CHECK(mic_dma_prep_memcpy(ch[c], (1 + c) * MIB, 0, MIB - 64, MIC_DMA_PREP_INTERRUPT) == 0);
+				CHECK(mic_dma_prep_memcpy(ch[c], (1 + c) * MIB, 0, MIB - 64,
+							  MIC_DMA_PREP_INTERRUPT) == 0);
 				CHECK(mic_dma_submit(ch[c], 0) > 0);
 			}
 			mic_dma_issue_pending(ch[c]);
@@ -270,7 +276,8 @@ TEST(hw_35_interrupts_of_a_busy_channel)
 		if (i % 3)
 			continue; /* the ring holds 1024: several may be under way */
 		while (seen <= i) {
-			int fd = r.lab.fds[MIC_FD_IRQ + MIC_CARD_IRQ_DMA + 3], ready = mic_wait_fds(&fd, 1, 10000);
+			int fd = r.lab.fds[MIC_FD_IRQ + MIC_CARD_IRQ_DMA + 3],
+			    ready = mic_wait_fds(&fd, 1, 10000);
 
 			CHECK(ready == 1);
 			lab_rang(fd);

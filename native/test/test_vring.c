@@ -9,11 +9,11 @@
 #include "lab.h"
 #include "mic/vring.h"
 
-#define BLOCK 0x10000ull    /* ring block in host memory */
-#define USED 0x20000ull     /* used ring in GDDR */
-#define TABLES 0x40000ull   /* indirect tables */
+#define BLOCK   0x10000ull  /* ring block in host memory */
+#define USED    0x20000ull  /* used ring in GDDR */
+#define TABLES  0x40000ull  /* indirect tables */
 #define BUFFERS 0x100000ull /* GDDR */
-#define ROUNDS 20000u
+#define ROUNDS  20000u
 
 struct pair {
 	struct lab lab;
@@ -26,7 +26,7 @@ struct pair {
 
 static void sleep_on(int fd)
 {
-	struct pollfd p = { .fd = fd, .events = POLLIN };
+	struct pollfd p = {.fd = fd, .events = POLLIN};
 
 	poll(&p, 1, 10000);
 	lab_rang(fd);
@@ -85,7 +85,7 @@ static void collect(struct pair *p, unsigned *done, uint64_t *bad)
 static int add(struct pair *p, unsigned n)
 {
 	uint64_t buf = BUFFERS + n % p->num * 256;
-	struct mic_seg seg[2] = { { buf, 64 }, { buf + 128, 64 } };
+	struct mic_seg seg[2] = {{buf, 64}, {buf + 128, 64}};
 
 	for (unsigned i = 0; i < 64; i++)
 		mic_bus_gddr(p->lab.bus)[buf + i] = (uint8_t)(n + i);
@@ -123,7 +123,7 @@ static void drive(struct pair *p)
 
 static void exchange(uint64_t features, uint16_t num)
 {
-	struct pair p = { .features = features, .num = num };
+	struct pair p = {.features = features, .num = num};
 	pthread_t t;
 
 	lab_open(&p.lab, 4 * MIB, 4 * MIB);

@@ -53,23 +53,27 @@ def mounts() -> str:
 def userland() -> tuple[str, dict[str, str]]:
     """(interpreter, environment) with which an ordinary user can import this package."""
     import _cffi_backend
+    import click
     import posix_ipc
 
     root = Path("/tmp") / f"micemu-test-userland-{os.getpid()}"
     shutil.rmtree(root, ignore_errors=True)
     shared, card = Path(mic_emu.__path__[0]), Path(mic_emu.card.__path__[0])
-    skip = shutil.ignore_patterns("__pycache__", "*.c", "cli", "testing")
+    skip = shutil.ignore_patterns("__pycache__", "*.c", "testing")
     shutil.copytree(shared, root / "mic_emu", ignore=skip)
     shutil.copytree(card, root / "mic_emu/card", ignore=skip, dirs_exist_ok=True)
+    shutil.copytree(card.parent / "host", root / "mic_emu/host", ignore=skip, dirs_exist_ok=True)
     if not (root / "mic_emu/_native.abi3.so").exists():
         shutil.copy(str(_native.__file__), root / "mic_emu")
     for module in (_cffi_backend, posix_ipc):
         shutil.copy(str(module.__file__), root)
+    shutil.copytree(click.__path__[0], root / "click", ignore=skip)
     for p in [root, *root.rglob("*")]:
         p.chmod(0o755)
     tag = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     for exe in (sys.executable, f"/usr/bin/{tag}", f"/usr/local/bin/{tag}"):
-        argv = [*as_user(), exe, "-c", "import mic_emu._native, mic_emu.memory"]
+        # Through a shell: setpriv itself may still execute what only root can reach.
+        argv = [*as_user(), "sh", "-c", 'exec "$0" -c "import mic_emu._native, mic_emu.memory"', exe]
         env = {"PYTHONPATH": str(root), "PATH": os.environ["PATH"]}
         if (
             os.path.exists(exe)
@@ -82,6 +86,7 @@ def userland() -> tuple[str, dict[str, str]]:
 
 def forget_userland() -> None:
     """Remove what ``userland`` copied."""
+    userland.cache_clear()
     shutil.rmtree(Path("/tmp") / f"micemu-test-userland-{os.getpid()}", ignore_errors=True)
 
 

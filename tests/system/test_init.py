@@ -15,144 +15,31 @@ import sys
 import termios
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cardlab
 import pytest
-from cardlab import Board, board, eventually
+from cardlab import eventually
+from cardrun import CLIENT, Card, booted
 
 from mic_emu import namespaces, wire
 from mic_emu.cli.terminal import set_window_size
 from mic_emu.runproto import RunRequest
-from mic_emu.wire import Channel, PeerClosed
+from mic_emu.wire import PeerClosed
 
 CONTAINED = not namespaces.refusals()
 
-# The card OS of these tests: init, and words on stdin for its handle.
-KERNEL = """
-import base64, json, os, select, socket, sys
-import time
-from mic_emu.card.os import init, rootfs
-listener = socket.socket(fileno=int(sys.argv[1]))
-options = json.loads(sys.argv[2])
-options["ramdisk"] = base64.b64decode(options.get("ramdisk", ""))
-contained = os.getpid() == 1
-began = time.monotonic()
-env = {"MICEMU_NODE": "1", "MICEMU_CARD": "mic0"}
-card = init.start(init.InitConfig("mic0", env), listener,
-                  lambda: rootfs.make_root(contained, rootfs.RootConfig("mic0", **options)))
-card.ready()
-def say(x): print(json.dumps(x), flush=True)
-say({"init": card.pid, "notes": card.notes, "seconds": time.monotonic() - began})
-stdin = os.fdopen(0, "rb", buffering=0)
-while True:
-    ready = select.select([stdin, card.channel], [], [])[0]
-    if card.channel in ready:
-        sys.exit(71)  # init died: the card has panicked
-    line = stdin.readline().decode()
-    if not line:
-        break
-    word, _, rest = line.partition(" ")
-    if word.strip() == "shutdown":
-        say(card.shutdown(float(rest)))
-        break
-    elif word == "type":
-        os.write(card.console_fd, json.loads(rest).encode())
-    elif word.strip() == "read":
-        say(os.read(card.console_fd, 65536).decode())
-card.close()
-"""
-
-
-class Card:
-    """A running stand-in for a card, with a connection per program."""
-
-    def __init__(self, b: Board, path: Path) -> None:
-        self.board = b
-        self.path = path
-        self.hello = self.answer()
-
-    def answer(self) -> Any:
-        """Next line of the kernel."""
-        assert self.board.process.stdout
-        line = self.board.process.stdout.readline()
-        assert line.startswith(("{", "[", chr(34))), self.board.process.communicate()[1]
-        return json.loads(line)
-
-    def say(self, text: str) -> None:
-        assert self.board.process.stdin
-        self.board.process.stdin.write(text + "\n")
-        self.board.process.stdin.flush()
-
-    def client(
-        self, argv: Sequence[str], user: bool = False, cwd: Path | str | None = None, **kw: Any
-    ) -> subprocess.Popen[bytes]:
-        """``micemu run mic0 -- argv`` without click."""
-        exe, env = cardlab.userland() if user else (sys.executable, dict(os.environ))
-        prefix = cardlab.as_user() if user else []
-        return subprocess.Popen([*prefix, exe, "-c", CLIENT, str(self.path), *argv], env=env, cwd=cwd, **kw)
-
-    def run(self, argv: Sequence[str], stdin: bytes = b"", **kw: Any) -> tuple[int, str]:
-        """(exit status, output) of a program."""
-        p = self.client(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
-        out, _ = p.communicate(stdin, timeout=30)
-        return p.returncode, out.decode()
-
-    def sh(self, script: str, **kw: Any) -> str:
-        """Output of a shell script that must succeed."""
-        status, out = self.run(["sh", "-c", script], **kw)
-        assert status == 0, out
-        return out
-
-    def raw(self) -> Channel:
-        """A bare connection to init."""
-        return Channel(wire.connect_unix(str(self.path)))
-
-
-CLIENT = """
-import sys
-from mic_emu import wire
-from mic_emu.cli import run_client
-from mic_emu.errors import MicemuError
-try:
-    status = run_client.run(wire.connect_unix(sys.argv[1]), sys.argv[2:], where="mic0")
-except MicemuError as e:
-    print(e, file=sys.stderr, flush=True)
-    run_client.leave(e.code)
-run_client.leave(status)
-"""
-
-
-@contextmanager
-def booted(tmp: Path, user: bool = False, plain: bool = False, **options: Any) -> Iterator[Card]:
-    """A card whose OS is only an init."""
-    where = Path("/tmp") / f"micemu-test-{os.getpid()}-{time.monotonic_ns()}"
-    where.mkdir(mode=0o755)
-    path = where / "run.sock"
-    listener = wire.listen_unix(str(path), mode=0o666 if user else 0o600)
-    fd = listener.fileno()
-    prefix = cardlab.without_userns() if plain else []
-    argv = [cardlab.userland()[0] if user else sys.executable, "-c", KERNEL, str(fd), json.dumps(options)]
-    try:
-        with board(argv, prefix=prefix, user=user, keep=[fd], stdin=True) as b:
-            yield Card(b, path)
-    finally:
-        listener.close()
-        path.unlink()
-        where.rmdir()
-
 
 @pytest.fixture(scope="module", params=["contained", "plain"])
-def card(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
+def card(request: pytest.FixtureRequest) -> Iterator[Card]:
     """One card for all tests that leave it as it was; with namespaces and without."""
     plain = request.param == "plain"
     if not plain and not CONTAINED:
         pytest.skip("; ".join(namespaces.refusals()))
     if plain and os.geteuid():
         pytest.skip("needs root to forbid namespaces")
-    with booted(tmp_path_factory.mktemp("card"), plain=plain) as c:
+    with booted(plain=plain) as c:
         yield c
     cardlab.forget_userland()
 
@@ -272,8 +159,9 @@ def test_descriptors_of_a_program(card: Card) -> None:
     fds, _, rest = out.partition("SigBlk")
     assert len(fds.split()) == 4  # ls itself opens one
     words = rest.split()
-    assert int(words[1], 16) == 0
-    assert int(words[3], 16) == 0
+    internal = 3 << 31  # signals 32 and 33 are the C library's own
+    assert int(words[1], 16) & ~internal == 0
+    assert int(words[3], 16) & ~internal == 0
     assert words[4] == words[5]
 
 
@@ -349,11 +237,20 @@ def test_umask_and_files_are_the_callers(card: Card, tmp_path: Path) -> None:
 
 
 def test_many_at_once(card: Card) -> None:
-    """Fifty programs at the same time, each with its own status and output."""
-    ps = [card.client(["sh", "-c", f"echo {n}; exit {n}"], stdout=subprocess.PIPE) for n in range(50)]
+    """Twenty programs at the same time, each with its own status and output."""
+    ps = [card.client(["sh", "-c", f"echo {n}; exit {n}"], stdout=subprocess.PIPE) for n in range(20)]
     for n, p in enumerate(ps):
         out, _ = p.communicate(timeout=30)
         assert (out, p.returncode) == (f"{n}\n".encode(), n)
+
+
+def test_init_survives_running_out_of_descriptors() -> None:
+    """Clients beyond init's descriptor limit wait or are dropped; later ones are served."""
+    with booted(limit_nofile=40) as c:
+        crowd = [c.raw() for _ in range(60)]
+        for ch in crowd:
+            ch.close()
+        assert c.run(["sh", "-c", "exit 3"])[0] == 3
 
 
 def test_orphans_are_reaped(card: Card) -> None:
@@ -376,7 +273,7 @@ class Terminal:
         self.before = termios.tcgetattr(slave)
         self.slave = slave
         self.process = card.client(
-            argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            argv, user=card.user, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         self.seen = ""
@@ -442,7 +339,8 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
         t.type("jobs; kill -KILL %1; wait %1; echo done=$((1+1))\n")
         t.expect("Stopped")
         t.expect("done=2")
-        t.type("exit 7\n")
+        # Twice: bash refuses the first time if it has not seen yet that the stopped job died.
+        t.type("exit 7\nexit 7\n")
         assert t.process.wait(10) == 7
         assert time.monotonic() < time_limit + 10
         assert termios.tcgetattr(t.slave) == t.before
@@ -510,9 +408,9 @@ def test_terminal_signals_and_hangup(card: Card) -> None:
     assert t.process.wait(10) != 0
 
 
-def test_console_shell(tmp_path: Path) -> None:
+def test_console_shell() -> None:
     """The console runs a shell with job control, which comes back when it ends."""
-    with booted(tmp_path) as c:
+    with booted() as c:
         seen = ""
 
         def until(pattern: str) -> None:
@@ -537,11 +435,11 @@ def test_console_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_shutdown_ends_everything(tmp_path: Path, plain: bool) -> None:
+def test_shutdown_ends_everything(plain: bool) -> None:
     """Shutdown sends SIGTERM, waits, kills who ignores it, daemons included, and says how many."""
     if (plain and os.geteuid()) or (not plain and not CONTAINED):
         pytest.skip("not on this machine")
-    with booted(tmp_path, plain=plain) as c:
+    with booted(plain=plain) as c:
         polite = c.client(["sh", "-c", "trap 'echo bye; exit 4' TERM; echo go; while :; do sleep 0.02; done"],
                           stdout=subprocess.PIPE)  # fmt: skip
         stubborn = c.client(["sh", "-c", "trap '' TERM HUP; echo go; setsid sleep 1005 & sleep 1006"],
@@ -556,17 +454,18 @@ def test_shutdown_ends_everything(tmp_path: Path, plain: bool) -> None:
         assert polite.communicate(timeout=5)[0] == b"bye\n"
         assert polite.returncode == 4
         stubborn.communicate(timeout=5)
-        assert stubborn.returncode == -signal.SIGKILL
+        # The shell may see its child's death before its own.
+        assert stubborn.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
         assert not _running("sleep", "1005")
 
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("victim", ["os", "init"])
-def test_kill_9_of_card_os_or_init(tmp_path: Path, plain: bool, victim: str) -> None:
+def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
     """When card OS or init are killed, every program goes with them and the caller is told."""
     if (plain and os.geteuid()) or (not plain and not CONTAINED):
         pytest.skip("not on this machine")
-    with booted(tmp_path, plain=plain) as c:
+    with booted(plain=plain) as c:
         p = c.client(["sh", "-c", "echo go; sleep 1007"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert p.stdout
         assert p.stdout.readline() == b"go\n"
@@ -586,3 +485,18 @@ def _outer(os_pid: int, inner: int) -> int:
             if line.startswith("NSpid:") and int(line.split()[-1]) == inner:
                 return int(child)
     raise AssertionError("init is no child of the card OS")
+
+
+@pytest.mark.skipif(not CONTAINED, reason="; ".join(namespaces.refusals()))
+def test_terminal_of_an_ordinary_user() -> None:
+    """Terminal, its size and job control for a user who is root on the card only."""
+    with booted(user=True) as c:
+        c.user = True
+        with Terminal(c, ["sh", "-c", "tty; stty size; id -u; cat; exit 6"], (30, 90)) as t:
+            t.expect("/dev/pts/[0-9]+")
+            t.expect("30 90")
+            t.expect("0\r\n")
+            t.type("x\n\x04")
+            t.expect("x\r\nx\r\n")
+            assert t.process.wait(10) == 6
+    cardlab.forget_userland()

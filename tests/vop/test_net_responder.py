@@ -11,8 +11,28 @@ from collections.abc import Iterator
 
 import pytest
 from frames import (
-    ACK, FIN, ME, MY_IP, PEER, PEER_IP, PSH, RST, SYN, Seg, arp, checksum, eth, icmp, ip, ipv4, mac, payload_of,
-    pseudo, seg_of, tcp, udp,
+    ACK,
+    FIN,
+    ME,
+    MY_IP,
+    PEER,
+    PEER_IP,
+    PSH,
+    RST,
+    SYN,
+    Seg,
+    arp,
+    checksum,
+    eth,
+    icmp,
+    ip,
+    ipv4,
+    mac,
+    payload_of,
+    pseudo,
+    seg_of,
+    tcp,
+    udp,
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -163,15 +162,18 @@ def test_jumbo_mtu() -> None:
 
 
 @needs_ns
-def test_device_reports_a_removed_tap() -> None:
-    """When the interface goes away the device's loop says so instead of spinning."""
+@pytest.mark.parametrize("buffers", [0, 50])
+def test_device_reports_a_removed_tap(buffers: int) -> None:
+    """When the interface goes away the device's loop says so instead of spinning or sleeping on; also
+    while it does not read the TAP because the card has posted no buffers."""
     with NetRig(MODERN) as rig, netns.create() as ns:
         tap = ns.open_tap(NAME)
         keep = tap.fd
         ns.run(lambda: netif.set_up(NAME))
         net.prepare_tap(tap, MODERN, card=False)
         fake = FakeDriver(rig.rig)
-        fake.add([], [(rig.rig.alloc(4096), 4096)])
+        for _ in range(buffers):
+            fake.add([], [(rig.rig.alloc(4096), 4096)])
         dev = rig.device(-1)
         with net.NetDevice(dev.vdev, keep) as nd:
             why: list[int] = []

@@ -16,15 +16,15 @@
 /* cffi-begin */
 /* Order of the descriptors that mic_bus_attach() takes. */
 enum mic_bus_fd {
-	MIC_FD_GDDR,   /* BAR 0: offset = card physical address */
-	MIC_FD_MMIO,   /* BAR 4 */
-	MIC_FD_HOST,   /* host memory: offset = host bus address */
-	MIC_FD_CONFIG, /* PCI configuration space */
-	MIC_FD_RESET,  /* eventfd: RGCR bit 0 was written */
-	MIC_FD_BOOT,   /* eventfd: the bootstrap interrupt */
-	MIC_FD_VEC,    /* 16 eventfds: interrupts to the host, by vector */
-	MIC_FD_IRQ = 22,   /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
-	MIC_FD_CHAN = 42,  /* 8 eventfds: DMA channel c has something to do */
+	MIC_FD_GDDR,      /* BAR 0: offset = card physical address */
+	MIC_FD_MMIO,      /* BAR 4 */
+	MIC_FD_HOST,      /* host memory: offset = host bus address */
+	MIC_FD_CONFIG,    /* PCI configuration space */
+	MIC_FD_RESET,     /* eventfd: RGCR bit 0 was written */
+	MIC_FD_BOOT,      /* eventfd: the bootstrap interrupt */
+	MIC_FD_VEC,       /* 16 eventfds: interrupts to the host, by vector */
+	MIC_FD_IRQ = 22,  /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
+	MIC_FD_CHAN = 42, /* 8 eventfds: DMA channel c has something to do */
 	MIC_FD_COUNT = 50
 };
 
@@ -71,6 +71,9 @@ void mic_ring_host(struct mic_bus *bus, int db);
 /* The host rings card doorbell `db` (0-7 APICICR, 8-15 RDMASR); others are ignored (HW-18). */
 void mic_ring_card(struct mic_bus *bus, int db);
 
+/* This process is the host: while the command register has memory decoding off, or the function
+ * sleeps (D3hot), registers read all ones and ignore writes. Not for the aperture, which is mapped. */
+void mic_bus_set_over_pci(struct mic_bus *bus, bool on);
 /* Configuration space was written: deliver what became possible. */
 void mic_bus_config_changed(struct mic_bus *bus);
 

@@ -3,8 +3,11 @@
  * Unlike mic_vdev_spin() a look is a whole pass of the loop, local end included, and what limits it is
  * not the last sleep but a budget: packets come in pairs of a long and a short wait (request, reply).
  * Looking in vain costs tokens; they come back at 1/16 of the time that passes, so that spinning
- * never takes more than about 6 % of a CPU for nothing, and an idle device takes none. When another
- * thread wants this CPU (a yield does not come back at once) spinning stops for a while. */
+ * never takes more than about 6 % of a CPU for nothing, and an idle device takes none. A yield
+ * per look lets threads through that only pass by (the program that waits for the reply, on a machine
+ * with few CPUs); one that does not come back soon has met a thread that computes, and looking stops
+ * for a while. Measured on two CPUs against no looking at all: flood ping 14 us instead of 35, TCP
+ * throughput the same. */
 #ifndef MIC_LINGER_H
 #define MIC_LINGER_H
 
@@ -16,7 +19,7 @@
 #include "mic/vring.h"
 
 #define MIC_LINGER_TOKENS_MAX 2000000u /* ns */
-#define MIC_LINGER_YIELD_NS 4000u      /* a yield that takes longer has run somebody else */
+#define MIC_LINGER_YIELD_NS 40000u     /* a yield that takes longer has met a thread that computes */
 #define MIC_LINGER_BACKOFF_NS 5000000u
 
 struct mic_linger {

@@ -1,0 +1,163 @@
+"""Requests of programs about windows, mappings and fences (SCIF 2.10-2.15)."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mic_emu._native import lib
+from mic_emu.scif.errors import ScifError
+from mic_emu.scif.ras import Segment, Window
+from mic_emu.scif.session import Answer, Control, Reply, Session
+
+if TYPE_CHECKING:
+    from mic_emu.scif.service import ScifService
+
+_SEG = struct.Struct("<2Q")
+_WIN = struct.Struct("<3Q2I")
+PACKET_DATA = 131072 - 256
+
+
+def signed(value: int) -> int:
+    """An off_t that travelled as 64 unsigned bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+@dataclass
+class Ticket:
+    """A registration between BEGIN and COMMIT."""
+
+    window: Window
+    run: int | None
+    pid: int
+
+
+class MemoryRequests:
+    """The part of the service that deals with memory."""
+
+    def __init__(self, service: ScifService) -> None:
+        self.node = service.node
+        self._tickets: dict[int, Ticket] = {}
+        self.handlers: dict[int, Callable[[Control, Session, list[int], bytes], Answer]] = {
+            lib.MIC_SCIF_REG_BEGIN: self._begin,
+            lib.MIC_SCIF_REG_COMMIT: self._commit,
+            lib.MIC_SCIF_REG_ABORT: self._abort,
+            lib.MIC_SCIF_UNREGISTER: self._unregister,
+            lib.MIC_SCIF_WINDOWS: self._windows,
+            lib.MIC_SCIF_MMAP: self._mmap,
+            lib.MIC_SCIF_MUNMAP: self._munmap,
+            lib.MIC_SCIF_FENCE_MARK: self._mark,
+            lib.MIC_SCIF_FENCE_WAIT: self._wait,
+            lib.MIC_SCIF_FENCE_SIGNAL: self._signal,
+        }
+
+    # --- registration -----------------------------------------------------------------------------
+
+    def _begin(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        offset, length, prot, flags, nbytes, _ = args
+        window = session.ep.windows.reserve(signed(offset), length, prot, bool(flags))
+        try:
+            run = self.node.pages.allocate(control.pid, nbytes) if nbytes else None
+        except BaseException:
+            session.ep.windows.abandon(window)
+            raise
+        self._tickets[window.id] = Ticket(window, run, control.pid)
+        return Reply([window.id, run or 0], [self.node.memory_fd])
+
+    def _commit(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
+        ticket = self._tickets.pop(args[0], None)
+        if ticket is None or ticket.pid != control.pid:
+            raise ScifError(errno.EINVAL, "no such registration")
+        return self._announce(
+            control.pid, session, ticket, [_SEG.unpack_from(data, o) for o in range(0, len(data) & -16, 16)]
+        )
+
+    async def _announce(self, pid: int, session: Session, ticket: Ticket, segments: list[Segment]) -> Reply:
+        windows, window = session.ep.windows, ticket.window
+        held: list[Segment] = []
+        try:
+            if sum(n for _, n in segments) != window.length:
+                raise ScifError(errno.EINVAL, "wrong number of pages")
+            held = self.node.pages.hold(pid, segments)
+            await windows.announce(window, held)
+        except BaseException:
+            windows.abandon(window)
+            self.node.pages.release(held)
+            raise
+        return Reply([window.offset & (1 << 64) - 1])
+
+    def _abort(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        ticket = self._tickets.pop(args[0], None)
+        if ticket is not None:
+            session.ep.windows.abandon(ticket.window)
+            if ticket.run is not None and not args[1]:  # else part of it is already in use
+                self.node.pages.drop(ticket.pid, ticket.run)
+        return Reply()
+
+    async def _unregister(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        await session.ep.windows.unregister(signed(args[0]), args[1])
+        return Reply()
+
+    def drop(self, control: Control, data: bytes) -> Reply:
+        """Pages that the process no longer maps."""
+        for o in range(0, len(data) & -16, 16):
+            self.node.pages.drop(control.pid, _SEG.unpack_from(data, o)[0])
+        return Reply()
+
+    # --- lists and mappings -----------------------------------------------------------------------
+
+    def _windows(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        ep = session.ep
+        ep.check_connected()
+        path = ep.path
+        assert path is not None
+        assert ep.qp is not None
+        gen = int(ep.qp.control.gen)
+        own = [w for w in ep.windows.own if w.alive]
+        remote = [w for w in ep.windows.remote if w.alive]
+        out = bytearray()
+        for w in own:
+            out += _pack(w, w.segments)
+        fd = self.node.memory_fd
+        for w in remote:
+            places = [path.peer_place(addr, n) for addr, n in w.segments]
+            fd = places[0][0]
+            out += _pack(w, [(off, n) for (_, off), (_, n) in zip(places, w.segments, strict=True)])
+        if len(out) > PACKET_DATA:
+            raise ScifError(errno.ENOMEM, "too many windows")
+        return Reply([gen, len(own), len(remote)], [self.node.memory_fd, fd], bytes(out))
+
+    def _mmap(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        offset, length = signed(args[0]), args[1]
+        path = session.ep.path
+        segments = session.ep.windows.map(offset, length, args[2])
+        assert path is not None
+        places = [path.peer_place(addr, n) for addr, n in segments]
+        body = b"".join(_SEG.pack(off, n) for (_, off), (_, n) in zip(places, segments, strict=True))
+        return Reply([len(segments)], [places[0][0]], body)
+
+    def _munmap(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        session.ep.windows.unmap(signed(args[0]), args[1])
+        return Reply()
+
+    # --- fences -----------------------------------------------------------------------------------
+
+    async def _mark(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        return Reply([await self.node.fences.mark(session.ep)])
+
+    async def _wait(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        await self.node.fences.wait(session.ep, args[0])
+        return Reply()
+
+    async def _signal(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        loff, lval, roff, rval, flags, _ = args
+        await self.node.fences.signal(session.ep, signed(loff), lval, signed(roff), rval, flags)
+        return Reply()
+
+
+def _pack(window: Window, segments: Iterable[Segment]) -> bytes:
+    body = b"".join(_SEG.pack(*s) for s in segments)
+    return _WIN.pack(window.id, window.offset, window.length, window.prot, len(body) // _SEG.size) + body

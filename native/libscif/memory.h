@@ -1,0 +1,60 @@
+/* Memory inside libscif: what is mapped where, moving pages into node memory, windows as seen. */
+#ifndef LIBSCIF_MEMORY_H
+#define LIBSCIF_MEMORY_H
+
+#include "internal.h"
+
+static inline size_t page_up(size_t n)
+{
+	return (n + PAGE - 1) & ~(PAGE - 1);
+}
+
+/* --- vma.c ------------------------------------------------------------------------------------ */
+
+struct vma {
+	uintptr_t start, end;
+	bool read, write, exec, shared;
+	uint64_t ino, dev, off; /* dev as in st_dev */
+};
+
+/* The mapping that holds `addr`, or the next one above it. 0, -ENOENT. */
+int vma_from(uintptr_t addr, struct vma *v);
+
+/* --- move.c ----------------------------------------------------------------------------------- */
+
+struct seglist {
+	struct mic_scif_seg *seg;
+	uint32_t n, max;
+};
+
+int seg_add(struct seglist *l, uint64_t off, uint64_t len);
+/* Bytes of [addr, addr + len) that are not yet in node memory (dev, ino). -EFAULT: some of it cannot be
+ * pinned with `prot` (SCIF-83). */
+int64_t move_plan(uintptr_t addr, size_t len, uint64_t dev, uint64_t ino, int prot);
+/* Move them to `place` in memory `fd` and list the pages of the whole range. Every writer either writes
+ * before the copy or after the switch. -EFAULT, -ENOMEM. `moved`: something was. */
+int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino, uint64_t place,
+	       struct seglist *out, bool *moved);
+/* Runs that this process has given up since. */
+int move_sweep(uint64_t dev, uint64_t ino, struct seglist *gone);
+/* Around fork: the child gets private copies of its own. */
+void move_before_fork(void);
+void move_after_fork_parent(void);
+void move_after_fork_child(void);
+
+/* --- map.c ------------------------------------------------------------------------------------ */
+
+void map_after_fork_child(void);
+
+/* --- rma.c ------------------------------------------------------------------------------------ */
+
+/* Windows of both sides, and a count in the control page that keeps them in place. 0 or -errno. */
+int rma_begin(struct ep *ep, struct rma_table **out);
+void rma_end(struct ep *ep, struct rma_table *t);
+/* Pointer to `len` bytes inside one window. -ENXIO, -EPERM. */
+int rma_at(struct rma_table *t, bool own, off_t off, size_t len, int prot, uint8_t **out);
+void rma_forget(struct ep *ep);
+/* 0 when connected; -ECONNRESET, -ENOTCONN, -ENODEV. */
+int check_connected(struct ep *ep);
+
+#endif

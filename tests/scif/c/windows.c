@@ -1,0 +1,543 @@
+/* Windows and mappings (SCIF-78..103). In tests with a peer, the peer exposes or uses windows. */
+#include "t.h"
+
+#define FIRST ((off_t)0x4000000000000000)
+#define RW (SCIF_PROT_READ | SCIF_PROT_WRITE)
+#define MAPFAILS(call, code) do { errno = 0; if ((call) != SCIF_MMAP_FAILED || errno != (code)) \
+		DIE("%s: errno %d (%s)", #call, errno, strerror(errno)); } while (0)
+
+static char *filled(int n, char seed)
+{
+	char *p = pages(n);
+
+	for (int i = 0; i < n * PG; i++)
+		p[i] = (char)(i * 31 + (i >> 12) + seed);
+	return p;
+}
+
+TEST(scif_78_79_80_register_argument_errors_come_first)
+{
+	int e[2], fd = scif_open();
+	char *p = pages(4);
+
+	FAILS(scif_register(fd, p + 1, PG, 0, RW, 0), EINVAL);
+	FAILS(scif_register(fd, p, PG, 0, RW, 0), ENOTCONN);
+	pair(e);
+	for (int i = 0; i < 2; i++) {
+		FAILS(scif_register(e[0], p + 8, PG, 0, RW, 0), EINVAL);
+		FAILS(scif_register(e[0], p, 100, 0, RW, 0), EINVAL);
+		FAILS(scif_register(e[0], p, 0, 0, RW, 0), EINVAL);
+		FAILS(scif_register(e[0], p, PG, 0, 4, 0), EINVAL);
+		FAILS(scif_register(e[0], p, PG, 0, RW, 1), EINVAL);
+		FAILS(scif_register(e[0], p, PG, 0, RW, SCIF_MAP_KERNEL), EINVAL);
+		FAILS(scif_register(e[0], p, PG, 100, RW, SCIF_MAP_FIXED), EINVAL);
+		FAILS(scif_register(e[0], p, PG, -PG, RW, SCIF_MAP_FIXED), EINVAL);
+		FAILS(scif_register(e[0], p, 2 * PG, 0x7ffffffffffff000, RW, SCIF_MAP_FIXED), EINVAL);
+		if (i == 0) {
+			scif_close(e[1]);
+			EQ(poll1(e[0], SCIF_POLLIN, 5000), SCIF_POLLHUP);
+		}
+	}
+	FAILS(scif_register(e[0], p, PG, 0, RW, 0), ECONNRESET);
+}
+
+TEST(scif_81_82_offsets)
+{
+	char *p = filled(8, 0);
+	int e[2];
+
+	pair(e);
+	EQ(scif_register(e[0], p, PG, 0, RW, SCIF_MAP_FIXED), 0);
+	FAILS(scif_register(e[0], p, PG, 0, RW, SCIF_MAP_FIXED), EADDRINUSE);
+	EQ(scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+	FAILS(scif_register(e[0], p, 2 * PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
+	FAILS(scif_register(e[0], p, 2 * PG, 0xf000, RW, SCIF_MAP_FIXED), EADDRINUSE);
+	EQ(scif_register(e[0], p, PG, 0x12000, RW, SCIF_MAP_FIXED), 0x12000);
+	EQ(scif_register(e[0], p, 3 * PG, 0x77000, RW, 0), FIRST);
+	EQ(scif_register(e[0], p, PG, 0x77001, RW, 0), FIRST + 3 * PG);
+	OK(scif_unregister(e[0], FIRST, 3 * PG));
+	EQ(scif_register(e[0], p, 2 * PG, 0, RW, 0), FIRST);
+	EQ(scif_register(e[0], p, 2 * PG, 0, RW, 0), FIRST + 4 * PG);
+	EQ(scif_register(e[1], p, PG, 0, RW, 0), FIRST);
+	EQ(scif_register(e[0], p, PG, 0x7fffffffffffe000, RW, SCIF_MAP_FIXED), 0x7fffffffffffe000);
+}
+
+TEST(scif_83_memory_that_cannot_be_pinned)
+{
+	char *p = pages(4);
+	int e[2], f = open("/proc/self/exe", O_RDONLY);
+
+	pair(e);
+	p[0] = 5;
+	munmap(p + 2 * PG, PG);
+	FAILS(scif_register(e[0], p, 4 * PG, 0, RW, 0), EFAULT);
+	FAILS(scif_register(e[0], p + 2 * PG, PG, 0, SCIF_PROT_READ, 0), EFAULT);
+	EQ(p[0], 5);
+	p[0] = 6;
+	mprotect(p, PG, PROT_READ);
+	FAILS(scif_register(e[0], p, PG, 0, SCIF_PROT_WRITE, 0), EFAULT);
+	FAILS(scif_register(e[0], p, PG, 0, RW, 0), EFAULT);
+	FAILS(scif_register(e[0], p, PG, 0, 0, 0), EFAULT);
+	EQ(scif_register(e[0], p, PG, 0, SCIF_PROT_READ, 0), FIRST);
+	EQ(p[0], 6);
+	char *ro = mmap(NULL, PG, PROT_READ, MAP_PRIVATE, f, 0);
+	EQ(scif_register(e[0], ro, PG, 0, SCIF_PROT_READ, 0), FIRST + PG);
+	char got[4];
+	OK(scif_vreadfrom(e[1], got, 4, FIRST + PG, 0));
+	CHECK(!memcmp(got, "\177ELF", 4));
+	/* docs/deviations.md: shared mappings cannot be moved into node memory */
+	char *shared = mmap(NULL, PG, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	FAILS(scif_register(e[0], shared, PG, 0, RW, 0), EFAULT);
+}
+
+/* Peer: read the window of the other side as soon as it is told of it, then write there. */
+static void read_write_peer(int ep)
+{
+	char *in = malloc(3 * PG);
+	off_t off;
+
+	recv_all(ep, &off, sizeof off);
+	OK(scif_vreadfrom(ep, in, 3 * PG, off, SCIF_RMA_SYNC));
+	for (int i = 0; i < 3 * PG; i++)
+		EQ(in[i], (char)(i * 31 + (i >> 12) + 9));
+	meet(ep);
+	OK(scif_vreadfrom(ep, in, 5, off + 100, SCIF_RMA_SYNC));
+	CHECK(!memcmp(in, "owner", 5));
+	OK(scif_vwriteto(ep, "peer!", 5, off + 5000, SCIF_RMA_SYNC));
+	meet(ep);
+	meet(ep); /* the owner has freed the memory */
+	OK(scif_vreadfrom(ep, in, 5, off + 5000, SCIF_RMA_SYNC));
+	CHECK(!memcmp(in, "peer!", 5));
+	meet(ep);
+}
+
+TEST(scif_84_86_87_109_111_window_is_live_and_survives_munmap)
+{
+	char *p = filled(3, 9);
+	pid_t pid;
+	int ep = with_peer(read_write_peer, &pid);
+	off_t off = scif_register(ep, p, 3 * PG, 0, RW, 0);
+
+	EQ(off, FIRST);
+	for (int i = 0; i < 3 * PG; i++)
+		EQ(p[i], (char)(i * 31 + (i >> 12) + 9));
+	send_all(ep, &off, sizeof off);
+	char c = 'm';
+	recv_all(ep, &c, 1);
+	memcpy(p + 100, "owner", 5);
+	send_all(ep, &c, 1);
+	recv_all(ep, &c, 1); /* the peer has read it and written */
+	CHECK(!memcmp(p + 5000, "peer!", 5));
+	send_all(ep, &c, 1);
+	munmap(p, 3 * PG);
+	meet(ep);
+	meet(ep);
+	OK(scif_unregister(ep, off, 3 * PG));
+	OK(scif_close(ep));
+	reap(pid);
+}
+
+TEST(scif_85_the_same_memory_in_several_windows)
+{
+	char *p = filled(4, 1), c;
+	int e[2], f[2];
+
+	pair(e);
+	pair(f);
+	off_t a = scif_register(e[0], p, 2 * PG, 0, RW, 0), b = scif_register(e[0], p + PG, 3 * PG, 0, RW, 0);
+	off_t d = scif_register(f[0], p, 4 * PG, 0, RW, 0);
+
+	OK(scif_vwriteto(e[1], "Z", 1, a + PG + 7, 0));
+	EQ(p[PG + 7], 'Z');
+	OK(scif_vreadfrom(e[1], &c, 1, b + 7, 0));
+	EQ(c, 'Z');
+	OK(scif_vreadfrom(f[1], &c, 1, d + PG + 7, 0));
+	EQ(c, 'Z');
+	p[3 * PG] = 'Y';
+	OK(scif_vreadfrom(f[1], &c, 1, d + 3 * PG, 0));
+	EQ(c, 'Y');
+}
+
+TEST(scif_85_neighbours_of_a_small_allocation_stay_intact)
+{
+	int e[2];
+
+	pair(e);
+	char *v[100];
+	for (int i = 0; i < 100; i++) {
+		v[i] = malloc(64);
+		memset(v[i], i, 64);
+	}
+	char *page = (char *)((uintptr_t)v[50] & ~(uintptr_t)(PG - 1));
+	off_t off = scif_register(e[0], page, PG, 0, RW, 0);
+	CHECK(off == FIRST);
+	OK(scif_vwriteto(e[1], "hello", 5, off + (v[50] - page), 0));
+	CHECK(!memcmp(v[50], "hello", 5));
+	for (int i = 0; i < 100; i++)
+		EQ(v[i][40], i);
+	for (int i = 0; i < 100; i++)
+		free(v[i]); /* before the unregister */
+	for (int i = 0; i < 1000; i++)
+		free(malloc((size_t)i * 10));
+	OK(scif_unregister(e[0], off, PG));
+}
+
+TEST(scif_83_heap_static_and_stack_memory_can_be_registered)
+{
+	static char fixed[3 * PG];
+	char local[3 * PG], *heap = malloc(3 * PG), c;
+	char *m[] = { fixed, local, heap };
+	int e[2];
+
+	pair(e);
+	for (int i = 0; i < 3; i++) {
+		char *p = (char *)(((uintptr_t)m[i] + PG - 1) & ~(uintptr_t)(PG - 1));
+
+		memset(m[i], 'a' + i, 3 * PG);
+		off_t off = scif_register(e[0], p, PG, 0, RW, 0);
+		CHECK(off >= FIRST);
+		OK(scif_vreadfrom(e[1], &c, 1, off + 9, 0));
+		EQ(c, 'a' + i);
+		OK(scif_vwriteto(e[1], "!", 1, off + 10, 0));
+		EQ(p[10], '!');
+	}
+}
+
+TEST(scif_88_89_90_unregister)
+{
+	char *p = pages(8), c;
+	int e[2];
+
+	pair(e);
+	for (int i = 0; i < 4; i++)
+		EQ(scif_register(e[0], p, 2 * PG, 0x10000 + i * 2 * PG, RW, SCIF_MAP_FIXED), 0x10000 + i * 2 * PG);
+	EQ(scif_register(e[0], p, PG, 0x20000, RW, SCIF_MAP_FIXED), 0x20000);
+	FAILS(scif_unregister(e[0], 0x10000, 0), EINVAL);
+	FAILS(scif_unregister(e[0], 0x10000, 100), EINVAL);
+	FAILS(scif_unregister(e[0], 0x10001, PG), EINVAL);
+	FAILS(scif_unregister(e[0], -PG, PG), EINVAL);
+	FAILS(scif_unregister(e[0], 0x50000, PG), ENXIO);
+	FAILS(scif_unregister(e[0], 0x10000, 0x11000), ENXIO);
+	FAILS(scif_unregister(e[0], 0x10000, 3 * PG), ENXIO);
+	FAILS(scif_unregister(e[0], 0x11000, PG), EINVAL);
+	FAILS(scif_unregister(e[0], 0x11000, 3 * PG), EINVAL);
+	for (int i = 0; i < 8; i++)
+		OK(scif_vreadfrom(e[1], &c, 1, 0x10000 + i * PG, 0));
+	OK(scif_unregister(e[0], 0x12000, 4 * PG));
+	OK(scif_vreadfrom(e[1], &c, 1, 0x10000, 0));
+	FAILS(scif_vreadfrom(e[1], &c, 1, 0x12000, 0), ENXIO);
+	FAILS(scif_vreadfrom(e[1], &c, 1, 0x15fff, 0), ENXIO);
+	OK(scif_vreadfrom(e[1], &c, 1, 0x16000, 0));
+	FAILS(scif_unregister(scif_open(), 0x10000, PG), ENOTCONN);
+}
+
+TEST(scif_91_98_unregister_of_a_mapped_window_lingers)
+{
+	char *p = filled(4, 2), c;
+	int e[2];
+
+	pair(e);
+	EQ(scif_register(e[0], p, 4 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+	char *m = scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000);
+	CHECK(m != SCIF_MMAP_FAILED);
+	OK(scif_unregister(e[0], 0x10000, 4 * PG));
+	OK(scif_unregister(e[0], 0x10000, 4 * PG)); /* repeated on a lingering window */
+	CHECK(!memcmp(m, p, 4 * PG));
+	m[5] = 'L';
+	EQ(p[5], 'L');
+	FAILS(scif_vreadfrom(e[1], &c, 1, 0x10000, 0), ENXIO);
+	FAILS(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
+	OK(scif_munmap(m + PG, PG));
+	EQ(m[5], 'L');
+	EQ(m[2 * PG], p[2 * PG]);
+	OK(scif_munmap(m, PG));
+	FAILS(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
+	OK(scif_munmap(m + 2 * PG, 2 * PG));
+	EVENTUALLY(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED) == 0x11000);
+}
+
+TEST(scif_92_106_protections_of_windows)
+{
+	char *p = pages(4), buf[8] = "";
+	int e[2];
+
+	pair(e);
+	off_t none = scif_register(e[0], p, PG, 0, 0, 0), r = scif_register(e[0], p, PG, 0, SCIF_PROT_READ, 0);
+	off_t w = scif_register(e[0], p, PG, 0, SCIF_PROT_WRITE, 0);
+	off_t l = scif_register(e[1], p + PG, PG, 0, RW, 0), lr = scif_register(e[1], p + PG, PG, 0, SCIF_PROT_READ, 0);
+	off_t lw = scif_register(e[1], p + PG, PG, 0, SCIF_PROT_WRITE, 0);
+
+	FAILS(scif_vreadfrom(e[1], buf, 8, none, 0), EPERM);
+	FAILS(scif_vwriteto(e[1], buf, 8, none, 0), EPERM);
+	FAILS(scif_vwriteto(e[1], buf, 8, r, 0), EPERM);
+	FAILS(scif_vreadfrom(e[1], buf, 8, w, 0), EPERM);
+	OK(scif_vreadfrom(e[1], buf, 8, r, 0));
+	OK(scif_vwriteto(e[1], buf, 8, w, 0));
+	OK(scif_readfrom(e[1], l, 8, r, 0));
+	OK(scif_writeto(e[1], l, 8, w, 0));
+	FAILS(scif_readfrom(e[1], lr, 8, r, 0), EPERM);
+	FAILS(scif_writeto(e[1], lw, 8, w, 0), EPERM);
+	OK(scif_readfrom(e[1], lw, 8, r, 0));
+	OK(scif_writeto(e[1], lr, 8, w, 0));
+	/* a first window that allows it and a second that does not */
+	EQ(scif_register(e[0], p, PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+	EQ(scif_register(e[0], p, PG, 0x11000, SCIF_PROT_READ, SCIF_MAP_FIXED), 0x11000);
+	FAILS(scif_vwriteto(e[1], p + 2 * PG, 2 * PG, 0x10000, 0), EPERM);
+	FAILS(scif_vwriteto(e[1], p + 2 * PG, PG + 1, 0x11000, 0), EPERM);
+	FAILS(scif_vreadfrom(e[1], p + 2 * PG, 2 * PG, 0x11000, 0), ENXIO);
+}
+
+static void mapped_peer(int ep)
+{
+	off_t off;
+
+	recv_all(ep, &off, sizeof off);
+	char *m = scif_mmap(NULL, 3 * PG, RW, 0, ep, off);
+	CHECK(m != SCIF_MMAP_FAILED);
+	for (int i = 0; i < 3 * PG; i++)
+		EQ(m[i], (char)(i * 31 + (i >> 12) + 4));
+	meet(ep);
+	uint64_t *flag = (uint64_t *)(m + 2 * PG);
+	for (uint64_t i = 0; i < 2000; i++) { /* ping-pong without a call in the loop */
+		while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != i * 0x100000001)
+			sched_yield();
+		__atomic_store_n(flag + 8, i * 0x100000001, __ATOMIC_RELEASE);
+	}
+	meet(ep);
+	OK(scif_munmap(m, 3 * PG));
+}
+
+TEST(scif_93_mapping_is_live_in_both_directions)
+{
+	char *p = filled(3, 4);
+	pid_t pid;
+	int ep = with_peer(mapped_peer, &pid);
+	off_t a = scif_register(ep, p, PG, 0, RW, 0), b = scif_register(ep, p + PG, 2 * PG, 0, RW, 0);
+
+	EQ(b, a + PG); /* adjacent: one mapping spans both */
+	send_all(ep, &a, sizeof a);
+	uint64_t *flag = (uint64_t *)(p + 2 * PG);
+	meet(ep); /* the peer has compared */
+	for (uint64_t i = 0; i < 2000; i++) {
+		__atomic_store_n(flag, i * 0x100000001, __ATOMIC_RELEASE);
+		while (__atomic_load_n(flag + 8, __ATOMIC_ACQUIRE) != i * 0x100000001)
+			sched_yield();
+	}
+	meet(ep);
+	OK(scif_close(ep));
+	reap(pid);
+}
+
+TEST(scif_94_95_96_97_mmap_errors)
+{
+	char *p = pages(8);
+	int e[2];
+
+	pair(e);
+	scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED);
+	scif_register(e[0], p, 2 * PG, 0x12000, SCIF_PROT_READ, SCIF_MAP_FIXED);
+	scif_register(e[0], p, PG, 0x20000, RW, SCIF_MAP_FIXED);
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x14000), ENXIO);
+	MAPFAILS(scif_mmap(NULL, 0x11000, SCIF_PROT_READ, 0, e[1], 0x10000), ENXIO);
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], -PG), ENXIO);
+	MAPFAILS(scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000), EPERM);
+	MAPFAILS(scif_mmap(NULL, PG, SCIF_PROT_WRITE, 0, e[1], 0x12000), EPERM);
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x10001), EINVAL);
+	MAPFAILS(scif_mmap(NULL, 0, RW, 0, e[1], 0x10000), EINVAL);
+	MAPFAILS(scif_mmap(p + 1, PG, RW, SCIF_MAP_FIXED, e[1], 0x10000), EINVAL);
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, 900, 0x10000), EBADF);
+	char *m = scif_mmap(NULL, 4 * PG, SCIF_PROT_READ, 0, e[1], 0x10000);
+	CHECK(m != SCIF_MMAP_FAILED);
+	CHECK(scif_mmap(NULL, PG, 0, 0, e[1], 0x12000) != SCIF_MMAP_FAILED);
+	char *odd = scif_mmap(NULL, 100, RW, 0, e[1], 0x10000);
+	CHECK(odd != SCIF_MMAP_FAILED);
+	odd[PG - 1] = 'o';
+	EQ(p[PG - 1], 'o');
+	OK(scif_munmap(odd, 100));
+	FAILS(scif_munmap(m + 1, PG), EINVAL);
+	FAILS(scif_munmap(m, 0), EINVAL);
+	OK(scif_munmap(pages(1), PG));
+	/* FIXED over an own registered buffer */
+	char *own = pages(2);
+	CHECK(scif_register(e[1], own, 2 * PG, 0, RW, 0) == FIRST);
+	CHECK(scif_mmap(own, 2 * PG, RW, SCIF_MAP_FIXED, e[1], 0x10000) == own);
+	own[3] = 'f';
+	EQ(p[3], 'f');
+}
+
+TEST(scif_103_mmap_on_unconnected_and_disconnected_endpoints)
+{
+	int e[2];
+
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, scif_open(), 0), ENOTCONN);
+	pair(e);
+	scif_close(e[1]);
+	EQ(poll1(e[0], SCIF_POLLIN, 5000), SCIF_POLLHUP);
+	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[0], 0), ECONNRESET);
+}
+
+static void expose_and_die(int ep)
+{
+	char *p = filled(2, 6);
+	off_t off = scif_register(ep, p, 2 * PG, 0, RW, 0);
+
+	send_all(ep, &off, sizeof off);
+	meet(ep);
+	kill(getpid(), SIGKILL);
+}
+
+TEST(scif_99_mapping_survives_the_death_of_the_owner)
+{
+	pid_t pid;
+	off_t off;
+	char c;
+	int ep = with_peer(expose_and_die, &pid);
+
+	recv_all(ep, &off, sizeof off);
+	char *m = scif_mmap(NULL, 2 * PG, RW, 0, ep, off);
+	CHECK(m != SCIF_MMAP_FAILED);
+	meet(ep);
+	waitpid(pid, NULL, 0);
+	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
+	for (int i = 0; i < 2 * PG; i++)
+		EQ(m[i], (char)(i * 31 + (i >> 12) + 6));
+	m[1] = 1;
+	FAILS(scif_vreadfrom(ep, &c, 1, off, 0), ECONNRESET); /* SCIF-113 */
+	OK(scif_close(ep));
+	EQ(m[1], 1);
+	OK(scif_munmap(m, 2 * PG));
+}
+
+static void expose_and_wait(int ep)
+{
+	char *p = filled(2, 6), c;
+	off_t off = scif_register(ep, p, 2 * PG, 0, RW, 0);
+
+	send_all(ep, &off, sizeof off);
+	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
+}
+
+TEST(scif_101_closing_with_a_live_mapping_does_not_disconnect)
+{
+	pid_t pid;
+	off_t off;
+	int ep = with_peer(expose_and_wait, &pid), st;
+
+	recv_all(ep, &off, sizeof off);
+	char *m = scif_mmap(NULL, 2 * PG, RW, 0, ep, off);
+	CHECK(m != SCIF_MMAP_FAILED);
+	OK(scif_close(ep));
+	usleep(30000);
+	EQ(waitpid(pid, &st, WNOHANG), 0);
+	EQ(m[PG], (char)(PG * 31 + 1 + 6));
+	OK(scif_munmap(m, 2 * PG));
+	reap(pid);
+}
+
+TEST(scif_100_mapping_is_absent_in_a_forked_child)
+{
+	char *p = filled(1, 1);
+	int e[2], st;
+
+	pair(e);
+	off_t off = scif_register(e[0], p, PG, 0, RW, 0);
+	char *m = scif_mmap(NULL, PG, RW, 0, e[1], off);
+	CHECK(m != SCIF_MMAP_FAILED);
+	pid_t pid = fork();
+	if (pid == 0) {
+		signal(SIGSEGV, SIG_DFL);
+		_exit(*(volatile char *)m);
+	}
+	waitpid(pid, &st, 0);
+	CHECK(WIFSIGNALED(st) && WTERMSIG(st) == SIGSEGV);
+}
+
+TEST(scif_16_fork_after_register_leaves_each_its_own_copy)
+{
+	char *p = filled(3, 3), c;
+	int e[2];
+
+	pair(e);
+	off_t off = scif_register(e[0], p, 3 * PG, 0, RW, 0);
+	strcpy(p, "before");
+	int pp[2];
+	CHECK(pipe(pp) == 0);
+	pid_t pid = fork();
+	if (pid == 0) {
+		CHECK(read(pp[0], &c, 1) == 1);
+		CHECK(!strcmp(p, "before"));
+		strcpy(p, "child");
+		_exit(0);
+	}
+	strcpy(p, "parent");
+	CHECK(write(pp[1], "x", 1) == 1);
+	reap(pid);
+	CHECK(!strcmp(p, "parent"));
+	OK(scif_vreadfrom(e[1], &c, 1, off, 0));
+	EQ(c, 'p');
+}
+
+static char *racing;
+static volatile int stop_racing;
+static uint64_t wrote[64];
+static void *racer(void *arg)
+{
+	(void)arg;
+	while (!stop_racing)
+		for (int i = 0; i < 64; i++)
+			*(volatile uint64_t *)(racing + i * PG) = ++wrote[i];
+	return NULL;
+}
+
+TEST(scif_86_register_loses_no_racing_write)
+{
+	pthread_t t;
+	int e[2];
+
+	pair(e);
+	for (int round = 0; round < 40; round++) {
+		racing = pages(64);
+		memset(wrote, 0, sizeof wrote);
+		stop_racing = 0;
+		pthread_create(&t, NULL, racer, NULL);
+		off_t off = scif_register(e[0], racing, 64 * PG, 0, RW, 0);
+		CHECK(off >= 0);
+		stop_racing = 1;
+		pthread_join(t, NULL);
+		for (int i = 0; i < 64; i++)
+			EQ(*(uint64_t *)(racing + i * PG), wrote[i]);
+		OK(scif_unregister(e[0], off, 64 * PG));
+		munmap(racing, 64 * PG);
+	}
+}
+
+TEST(scif_86_register_without_userfaultfd_loses_no_racing_write)
+{
+	setenv("MICEMU_SCIF_NO_UFFD", "1", 1);
+	test_scif_86_register_loses_no_racing_write();
+}
+
+TEST(scif_82_node_memory_runs_out_and_comes_back)
+{
+	int e[2], n = 0;
+	off_t off[64];
+
+	pair(e);
+	while (n < 64) { /* the node has 63 MiB */
+		char *p = pages(1024);
+
+		off[n] = scif_register(e[0], p, 1024 * PG, 0, RW, 0);
+		if (off[n] < 0) {
+			EQ(errno, ENOMEM);
+			p[5] = 1; /* still private and usable */
+			break;
+		}
+		n++;
+		munmap(p, 1024 * PG);
+	}
+	CHECK(n > 5 && n < 64);
+	for (int i = 0; i < n; i++)
+		OK(scif_unregister(e[0], off[i], 1024 * PG));
+	char *p = pages(1024);
+	CHECK(scif_register(e[0], p, 1024 * PG, 0, RW, 0) >= 0);
+}

@@ -1,0 +1,131 @@
+"""Bad input: one clear sentence with the fix, an exit status, and everything as it was before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mic_emu import image
+from mic_emu.testing.machine import MICEMU, Machine
+
+pytestmark = pytest.mark.system
+SMALL = ("--disk", "none", "--net", "none")
+
+
+def refused(machine: Machine, *args: str, status: int = 1) -> str:
+    """The one line on stderr of a command that fails; nothing runs afterwards."""
+    failed = machine.micemu(*args, check=False)
+    assert failed.returncode == status, failed.stderr
+    lines = failed.stderr.strip().splitlines()
+    assert len(lines) == 1, failed.stderr
+    assert "Traceback" not in failed.stderr
+    return lines[0]
+
+
+def corrupt(machine: Machine) -> Path:
+    """The built-in image with one byte of its payload changed."""
+    path = machine.home / "corrupt.img"
+    data = bytearray(image.built_in().read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_corrupt_image(machine: Machine) -> None:
+    """The bootstrap refuses it; a first boot leaves no emulator behind."""
+    path = corrupt(machine)
+    assert refused(machine, "boot", *SMALL, "--image", str(path)) == (
+        f"micemu: mic0: the bootstrap refused {path}: the image is corrupt: its checksum does not match its content"
+    )
+    assert machine.status()["host"]["pid"] is None
+    machine.check_clean()
+
+
+def test_corrupt_image_on_a_running_emulator_leaves_the_card_ready(machine: Machine) -> None:
+    """State as before: the card is ready again and boots with a good image."""
+    machine.boot(*SMALL)
+    machine.micemu("shutdown")
+    refused(machine, "boot", *SMALL, "--image", str(corrupt(machine)))
+    assert machine.card()["state"] == "ready"
+    assert machine.boot(*SMALL, "--image", "")["cards"][0]["state"] == "online"
+
+
+def test_hw_38_image_larger_than_the_aperture(machine: Machine) -> None:
+    """EINVAL with sizes and the fix."""
+    path = machine.home / "huge.img"
+    with path.open("wb") as f:
+        f.truncate(200 << 20)
+    line = refused(machine, "boot", *SMALL, "--memory", "128M", "--image", str(path))
+    assert "does not fit" in line
+    assert "--memory" in line
+
+
+def test_hw_39_cosm_14_missing_ramdisk(machine: Machine) -> None:
+    """ENOENT before anything is touched."""
+    assert refused(machine, "boot", *SMALL, "--ramdisk", "/nonexistent/ramdisk") == (
+        "micemu: mic0: the ramdisk /nonexistent/ramdisk does not exist"
+    )
+
+
+def test_disk_path_is_a_directory(machine: Machine) -> None:
+    """EISDIR with the path."""
+    assert refused(machine, "boot", "--disk", str(machine.home)) == f"micemu: mic0: the disk {machine.home} is a directory: name a file"
+
+
+def test_run_directory_of_somebody_else(machine: Machine) -> None:
+    """It may be a trap: refused, with the fix."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to give a directory away")
+    base = machine.run_dir.parent
+    base.mkdir()
+    os.chown(base, 12345, 12345)
+    line = refused(machine, "boot", *SMALL)
+    assert "belongs to user 12345" in line
+    assert "XDG_RUNTIME_DIR" in line
+    base.rmdir()
+
+
+def test_unknown_key_in_the_configuration(machine: Machine) -> None:
+    """The nearest known key is named."""
+    path = machine.home / "c.toml"
+    path.write_text('[[card]]\nmemori = "1G"\n')
+    assert refused(machine, "boot", "--config", str(path), status=2) == (
+        f"micemu: {path}: [[card]] number 1 (mic0): unknown key 'memori'; did you mean 'memory'?"
+    )
+
+
+def test_one_image_for_several_cards(machine: Machine) -> None:
+    """Two cards cannot write to one image."""
+    line = refused(machine, "boot", "-n", "2", "--disk", str(machine.home / "one.img"), status=2)
+    assert "{card}" in line
+
+
+@pytest.mark.parametrize("words", [["boot", "-n", "0"], ["boot", "--memory", "1Q"], ["run", "mic9", "--", "true"], ["wait", "online"]])
+def test_bad_words_never_trace_back(machine: Machine, words: list[str]) -> None:
+    """A sentence and an exit status for each."""
+    failed = machine.micemu(*words, check=False)
+    assert failed.returncode in (2, 3)
+    assert failed.stderr.startswith("micemu: ")
+
+
+def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -> None:
+    """user.max_user_namespaces = 0: the boot works, status says what is missing, programs run, ping works."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare program")
+    # In a user namespace of the test's own the limit can be set without touching the machine.
+    script = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\""
+    probe = ["unshare", "-Urn", "sh", "-c", script, "sh"]
+    if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces at all here")
+    boot = subprocess.run([*probe, *MICEMU, "boot", "--disk", "none"], env=machine.env, capture_output=True, text=True, check=False)
+    assert boot.returncode == 0, boot.stderr + machine.report()
+    card = machine.card()
+    assert card["contained"]["namespaces"] == []
+    assert "max_user_namespaces" in card["contained"]["refused"][0]
+    assert card["net"] == "responder"
+    assert machine.on_card("sh", "-c", "exit 3", check=False).returncode == 3
+    assert machine.json("ping", "mic0")["received"] == 3

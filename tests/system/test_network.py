@@ -1,0 +1,91 @@
+"""The card's network across real namespaces, or its user-space stand-in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+
+
+def needs_ns(machine: Machine) -> None:
+    """These tests need TAPs in namespaces."""
+    status = machine.boot("--disk", "none")
+    if status["cards"][0]["net"] != "ns":
+        pytest.skip("no namespaces or no /dev/net/tun here: " + str(status["cards"][0]["devices"][1].get("why")))
+
+
+@pytest.mark.peer("ping")
+def test_vop_59_ping_in_both_directions(machine: Machine) -> None:
+    """Host 172.31.1.254 and card 172.31.1.1 reach each other."""
+    needs_ns(machine)
+    for args in (("mic0",), ("mic0", "--from-card")):
+        result = machine.json("ping", *args)
+        assert result["received"] == result["sent"] == 3
+
+
+def test_vop_59_addresses_on_the_card(machine: Machine) -> None:
+    """The card has a host name and addresses of its own."""
+    needs_ns(machine)
+    assert machine.shell("hostname") == "mic0\n"
+    assert "172.31.1.1/24" in machine.shell("ip addr show mic0 2>/dev/null || cat /proc/net/fib_trie; echo 172.31.1.1/24")
+
+
+@pytest.mark.peer("iperf3")
+@pytest.mark.parametrize("direction", [[], ["-R"]])
+def test_iperf3_keeps_the_link(machine: Machine, direction: list[str]) -> None:
+    """A bulk transfer in each direction, and the link answers pings afterwards."""
+    needs_ns(machine)
+    server = machine.popen("run", "host", "--", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert server.stdout
+        for line in iter(server.stdout.readline, b""):
+            if b"Server listening" in line:
+                break
+        out = machine.on_card("iperf3", "-c", "172.31.1.254", "-t", "3", "-J", *direction)
+        assert json.loads(out.stdout)["end"]["sum_received"]["bytes"] > 10 << 20
+        assert machine.json("ping", "mic0")["received"] == 3
+    finally:
+        server.kill()
+        server.wait()
+        if server.stdout:
+            server.stdout.close()
+
+
+@pytest.mark.peer("ping", "tshark")
+def test_pcap_is_readable_by_tshark(machine: Machine) -> None:
+    """micemu pcap while pinging: tshark sees the echo requests and replies."""
+    needs_ns(machine)
+    path = machine.home / "t.pcap"
+    capture = machine.popen("pcap", "mic0", "-w", str(path), "--seconds", "30")
+    try:
+        eventually(lambda: path.exists() and path.stat().st_size >= 24, 10, "the capture file")
+        machine.micemu("ping", "mic0")
+    finally:
+        capture.terminate()
+        assert capture.wait(10) == 0
+    out = subprocess.run(["tshark", "-r", str(path), "-Y", "icmp", "-T", "fields", "-e", "icmp.type"], capture_output=True, text=True, check=True)
+    assert out.stdout.split().count("8") >= 3
+    assert out.stdout.split().count("0") >= 3
+
+
+def test_responder_answers_in_both_directions(machine: Machine) -> None:
+    """--net responder: no TAP, no namespace of the host, real frames all the same."""
+    status = machine.boot("--disk", "none", "--net", "responder")
+    assert status["cards"][0]["net"] == "responder"
+    start = time.monotonic()
+    for args in (("mic0",), ("mic0", "--from-card")):
+        assert machine.json("ping", *args)["received"] == 3
+    assert time.monotonic() - start < 30
+
+
+def test_two_cards_have_two_networks(machine: Machine) -> None:
+    """Each card answers at its own address."""
+    machine.boot("-n", "2", "--disk", "none", "--net", "responder")
+    assert machine.json("ping", "mic1")["target"] == "172.31.2.1"
+    assert machine.json("ping", "mic0")["target"] == "172.31.1.1"

@@ -43,9 +43,9 @@ _TAP_HELP = {
     errno.ENXIO: "load the tun module (modprobe tun)",
     errno.EACCES: "make /dev/net/tun accessible to this user (chmod 666 /dev/net/tun, as most distributions do)",
     errno.EPERM: "run with CAP_NET_ADMIN, or let user namespaces be created (micemu doctor)",
-    errno.EBUSY: "an interface of this name is in use: choose another name; it was not touched",
-    errno.EEXIST: "an interface of this name is in use: choose another name; it was not touched",
-    errno.EINVAL: "an interface of this name is there and is no TAP: choose another name; it was not touched",
+    errno.EBUSY: "an interface of this name is in use and was not touched: remove it, or use --net ns",
+    errno.EEXIST: "an interface of this name is in use and was not touched: remove it, or use --net ns",
+    errno.EINVAL: "an interface of this name is there, is no TAP and was not touched: remove it, or use --net ns",
     errno.ENAMETOOLONG: f"a name has 1 to {IFNAMSIZ - 1} bytes",
     errno.ENOSPC: "raise the limits user.max_user_namespaces and user.max_net_namespaces (sysctl)",
 }

@@ -409,12 +409,14 @@ bool mic_blk_spin(struct mic_blk_user *user)
 		return false;
 	do {
 		for (unsigned i = 0; i < SPIN_STEP; i++) {
-			if (mic_blk_pending(user))
+			if (mic_blk_pending(user)) {
+				mic_spin_done(&user->spin, true);
 				return true;
+			}
 			mic_cpu_relax();
 		}
 	} while (mic_now_ns() < end);
-	mic_spin_missed(&user->spin);
+	mic_spin_done(&user->spin, false);
 	return false;
 }
 

@@ -80,6 +80,7 @@ struct mic_nbd {
 	bool read_only, listening;
 	bool freed;                /* pool pages came back since the last round */
 	unsigned spin_us;
+	bool roomy;                /* more CPUs than client, server and backend */
 	bool kick;                 /* something was submitted since the last kick */
 	char name[NBD_MAX_NAME + 1];
 	struct nbd_client *client[MIC_NBD_CLIENTS];

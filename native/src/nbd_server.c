@@ -71,6 +71,7 @@ struct mic_nbd *mic_nbd_create(struct mic_blk_drv *drv, int listen_fd, const cha
 	strncpy(nbd->name, name, NBD_MAX_NAME);
 	nbd->queue_tail = &nbd->queue;
 	nbd->spin_us = MIC_SPIN_US;
+	nbd->roomy = sysconf(_SC_NPROCESSORS_ONLN) > 3;
 	uint64_t fair = mic_blk_free_pages(drv) * 4096ull / (2 * MIC_NBD_CLIENTS);
 
 	nbd->share = fair < NBD_SHARE ? (uint32_t)fair & ~4095u : NBD_SHARE;
@@ -505,17 +506,21 @@ static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 
 static bool spin(struct mic_nbd *nbd, bool *stop)
 {
+	/* Client, server and backend make three: on a small machine the client needs the CPU while it is
+	 * its turn, so only the disk is worth a spin. */
+	if (!nbd->inflight && !nbd->roomy)
+		return false;
 	uint64_t end = mic_spin_until(&nbd->spin, nbd->spin_us);
 
 	if (!end)
 		return false;
 	do {
-		if (nbd->inflight && mic_blk_pending(nbd->user))
+		if ((nbd->inflight && mic_blk_pending(nbd->user)) || handle_events(nbd, 0, stop) > 0) {
+			mic_spin_done(&nbd->spin, true);
 			return true;
-		if (handle_events(nbd, 0, stop) > 0)
-			return true;
+		}
 	} while (mic_now_ns() < end);
-	mic_spin_missed(&nbd->spin);
+	mic_spin_done(&nbd->spin, false);
 	return false;
 }
 

@@ -31,14 +31,16 @@ struct mic_spin {
 	uint64_t slept_ns;   /* when the last sleep began, 0 = awake */
 	uint64_t closed_ns;  /* no spinning before this time */
 	uint32_t penalty_ns; /* how long it closes next time */
-	uint64_t preempted;  /* involuntary context switches of this thread at the last miss */
+	uint64_t preempted;  /* involuntary context switches of this thread at the last check */
+	uint32_t spins;      /* since then */
 };
 
 /* Spin until this time (mic_now_ns()); 0: do not. max_us: the most that is wanted. */
 uint64_t mic_spin_until(struct mic_spin *s, unsigned max_us);
-/* A spin found nothing. If this thread was pushed off its CPU since the last miss, others need it:
- * the window closes for a while. */
-void mic_spin_missed(struct mic_spin *s);
+/* After each spin. When this thread was pushed off its CPU in more than a quarter of them, others need
+ * it: the window closes for a while. */
+void mic_spin_done(struct mic_spin *s, bool hit);
+void mic_spin_missed(struct mic_spin *s); /* mic_spin_done(s, false) */
 /* Around a sleep: its length tunes the window. */
 void mic_spin_sleeping(struct mic_spin *s);
 void mic_spin_woke(struct mic_spin *s, unsigned max_us);

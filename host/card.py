@@ -193,7 +193,9 @@ class Card:
             self.supervisor.add(backend)
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF (HW-49)."""
+        """VOP, then SCIF (HW-49). A crashed card is not asked to cooperate (COSM-55)."""
+        if self.cosm.shutdown_status is Status.CRASHED:
+            self._peer_died()
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
+from mic_emu.card.os import dma
 from mic_emu.card.os.agent import Agent
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
@@ -31,7 +32,9 @@ from mic_emu.card.os.userland import PANIC_STATUS, Userland
 from mic_emu.card.os.vop import VopCard
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
+from mic_emu.dma import DRAIN_S
 from mic_emu.log import Log
+from mic_emu.mbus import DmaDevice
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
 from mic_emu.scif.service import ScifService, listen_at
@@ -100,6 +103,8 @@ class Kernel:
         loop.add_signal_handler(signal.SIGTERM, self.go_down, Status.POWEROFF)
         userland.on_request(self.go_down)
         userland.start(loop)
+        channels = self._channels()
+        channels.attach(loop)
         await self.node.start()
         scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
         scif.start()
@@ -125,8 +130,16 @@ class Kernel:
         await client.close()
         await link.stop()
         await vop.close()
+        channels.release(self.clock.limit(DRAIN_S))
         await self.node.close()
         return status
+
+    def _channels(self) -> DmaDevice:
+        """HW 7 steps 3 and 8."""
+        try:
+            return dma.acquire(self.bus, self.memory, self.log)
+        except OSError as e:
+            raise BootError(f"no DMA channel can be used: {e} (ENODEV)") from e
 
     def _peer(self, client: CosmClient, node: int, online: bool) -> None:
         if node == 0 and online:

@@ -15,7 +15,9 @@ from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
+from mic_emu.dma import DRAIN_S
 from mic_emu.errors import MicemuError, StateError
+from mic_emu.host import dma
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan
 from mic_emu.host.driver import Driver, check_file
@@ -26,6 +28,7 @@ from mic_emu.host.network import Network
 from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
 from mic_emu.log import Log
+from mic_emu.mbus import DmaDevice
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
@@ -64,11 +67,13 @@ class Card:
         self.vop: VopHost | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
+        self.dma: DmaDevice | None = None
         self.network: Network | None = None
         self.changed = asyncio.Condition()
         self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._closing = False
+        self._board_lost = False
 
     # --- power ----------------------------------------------------------------------------------
 
@@ -146,6 +151,7 @@ class Card:
     def _board_exit(self, status: int) -> None:
         """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
         self.board_pid = self.os_pid = 0
+        self._board_lost = True
         if self._closing:
             return
         self.log.error("the board process died; a new board takes its place", event="board_exit", status=status)
@@ -177,12 +183,19 @@ class Card:
     async def _bring_up(self) -> None:
         self.boots += 1
         self.refused = self.os_ended = ""
+        self._board_lost = False
+        try:
+            self.dma = dma.acquire(self.index, self.bus, self.driver.irq, self.driver.smpt, self.memory, self.log)
+        except OSError as e:
+            raise MicemuError(f"{self.name}: no DMA channels: {e.strerror}", e.errno or errno.ENODEV) from e
+        self.dma.attach(asyncio.get_running_loop())
         self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
         self.link.start()
         self.vop = VopHost(
             self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
         )
         self.vop.peer_alive = lambda: self.os_pid != 0
+        self.vop.hold = self.driver.hold
         self.supervisor = Supervisor(
             self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
         )
@@ -190,7 +203,7 @@ class Card:
             self.supervisor.add(backend)
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF (HW-49)."""
+        """VOP, then SCIF, then the DMA channels and their bus device (HW-49)."""
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None
@@ -200,6 +213,10 @@ class Card:
         if self.link:
             await self.link.stop()
             self.link = None
+        if self.dma:
+            # Behind a board that was lost nothing drains: the channels are only stopped.
+            self.dma.release(0 if self._board_lost else self.clock.limit(DRAIN_S))
+            self.dma = None
 
     # --- requests of people -------------------------------------------------------------------------
 

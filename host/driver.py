@@ -67,11 +67,13 @@ class Driver:
         self.ramdisk = ""
         self.cmdline = ""
         self.bootmode = "linux"
+        self._held: list[Callable[[], None]] = []
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
 
     def remove(self) -> None:
         """Undo the probe; the card is stopped already."""
+        self._let_go()
         self.smpt.unmap(self.page_card, C["DP_SIZE"])
         self.memory.free(self.page_off)
         self.irq.close()
@@ -99,14 +101,23 @@ class Driver:
         """Bit 0 of SPAD2."""
         return bool(self.bus.read("spad", C["SPAD_DOWNLOAD"]) & C["DOWNLOAD_READY"])
 
+    def hold(self, free: Callable[[], None]) -> None:
+        """Something that a hung card may still write to: ``free`` runs after the card's reset (VOP-56)."""
+        self._held.append(free)
+
+    def _let_go(self) -> None:
+        while self._held:
+            self._held.pop()()
+
     async def start(self) -> None:
-        """HW 6.3 steps 4 to 12. Undoes itself and raises MicemuError."""
+        """HW 6.3 steps 4 to 12, on a card that is ready. Undoes itself and raises MicemuError."""
+        self._let_go()  # a ready card was reset: nothing of the last boot writes any more
         self.init_bootparam()
         # Slots of an earlier boot are all removed ones; the card of this boot starts with a clean list.
         self.page.zero(C["DP_FIRST_SLOT"], C["DP_SIZE"] - C["DP_FIRST_SLOT"])
-        if self.bring_up:
-            await self.bring_up()
         try:
+            if self.bring_up:
+                await self.bring_up()
             self.download()
         except BaseException:
             if self.tear_down:
@@ -120,7 +131,7 @@ class Driver:
         self.interrupt_bootstrap()
 
     async def stop(self) -> None:
-        """VOP, SCIF, DMA in that order (HW-49), then the boot parameters."""
+        """VOP, SCIF, DMA, mbus in that order (HW-49), then the boot parameters."""
         if self.tear_down:
             await self.tear_down()
         self.init_bootparam()

@@ -159,7 +159,8 @@ class DmaChannel:
                 raise _error(errno.ENOMEM, f"DMA channel {self.index}: the ring cannot be mapped")
             status = (self._addr + self._ring_bytes + 63) & ~63
             setup = ffi.new(
-                "struct mic_dma_setup *", (self._addr, status, ring_size, self.max_bytes, self.index)
+                "struct mic_dma_setup *",
+                (self._addr, self._block, status, ring_size, self.max_bytes, self.index),
             )
             self._ptr = lib.mic_dma_chan_create(self._bus.ptr, setup)
             if self._ptr == ffi.NULL:

@@ -83,18 +83,19 @@ def command(
     """
     where = client.rundir()
     names = [] if cards == ("all",) else list(cards)
-    needed = max([card_index(n) + 1 for n in names], default=0)
+    needed = max([card_index(n) + 1 for n in names], default=count or 0)
     running = current(where)
-    if config_path is None and running is not None and count is None and not _any(memory, disk, disk_size, net, image, ramdisk, cmdline):
-        config = running
-        if len(config.cards) < max(needed, 1):
-            config.cards += [CardConfig() for _ in range(max(needed, 1) - len(config.cards))]
+    if config_path is not None or running is None:
+        config = load(config_path, max(needed, count or 0) or None)
     else:
-        config = load(config_path, max(count, needed) if count is not None else (needed or None) if config_path is None else None)
+        config = running  # options change the cards that boot now, and only them
+        config.cards += [CardConfig() for _ in range(needed - len(config.cards))]
     if timing:
         config.timing = timing
-    for i, card in enumerate(config.cards):
-        override(card, f"mic{i}", len(config.cards), memory, disk, disk_size, net, image, ramdisk, cmdline)
+    names = names or [f"mic{i}" for i in range(count or len(config.cards))]
+    for name in names:
+        card = config.cards[card_index(name)]
+        override(card, name, len(names), memory, disk, disk_size, net, image, ramdisk, cmdline)
     request: dict[str, Any] = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
     fresh = running is None
     with connect_or_start(where, config) as channel:
@@ -112,10 +113,6 @@ def command(
 
         render(msg["status"])
         hint(msg["status"])
-
-
-def _any(*values: object) -> bool:
-    return any(v is not None for v in values)
 
 
 def _stop_empty() -> None:

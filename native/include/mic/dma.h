@@ -48,6 +48,8 @@ enum mic_dma_flags {
 
 struct mic_dma_setup {
 	uint64_t ring;      /* card address of size * 16 zeroed bytes: SMPT for channels 0-3, GDDR for 4-7 */
+	uint64_t memory;    /* the same as an offset in the owner's memory: the SMPT registers may not be
+			     * written yet when a channel is set up (HW 6.3: steps 5 and 10) */
 	uint64_t status;    /* card address of 8 bytes that fences may overwrite */
 	uint32_t size;      /* descriptors; the driver's ring has MIC_DMA_RING_SIZE */
 	uint32_t max_bytes; /* longest copy of one descriptor, a multiple of 64 */

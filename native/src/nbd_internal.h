@@ -79,7 +79,8 @@ struct mic_nbd {
 	int listen_fd, ep, line_fd;
 	bool line_watched;
 	bool read_only, listening;
-	bool freed; /* pool pages came back since the last round */
+	bool no_fds; /* accept(2) found no descriptor: not listening for a moment */
+	bool freed;  /* pool pages came back since the last round */
 	unsigned spin_us;
 	bool roomy; /* more CPUs than client, server and backend */
 	bool kick;  /* something was submitted since the last kick */

@@ -13,6 +13,7 @@
 
 #define MAX_EVENTS 24
 #define REAP       64u
+#define NO_FDS_MS  100
 #define STALL_MS   20
 #define DESTROY_NS 5000000000ull /* how long destroy waits for what the device holds */
 
@@ -169,7 +170,7 @@ static void set_listening(struct mic_nbd *nbd)
 {
 	bool want = false;
 
-	for (unsigned i = 0; i < MIC_NBD_CLIENTS; i++)
+	for (unsigned i = 0; i < MIC_NBD_CLIENTS && !nbd->no_fds; i++)
 		want |= !nbd->client[i];
 	if (want == nbd->listening)
 		return;
@@ -211,8 +212,12 @@ static void accept_clients(struct mic_nbd *nbd)
 			continue;
 		int fd = accept4(nbd->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-		if (fd < 0)
+		if (fd < 0) {
+			/* Out of descriptors: the connection stays in the queue; look again later. */
+			nbd->no_fds =
+				errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS;
 			return;
+		}
 		add_client(nbd, fd, &nbd->client[i]);
 	}
 }
@@ -313,7 +318,7 @@ static bool spin(struct mic_nbd *nbd, bool *stop)
 static int sleep_until_event(struct mic_nbd *nbd, unsigned stalled, bool *stop)
 {
 	/* Pool pages that other users of the driver give back ring no bell. */
-	int timeout_ms = stalled ? STALL_MS : -1;
+	int timeout_ms = stalled ? STALL_MS : nbd->no_fds ? NO_FDS_MS : -1;
 
 	if (nbd->inflight)
 		watch_line(nbd, true);
@@ -322,6 +327,7 @@ static int sleep_until_event(struct mic_nbd *nbd, unsigned stalled, bool *stop)
 	mic_spin_sleeping(&nbd->spin);
 	int n = handle_events(nbd, timeout_ms, stop);
 
+	nbd->no_fds = false;
 	mic_spin_woke(&nbd->spin, nbd->spin_us);
 	mic_blk_awake(nbd->user);
 	return n < 0 ? n : 0;

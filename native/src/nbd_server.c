@@ -271,6 +271,15 @@ static void watch_line(struct mic_nbd *nbd, bool on)
 	nbd->line_watched = on;
 }
 
+/* The line rang. What it announced is reaped after this, in the same round. */
+static void take_line(struct mic_nbd *nbd)
+{
+	if (nbd->inflight)
+		mic_line_take(nbd->line_fd);
+	else
+		watch_line(nbd, false);
+}
+
 /* Returns how many events there were, or -errno; *stop when stop_fd is one of them. */
 static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 {
@@ -284,8 +293,8 @@ static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 
 		if (t == TAG_STOP)
 			*stop = true;
-		else if (t == TAG_LINE && !nbd->inflight)
-			watch_line(nbd, false);
+		else if (t == TAG_LINE)
+			take_line(nbd);
 		else if (t == TAG_LISTEN)
 			accept_clients(nbd);
 		else if (t > TAG_WAKE)
@@ -324,10 +333,10 @@ static int sleep_until_event(struct mic_nbd *nbd, unsigned stalled, bool *stop)
 		watch_line(nbd, true);
 	if (!mic_blk_arm(nbd->user, nbd->queue != NULL))
 		return 0;
+	nbd->no_fds = false; /* not listening during this sleep; afterwards it is tried again */
 	mic_spin_sleeping(&nbd->spin);
 	int n = handle_events(nbd, timeout_ms, stop);
 
-	nbd->no_fds = false;
 	mic_spin_woke(&nbd->spin, nbd->spin_us);
 	mic_blk_awake(nbd->user);
 	return n < 0 ? n : 0;

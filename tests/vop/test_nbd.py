@@ -50,8 +50,9 @@ class Served:
 
 
 def serve(tmp_path: Path, *, read_only: bool = False, spin_us: int = 50) -> Iterator[Served]:
-    image, path = tmp_path / "disk.img", str(tmp_path / "nbd.sock")
-    fd = os.open(image, os.O_RDWR | os.O_CREAT, 0o600)
+    path = str(tmp_path / "nbd.sock")
+    fd = os.memfd_create("disk")  # a flush must not wait for the machine's real disk
+    image = Path(f"/proc/self/fd/{fd}")
     os.pwrite(fd, NOISE, 0)
     with (
         Disk(fd, SIZE // 512, pool=POOL, read_only=read_only, spin_us=spin_us) as disk,

@@ -10,7 +10,6 @@ import struct
 import time
 from pathlib import Path
 
-import pytest
 from netwire import Wire, eventually, frames
 
 from mic_emu.virtio import net
@@ -74,9 +73,7 @@ def test_pcap_through_a_pipe_that_nobody_reads() -> None:
         w.capture(None)
         assert cap.stats()["dropped"] > 50
         t0 = time.monotonic()
-        with pytest.raises(OSError, match="capture") as e:
-            cap.close(flush_s=0.2)
-        assert e.value.errno == errno.ETIMEDOUT
+        assert cap.close(flush_s=0.2)["error"] == errno.ETIMEDOUT
         assert time.monotonic() - t0 < 2
     os.close(r)
     os.close(w_fd)
@@ -115,8 +112,7 @@ def test_pcap_on_a_full_disk_ends_with_whole_records(tmp_path: Path) -> None:
             cap = run_captured(f.fileno(), sent, w)
             eventually(lambda: cap.stats()["error"], "the error")
             w.capture(None)
-            with pytest.raises(OSError, match="capture"):
-                cap.close()
+            assert cap.close()["error"] == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
@@ -133,6 +129,5 @@ def test_pcap_of_a_closed_pipe() -> None:
         cap = run_captured(w_fd, list(frames([60] * 3)), w)
         eventually(lambda: cap.stats()["error"] == errno.EPIPE, "EPIPE")
         w.capture(None)
-        with pytest.raises(BrokenPipeError):
-            cap.close()
+        assert cap.close() == cap.stats()
     os.close(w_fd)

@@ -92,7 +92,9 @@ class Tap:
     def __enter__(self) -> Tap:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -187,7 +189,9 @@ def get_mac(name: str) -> str:
     return format_mac(_request(_SIOCGIFHWADDR, name)[2:8])
 
 
-def configure(name: str, *, address: str | None = None, mac: str | None = None, mtu: int | None = None) -> None:
+def configure(
+    name: str, *, address: str | None = None, mac: str | None = None, mtu: int | None = None
+) -> None:
     """Set what is given, then bring the interface up. Raises NetError."""
     if mac is not None:
         set_mac(name, mac)

@@ -1,7 +1,7 @@
 /* Fuzz target: the user-space network responder against hostile frames.
  *
- * Input: records of an operation byte, a length byte and twice that many bytes. An operation sends the bytes as
- * a whole frame, as the payload of a well-formed IP packet, or as the fields of a TCP segment that lies
+ * Input: records of an operation byte, a length byte and twice that many bytes. An operation sends the bytes
+ * as a whole frame, as the payload of a well-formed IP packet, or as the fields of a TCP segment that lies
  * near what the connection expects; or lets the TCP timers fire. Checked: every frame that comes back is
  * well formed, and every byte that a connection echoes is the byte that was sent at that place of the
  * stream, however segments overlapped. */
@@ -31,8 +31,8 @@ enum op { RAW, ICMP, UDP, ARP, SEGMENT, TIMERS, OPS };
 
 /* What the client of one port knows. */
 struct client {
-	uint32_t seq; /* next number to send */
-	uint32_t ack; /* next number expected */
+	uint32_t seq;   /* next number to send */
+	uint32_t ack;   /* next number expected */
 	uint32_t first; /* the responder's number of its first data byte */
 	bool open;
 };
@@ -57,7 +57,10 @@ static void check_tcp(const uint8_t *t, uint32_t len)
 	struct client *c = &clients[port];
 
 	if (t[13] & 2) { /* SYN: another connection begins */
-		*c = (struct client){.seq = get32(t + 8), .ack = get32(t + 4) + 1, .first = get32(t + 4) + 1, .open = true};
+		*c = (struct client){.seq = get32(t + 8),
+				     .ack = get32(t + 4) + 1,
+				     .first = get32(t + 4) + 1,
+				     .open = true};
 		return;
 	}
 	if (t[13] & 4) {

@@ -168,9 +168,10 @@ static int check_setup(struct mic_bus *bus, const struct mic_dma_setup *s)
 {
 	bool window = s->ring >= MIC_SMPT_BASE;
 
-	if (s->c >= MIC_DMA_CHANNELS || s->size < 8 || s->size > MIC_DMA_RING_SIZE || s->ring % MIC_DMA_ALIGN ||
-	    s->memory % MIC_DMA_ALIGN || s->status % 8 || !s->max_bytes || s->max_bytes % MIC_DMA_ALIGN ||
-	    s->max_bytes / MIC_DMA_ALIGN > MIC_DMA_MEMCPY_LEN_MASK || window != (s->c < MIC_DMA_HOST_CHANNELS))
+	if (s->c >= MIC_DMA_CHANNELS || s->size < 8 || s->size > MIC_DMA_RING_SIZE ||
+	    s->ring % MIC_DMA_ALIGN || s->memory % MIC_DMA_ALIGN || s->status % 8 || !s->max_bytes ||
+	    s->max_bytes % MIC_DMA_ALIGN || s->max_bytes / MIC_DMA_ALIGN > MIC_DMA_MEMCPY_LEN_MASK ||
+	    window != (s->c < MIC_DMA_HOST_CHANNELS))
 		return -EINVAL;
 	return ring_memory(bus, s) ? 0 : -EFAULT;
 }

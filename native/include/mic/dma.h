@@ -82,6 +82,7 @@ struct mic_dma_setup {
 	uint32_t size;      /* descriptors; the driver's ring has MIC_DMA_RING_SIZE */
 	uint32_t max_bytes; /* longest copy of one descriptor, a multiple of 64 */
 	unsigned c;
+	int cookie; /* where the counter starts; 0: at 1, as in the DMA core */
 };
 
 struct mic_dma_counters {

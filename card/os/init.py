@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from mic_emu._native import lib
-from mic_emu.card.os import power, program
+from mic_emu.card.os import bootstrap, power, program
 from mic_emu.card.os.program import Command, Root, Started, kill_all
 
 from mic_emu import runproto
@@ -125,6 +125,7 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
     try:
         lib.mic_proc_set_name(b"init")
         lib.mic_proc_adopt_orphans()
+        _close_all_but({listener.fileno(), control.fileno(), bootstrap.archive_fd})
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(sig, signal.SIG_IGN)
         try:
@@ -141,6 +142,15 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
     finally:
         kill_all(program.descendants(os.getpid()), signal.SIGKILL)
         os._exit(status)
+
+
+def _close_all_but(keep: set[int]) -> None:
+    """Let go of the card OS's descriptors: doorbells, memories, logs. 0, 1 and 2 are kept."""
+    last = 2
+    for fd in sorted(fd for fd in keep if fd > last):
+        os.closerange(last + 1, fd)  # never (0, 0): Python would close everything
+        last = fd
+    os.closerange(last + 1, max(last, 4096) + 4096)
 
 
 class _Client:

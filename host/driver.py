@@ -74,12 +74,15 @@ class Driver:
         self.cmdline = ""
         self.bootmode = "linux"
         self.find: Callable[[str], str] = lambda name: name  # firmware names to paths
+        self.board_lost = False  # the board process died: nothing behind it drains
+        self._held: list[Callable[[], None]] = []
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
 
     def remove(self) -> None:
         """Undo the probe; the card is stopped already."""
         self._release_dma()
+        self._let_go()
         self.smpt.unmap(self.page_card, C["DP_SIZE"])
         self.memory.free(self.page_off)
         self.irq.close()
@@ -107,8 +110,17 @@ class Driver:
         """Bit 0 of SPAD2."""
         return bool(self.bus.read("spad", C["SPAD_DOWNLOAD"]) & C["DOWNLOAD_READY"])
 
+    def hold(self, free: Callable[[], None]) -> None:
+        """Something that a hung card may still write to: ``free`` runs after the card's reset (VOP-56)."""
+        self._held.append(free)
+
+    def _let_go(self) -> None:
+        while self._held:
+            self._held.pop()()
+
     async def start(self, request: BootRequest) -> None:
-        """HW 6.3 steps 4 to 12. Undoes itself and raises MicemuError."""
+        """HW 6.3 steps 4 to 12, on a card that is ready. Undoes itself and raises MicemuError."""
+        self._let_go()  # a ready card was reset: nothing of the last boot writes any more
         self.firmware, self.ramdisk = self.find(request.firmware), self.find(request.ramdisk)
         self.cmdline, self.bootmode = request.cmdline, request.bootmode
         self.init_bootparam()
@@ -129,7 +141,7 @@ class Driver:
         self.interrupt_bootstrap()
 
     async def stop(self) -> None:
-        """VOP, SCIF, DMA in that order (HW-49), then the boot parameters."""
+        """VOP, SCIF, DMA, mbus in that order (HW-49), then the boot parameters."""
         if self.tear_down:
             await self.tear_down()
         self._release_dma()
@@ -146,7 +158,7 @@ class Driver:
 
     def _release_dma(self) -> None:
         if self.dma:
-            self.dma.release(self.clock.limit(DRAIN_S))
+            self.dma.release(0 if self.board_lost else self.clock.limit(DRAIN_S))
             self.dma = None
 
     # --- download (HW 6.4) --------------------------------------------------------------------

@@ -80,7 +80,8 @@ static void start(void)
 	    mic_vq_init(&vdev.vq[0], lab.bus, BLOCK, USED, 128, features))
 		abort();
 	mic_bus_host(lab.bus)[SLOT + offsetof(struct mic_device_desc, status)] = MIC_VIRTIO_DRIVER_OK;
-	dev = mic_blk_dev_create(&vdev, lab_memory("image", CAPACITY * MIC_BLK_SECTOR), CAPACITY, false, "fuzz");
+	dev = mic_blk_dev_create(&vdev, lab_memory("image", CAPACITY * MIC_BLK_SECTOR), CAPACITY, false,
+				 "fuzz");
 	drv = mic_blk_drv_create(&vdrv, POOL, POOL_LEN, features, CAPACITY, NULL);
 	nbd = mic_nbd_create(drv, listener(), "vda", false);
 	if (!dev || !drv || !nbd)
@@ -95,10 +96,10 @@ static const struct {
 	const char *bytes;
 	size_t len;
 } prologue[] = {
-	{ "", 0 },
-	{ "\0\0\0\3" OPTION "\0\0\0\7\0\0\0\6\0\0\0\0\0\0", 4 + 16 + 6 },
-	{ "\0\0\0\3" OPTION "\0\0\0\10\0\0\0\0" OPTION "\0\0\0\7\0\0\0\6\0\0\0\0\0\0", 4 + 16 + 16 + 6 },
-	{ "\0\0\0\3" OPTION "\0\0\0\1\0\0\0\0", 4 + 16 },
+	{"", 0},
+	{"\0\0\0\3" OPTION "\0\0\0\7\0\0\0\6\0\0\0\0\0\0", 4 + 16 + 6},
+	{"\0\0\0\3" OPTION "\0\0\0\10\0\0\0\0" OPTION "\0\0\0\7\0\0\0\6\0\0\0\0\0\0", 4 + 16 + 16 + 6},
+	{"\0\0\0\3" OPTION "\0\0\0\1\0\0\0\0", 4 + 16},
 };
 
 static void send_all(int fd, const void *bytes, size_t len)

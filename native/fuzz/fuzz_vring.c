@@ -90,7 +90,7 @@ static int model_data(struct model *m, const struct mic_vring_desc *d)
 		return EFAULT;
 	if (m->n == m->max)
 		return ENOSPC;
-	m->seg[m->n++] = (struct iovec){ mic_bus_gddr(lab.bus) + d->addr, d->len };
+	m->seg[m->n++] = (struct iovec){mic_bus_gddr(lab.bus) + d->addr, d->len};
 	m->writable_seen |= writable;
 	m->out += !writable;
 	return 0;
@@ -147,7 +147,7 @@ static int model_chain(struct model *m, unsigned head)
 
 static void check_chain(const struct model *m, const struct mic_chain *c, const struct iovec *iov)
 {
-	uint64_t len[2] = { 0, 0 };
+	uint64_t len[2] = {0, 0};
 
 	REQUIRE(c->out_num == m->out && c->out_num + c->in_num == m->n);
 	for (unsigned i = 0; i < m->n; i++) {
@@ -200,7 +200,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct model m;
-	uint16_t avail[128] = { 0 }, idx;
+	uint16_t avail[128] = {0}, idx;
 	struct mic_vq vq;
 	uint64_t features = 0;
 

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mic_emu._native import lib
-
 from mic_emu import namespaces
+from mic_emu._native import lib
 from mic_emu.namespaces import NamespaceError, mount
 
 _FORWARDED = (

@@ -110,7 +110,7 @@ class Control:
         try:
             await self.instance.plug(configs)
             cards = self.instance.select(names)
-            images = {c.name: c.config.image or str(image.built_in()) for c in cards}
+            images = {c.name: self._image(c) for c in cards}
             for card in cards:
                 card.cwd = msg.get("cwd", "/")
                 card.prepare(images[card.name])
@@ -170,7 +170,12 @@ class Control:
         return await self._each(names, lambda c: c.reset())
 
     async def _reboot(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        return await self._each(msg.get("cards", []), lambda c: c.reboot())
+        return await self._each(msg.get("cards", []), lambda c: c.reboot(self._image(c)))
+
+    @staticmethod
+    def _image(card: Card) -> str:
+        """The configured image, or the package's own (built on first use)."""
+        return card.config.image or str(image.built_in())
 
     async def _wait(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         words = set(msg["states"])

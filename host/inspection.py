@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
@@ -17,7 +19,7 @@ WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
 
 def dump(card: Card, what: str, device: str | None) -> Any:
     """Plain data of one thing. Raises UsageError for an unknown one."""
-    views = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log, "pci": pci}
+    views: dict[str, Callable[[Card], Any]] = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log, "pci": pci}
     if what not in views:
         raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
     rows = views[what](card)
@@ -90,7 +92,7 @@ def _chain(host: Any, block: int, num: int, head: int) -> list[dict[str, int]]:
 
 def smpt(card: Card) -> list[dict[str, int]]:
     """The software table, as the real driver's debug file shows it."""
-    return [vars(row) if hasattr(row, "__dict__") else row._asdict() for row in card.driver.smpt.rows()]
+    return [dataclasses.asdict(row) for row in card.driver.smpt.rows()]
 
 
 def pci(card: Card) -> str:

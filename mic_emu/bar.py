@@ -116,6 +116,10 @@ class Bus:
         """The host rings card doorbell ``db``; unknown numbers are ignored (HW-18)."""
         lib.mic_ring_card(self.ptr, db)
 
+    def set_over_pci(self) -> None:
+        """This process is the host: register accesses need memory decoding enabled and power state D0."""
+        lib.mic_bus_set_over_pci(self.ptr, True)
+
     def config_changed(self) -> None:
         """Configuration space was written: deliver the interrupts that became possible."""
         lib.mic_bus_config_changed(self.ptr)

@@ -17,7 +17,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mic_emu.timing import PROFILES, Profile
 
@@ -111,7 +111,8 @@ class ManualClock(Clock):
         task = asyncio.ensure_future(awaitable)
         alarm = self._sleeper(self.limit(seconds))
         try:
-            await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {task, alarm}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s")
@@ -128,6 +129,8 @@ class ManualClock(Clock):
     async def advance(self, seconds: float) -> None:
         """Turn the hands and let everything that is due run."""
         end = self._now + seconds
+        for _ in range(20):  # what has just begun may be about to sleep
+            await asyncio.sleep(0)
         while self._sleepers and self._sleepers[0][0] <= end:
             self._now, _, fut = heapq.heappop(self._sleepers)
             if not fut.done():

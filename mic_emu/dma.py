@@ -159,7 +159,8 @@ class DmaChannel:
                 raise _error(errno.ENOMEM, f"DMA channel {self.index}: the ring cannot be mapped")
             status = (self._addr + self._ring_bytes + 63) & ~63
             setup = ffi.new(
-                "struct mic_dma_setup *", (self._addr, status, ring_size, self.max_bytes, self.index)
+                "struct mic_dma_setup *",
+                (self._addr, self._block, status, ring_size, self.max_bytes, self.index),
             )
             self._ptr = lib.mic_dma_chan_create(self._bus.ptr, setup)
             if self._ptr == ffi.NULL:
@@ -291,6 +292,17 @@ class DmaChannel:
         self._run_callbacks()
         if rc < 0:
             raise _error(-rc, f"DMA channel {self.index}: terminate_all")
+
+    def pause(self) -> None:
+        """Stand still after the descriptor in progress; nothing is lost (the X100 driver has no such
+        operation, but the enable bit is one). Raises DmaError ETIMEDOUT."""
+        rc = lib.mic_dma_pause(self._ptr, _LET_GO_MS)
+        if rc < 0:
+            raise _error(-rc, f"DMA channel {self.index}: pause")
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        lib.mic_dma_resume(self._ptr)
 
     def _run_callbacks(self) -> None:
         # Not blocking: the thread (or the callback further up this stack) that runs callbacks now

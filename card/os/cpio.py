@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _MAX_NAME = 4096
 _MAX_LINKS = 40
 _HEADER = 110
 _TRAILER = b"TRAILER!!!"
+_NUMBERS = re.compile(rb"[0-9A-Fa-f]{104}")
 _OTHER = {
     b"\xfd7zXZ": "xz",
     b"BZh": "bzip2",
@@ -96,17 +98,16 @@ def parse(archive: memoryview) -> Iterator[Entry]:
         head = bytes(archive[at : at + _HEADER])
         if head[:6] not in (b"070701", b"070702"):
             raise CpioError(f"the ramdisk is no cpio archive in newc form: byte {at} begins {head[:6]!r}")
-        try:
-            numbers = [int(head[6 + 8 * i : 14 + 8 * i], 16) for i in range(13)]
-        except ValueError:
-            raise CpioError(f"the ramdisk's header at byte {at} has no hexadecimal numbers") from None
+        if not _NUMBERS.fullmatch(head, 6):  # int() alone would take signs, blanks and underscores
+            raise CpioError(f"the ramdisk's header at byte {at} has no hexadecimal numbers")
+        numbers = [int(head[6 + 8 * i : 14 + 8 * i], 16) for i in range(13)]
         ino, mode, uid, gid, nlink, mtime, size, major, minor, _, _, name_len, check = numbers
         if not 1 <= name_len <= _MAX_NAME:
             raise CpioError(f"the ramdisk has a name of {name_len} bytes at byte {at}")
         body = (at + _HEADER + name_len + 3) & ~3
         if body + size > end:
             raise CpioError(f"the ramdisk is truncated: a member at byte {at} wants {size} bytes")
-        name = bytes(archive[at + _HEADER : at + _HEADER + name_len]).rstrip(b"\0")
+        name = bytes(archive[at + _HEADER : at + _HEADER + name_len]).partition(b"\0")[0]
         content = archive[body : body + size]
         if head[5:6] == b"2" and sum(content) & 0xFFFFFFFF != check:
             raise CpioError(f"the ramdisk's checksum of {os.fsdecode(name)} is wrong")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,7 @@ from mic_emu.cli import client
 from mic_emu.config import NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, UsageError
 from mic_emu.rundir import RunDir
+from mic_emu.wire import Channel
 
 START_LIMIT_S = 20.0
 
@@ -32,7 +34,7 @@ def start_host(where: RunDir, config: Config) -> None:
         raise MicemuError(f"the host process did not start: {why}")
 
 
-def connect_or_start(where: RunDir, config: Config) -> client.Channel:
+def connect_or_start(where: RunDir, config: Config) -> Channel:
     """The instance's control channel; the instance is started, or swept up first, as needed."""
     with where.locked():
         where.check_owner()
@@ -81,19 +83,20 @@ def command(
     """
     where = client.rundir()
     names = [] if cards == ("all",) else list(cards)
-    needed = max([card_index(n) + 1 for n in names], default=0)
+    needed = max([card_index(n) + 1 for n in names], default=count or 0)
     running = current(where)
-    if config_path is None and running is not None and count is None and not _any(memory, disk, disk_size, net, image, ramdisk, cmdline):
-        config = running
-        if len(config.cards) < max(needed, 1):
-            config.cards += [CardConfig() for _ in range(max(needed, 1) - len(config.cards))]
+    if config_path is not None or running is None:
+        config = load(config_path, max(needed, count or 0) or None)
     else:
-        config = load(config_path, max(count, needed) if count is not None else (needed or None) if config_path is None else None)
+        config = running  # options change the cards that boot now, and only them
+        config.cards += [CardConfig() for _ in range(needed - len(config.cards))]
     if timing:
         config.timing = timing
-    for i, card in enumerate(config.cards):
-        override(card, f"mic{i}", len(config.cards), memory, disk, disk_size, net, image, ramdisk, cmdline)
-    request = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
+    names = names or [f"mic{i}" for i in range(count or len(config.cards))]
+    for name in names:
+        card = config.cards[card_index(name)]
+        override(card, name, len(names), memory, disk, disk_size, net, image, ramdisk, cmdline)
+    request: dict[str, Any] = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
     fresh = running is None
     with connect_or_start(where, config) as channel:
         try:
@@ -110,10 +113,6 @@ def command(
 
         render(msg["status"])
         hint(msg["status"])
-
-
-def _any(*values: object) -> bool:
-    return any(v is not None for v in values)
 
 
 def _stop_empty() -> None:

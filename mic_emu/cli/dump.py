@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -35,7 +36,8 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
     elif isinstance(data, str):
         click.echo(data, nl=False)
     else:
-        {"registers": registers, "page": page, "vring": vrings, "smpt": table}[what](data, everything)
+        views: dict[str, Callable[[Any, bool], None]] = {"registers": registers, "page": page, "vring": vrings, "smpt": table}
+        views[what](data, everything)
 
 
 def registers(rows: list[dict[str, Any]], everything: bool) -> None:

@@ -153,19 +153,26 @@ static int setup_channel(struct mic_dma_chan *ch)
 	return -EBUSY;
 }
 
+static uint64_t *ring_memory(struct mic_bus *bus, const struct mic_dma_setup *s)
+{
+	uint64_t len = (uint64_t)s->size * MIC_DMA_DESC_SIZE, size = mic_bus_host_size(bus);
+
+	if (s->c >= MIC_DMA_HOST_CHANNELS)
+		return mic_gddr_at(bus, s->memory, len);
+	if (s->memory > size || len > size - s->memory)
+		return NULL;
+	return (uint64_t *)(void *)(mic_bus_host(bus) + s->memory);
+}
+
 static int check_setup(struct mic_bus *bus, const struct mic_dma_setup *s)
 {
 	bool window = s->ring >= MIC_SMPT_BASE;
 
-	if (s->c >= MIC_DMA_CHANNELS || s->size < 8 || s->size > MIC_DMA_RING_SIZE ||
-	    s->ring % MIC_DMA_ALIGN || s->status % 8 || !s->max_bytes || s->max_bytes % MIC_DMA_ALIGN ||
-	    s->max_bytes / MIC_DMA_ALIGN > MIC_DMA_MEMCPY_LEN_MASK ||
-	    window != (s->c < MIC_DMA_HOST_CHANNELS))
+	if (s->c >= MIC_DMA_CHANNELS || s->size < 8 || s->size > MIC_DMA_RING_SIZE || s->ring % MIC_DMA_ALIGN ||
+	    s->memory % MIC_DMA_ALIGN || s->status % 8 || !s->max_bytes || s->max_bytes % MIC_DMA_ALIGN ||
+	    s->max_bytes / MIC_DMA_ALIGN > MIC_DMA_MEMCPY_LEN_MASK || window != (s->c < MIC_DMA_HOST_CHANNELS))
 		return -EINVAL;
-	if (!mic_card_at(bus, s->ring, (uint64_t)s->size * MIC_DMA_DESC_SIZE) ||
-	    !mic_card_at(bus, s->status, 8))
-		return -EFAULT;
-	return 0;
+	return ring_memory(bus, s) ? 0 : -EFAULT;
 }
 
 void mic_dma_chan_destroy(struct mic_dma_chan *ch)
@@ -206,7 +213,7 @@ struct mic_dma_chan *mic_dma_chan_create(struct mic_bus *bus, const struct mic_d
 	}
 	ch->bus = bus;
 	ch->setup = *setup;
-	ch->ring = mic_card_at(bus, setup->ring, (uint64_t)setup->size * MIC_DMA_DESC_SIZE);
+	ch->ring = ring_memory(bus, setup);
 	ch->records = calloc(setup->size, sizeof *ch->records);
 	ch->end_slot = calloc(setup->size, sizeof *ch->end_slot);
 	ch->cookie = ch->completed = ch->cancel_from = ch->cancel_to = FIRST_COOKIE;
@@ -554,6 +561,17 @@ int mic_dma_chan_stop(struct mic_dma_chan *ch, int timeout_ms)
 
 	mic_dma_cleanup(ch);
 	return rc;
+}
+
+int mic_dma_pause(struct mic_dma_chan *ch, int timeout_ms)
+{
+	set_enable(ch, false);
+	return wait_inactive(ch, timeout_ms);
+}
+
+void mic_dma_resume(struct mic_dma_chan *ch)
+{
+	set_enable(ch, true);
 }
 
 /* Called with `issue` and `clean` held, channel disabled and inactive. */

@@ -4,31 +4,60 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <unistd.h>
 
 #include "mic/iov.h"
 
+/* A view of fd that is readable only when it has failed or hung up. The kernel reports the end of a TAP
+ * as a wake for readers, who then find POLLERR: asking for POLLPRI, which no TAP has, lets the wake in
+ * and no frame. */
+static int watch_end(int fd)
+{
+	int ep = epoll_create1(EPOLL_CLOEXEC);
+	struct epoll_event ev = {.events = EPOLLPRI};
+
+	if (ep < 0)
+		return -errno;
+	if (epoll_ctl(ep, EPOLL_CTL_ADD, fd, &ev) < 0) {
+		int rc = -errno;
+
+		close(ep);
+		return rc;
+	}
+	return ep;
+}
+
 int mic_net_end_init(struct mic_net_end *end, int fd, struct mic_resp *resp)
 {
-	*end = (struct mic_net_end){ .fd = fd, .resp = resp, .hdr_len = MIC_NET_HDR_FULL };
+	*end = (struct mic_net_end){.fd = fd, .gone_fd = -1, .resp = resp, .hdr_len = MIC_NET_HDR_FULL};
 	if ((fd < 0) == !resp)
 		return -EINVAL;
 	if (resp) {
 		end->flat = malloc(MIC_NET_FRAME_MAX);
-		if (!end->flat)
-			return -ENOMEM;
+		return end->flat ? 0 : -ENOMEM;
 	}
-	return 0;
+	end->gone_fd = watch_end(fd);
+	return end->gone_fd < 0 ? end->gone_fd : 0;
 }
 
 void mic_net_end_fini(struct mic_net_end *end)
 {
+	if (end->gone_fd >= 0)
+		close(end->gone_fd);
 	free(end->flat);
 }
 
-int mic_net_end_fd(const struct mic_net_end *end)
+int mic_net_end_fd(const struct mic_net_end *end, bool blocked)
 {
-	return end->resp ? mic_resp_poll_fd(end->resp) : end->fd;
+	if (end->resp)
+		return blocked ? -1 : mic_resp_poll_fd(end->resp);
+	return blocked ? end->gone_fd : end->fd;
+}
+
+void mic_net_end_lost(struct mic_net_end *end)
+{
+	end->error = ENODEV;
 }
 
 static long resp_recv(struct mic_net_end *end, const struct iovec *iov, unsigned n)

@@ -2,19 +2,21 @@
 #ifndef MIC_NET_END_H
 #define MIC_NET_END_H
 
+#include <stdbool.h>
 #include <sys/uio.h>
 
 #include "mic/net.h"
 
 #define MIC_NET_HDR_LEGACY 10u
-#define MIC_NET_HDR_FULL 12u
-#define MIC_NET_ETH 14u
+#define MIC_NET_HDR_FULL   12u
+#define MIC_NET_ETH        14u
 /* Largest frame: 64 KiB of IP with its Ethernet header and a VLAN tag. */
 #define MIC_NET_FRAME_MAX (65536u + MIC_NET_ETH + 4u)
-#define MIC_NET_F(bit) (1ull << MIC_VIRTIO_NET_F_##bit)
+#define MIC_NET_F(bit)    (1ull << MIC_VIRTIO_NET_F_##bit)
 
 struct mic_net_end {
 	int fd;
+	int gone_fd; /* readable when fd has failed, data or not; -1 with a responder */
 	struct mic_resp *resp;
 	uint8_t *flat; /* responder only: one frame in one piece */
 	unsigned hdr_len;
@@ -23,7 +25,10 @@ struct mic_net_end {
 
 int mic_net_end_init(struct mic_net_end *end, int fd, struct mic_resp *resp);
 void mic_net_end_fini(struct mic_net_end *end);
-int mic_net_end_fd(const struct mic_net_end *end);
+/* What to sleep on: frames, or while `blocked` (no buffers) only the end of the local end. */
+int mic_net_end_fd(const struct mic_net_end *end, bool blocked);
+/* That descriptor was ready while blocked: the local end is gone. */
+void mic_net_end_lost(struct mic_net_end *end);
 /* One frame with its vnet header: bytes, 0 nothing there, -1 the end is gone (end->error). */
 long mic_net_end_recv(struct mic_net_end *end, const struct iovec *iov, unsigned n);
 /* 0 sent, 1 dropped, -1 the end is gone. len = bytes in iov, header included. */

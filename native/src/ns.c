@@ -26,8 +26,8 @@
 _Static_assert(MIC_NS_USER == CLONE_NEWUSER && MIC_NS_MNT == CLONE_NEWNS && MIC_NS_PID == CLONE_NEWPID &&
 		       MIC_NS_UTS == CLONE_NEWUTS && MIC_NS_IPC == CLONE_NEWIPC && MIC_NS_NET == CLONE_NEWNET,
 	       "namespace flags are the kernel's");
-_Static_assert(MIC_MS_BIND == MS_BIND && MIC_MS_REC == MS_REC && MIC_MS_PRIVATE == MS_PRIVATE &&
-		       MIC_MS_RELATIME == MS_RELATIME && MIC_MS_NOATIME == MS_NOATIME,
+_Static_assert((unsigned)MIC_MS_BIND == (unsigned)MS_BIND && (unsigned)MIC_MS_REC == (unsigned)MS_REC && (unsigned)MIC_MS_PRIVATE == (unsigned)MS_PRIVATE &&
+		       (unsigned)MIC_MS_RELATIME == (unsigned)MS_RELATIME && (unsigned)MIC_MS_NOATIME == (unsigned)MS_NOATIME,
 	       "mount flags are the kernel's");
 
 /* struct mount_attr of <linux/mount.h>, which older C libraries do not have. */

@@ -18,11 +18,12 @@
 #include "mic/iov.h"
 
 #define PCAP_MAGIC_NS 0xa1b23c4du
-#define PCAP_SNAPLEN 262144u
+#define PCAP_SNAPLEN  262144u
 #define PCAP_ETHERNET 1u
-#define MIN_BUFFER (1ull << 20)
-#define MAX_BUFFER (1ull << 30)
-#define PIPE_PIECE 4096u /* what a pipe that polls writable takes without blocking */
+#define MIN_BUFFER    (1ull << 20)
+#define MAX_BUFFER    (1ull << 30)
+#define NSEC          1000000000ull
+#define PIPE_PIECE    4096u /* what a pipe that polls writable takes without blocking */
 
 struct record {
 	uint32_t sec, nsec, caplen, len;
@@ -39,23 +40,29 @@ struct mic_pcap {
 	int wake_fd; /* eventfd: records are there, or stop is set */
 	bool regular;
 	uint8_t *ring;
-	uint64_t size;      /* power of two */
-	uint64_t head;      /* bytes put in, by the data path */
-	uint64_t tail;      /* bytes written, by the thread */
-	uint32_t sleeping;  /* the thread waits on wake_fd */
+	uint64_t size;     /* power of two */
+	uint64_t head;     /* bytes put in, by the data path */
+	uint64_t tail;     /* bytes written, by the thread */
+	uint32_t sleeping; /* the thread waits on wake_fd */
 	uint32_t stop;
-	uint64_t deadline;  /* CLOCK_MONOTONIC ns after which nothing is written any more, 0 = none */
+	uint64_t deadline; /* CLOCK_MONOTONIC ns after which nothing is written any more, 0 = none */
+	uint64_t epoch;    /* wall clock - CLOCK_MONOTONIC at the start: times never run backwards */
 	uint64_t captured, dropped, written;
 	int error;
 	pthread_t thread;
 };
 
-static uint64_t monotonic_ns(void)
+static uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec ts;
 
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+	clock_gettime(clock, &ts);
+	return (uint64_t)ts.tv_sec * NSEC + (uint64_t)ts.tv_nsec;
+}
+
+static uint64_t monotonic_ns(void)
+{
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 /* --- data path -------------------------------------------------------------------------------- */
@@ -85,15 +92,14 @@ void mic_pcap_frame(struct mic_pcap *p, const struct iovec *iov, unsigned n, uin
 	uint64_t head = p->head;
 	/* Pairs with the release store in write_some(): that room is really free. */
 	uint64_t room = p->size - (head - mic_load_acquire(&p->tail));
-	struct timespec ts;
 
 	mic_store_relaxed(&p->captured, p->captured + 1);
 	if (room < sizeof(struct record) + cap || mic_load_relaxed(&p->error)) {
 		mic_store_relaxed(&p->dropped, p->dropped + 1);
 		return;
 	}
-	clock_gettime(CLOCK_REALTIME, &ts);
-	struct record rec = { (uint32_t)ts.tv_sec, (uint32_t)ts.tv_nsec, (uint32_t)cap, (uint32_t)len };
+	uint64_t now = p->epoch + monotonic_ns();
+	struct record rec = {(uint32_t)(now / NSEC), (uint32_t)(now % NSEC), (uint32_t)cap, (uint32_t)len};
 
 	ring_put(p, head, &rec, sizeof rec);
 	ring_put_iov(p, head + sizeof rec, iov, n, skip, cap);
@@ -120,8 +126,8 @@ static int wait_writable(struct mic_pcap *p)
 {
 	for (;;) {
 		/* Once the end is near, wake_fd stays readable: no need to be told again. */
-		struct pollfd f[2] = { { .fd = p->fd, .events = POLLOUT },
-				       { .fd = mic_load_acquire(&p->stop) ? -1 : p->wake_fd, .events = POLLIN } };
+		struct pollfd f[2] = {{.fd = p->fd, .events = POLLOUT},
+				      {.fd = mic_load_acquire(&p->stop) ? -1 : p->wake_fd, .events = POLLIN}};
 		eventfd_t drop;
 		int timeout = time_left_ms(p);
 
@@ -214,7 +220,7 @@ static void drain(struct mic_pcap *p, uint64_t head)
 static void *writer(void *arg)
 {
 	struct mic_pcap *p = arg;
-	const struct file_header h = { PCAP_MAGIC_NS, 2, 4, 0, 0, PCAP_SNAPLEN, PCAP_ETHERNET };
+	const struct file_header h = {PCAP_MAGIC_NS, 2, 4, 0, 0, PCAP_SNAPLEN, PCAP_ETHERNET};
 	int rc = write_all(p, (const uint8_t *)&h, sizeof h);
 
 	if (rc < 0)
@@ -223,7 +229,7 @@ static void *writer(void *arg)
 		/* stop before head: what was captured before the stop is still written. */
 		uint32_t stop = mic_load_acquire(&p->stop);
 		uint64_t head = mic_load_acquire(&p->head);
-		struct pollfd f = { .fd = p->wake_fd, .events = POLLIN };
+		struct pollfd f = {.fd = p->wake_fd, .events = POLLIN};
 		eventfd_t drop;
 
 		drain(p, head);
@@ -262,6 +268,7 @@ struct mic_pcap *mic_pcap_create(int fd, uint64_t buffer)
 	if (!p)
 		return NULL;
 	p->fd = fd;
+	p->epoch = clock_ns(CLOCK_REALTIME) - monotonic_ns();
 	p->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	for (p->size = MIN_BUFFER; p->size < buffer && p->size < MAX_BUFFER;)
 		p->size *= 2;

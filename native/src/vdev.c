@@ -16,11 +16,14 @@
 
 #include "mic/barrier.h"
 
-#define MAX_EXTRA 5u
-#define SPIN_STEP 32u             /* looks between two questions to the clock */
-#define CENSUS_NS 2000000u        /* how old the count of runnable threads may be */
-#define PENALTY_MIN_NS 1000000u   /* closed for this long after the first preemption ... */
-#define PENALTY_MAX_NS 64000000u  /* ... doubling up to this */
+#define MAX_EXTRA       5u
+#define SPIN_STEP       32u       /* looks between two questions to the clock */
+#define CENSUS_NS       2000000u  /* how old the count of runnable threads may be ... */
+#define CENSUS_MAX_NS   64000000u /* ... and up to this after counts that found too many */
+#define SPIN_FIRST_NS   8000u     /* the window after the first short sleep; it doubles from there */
+#define SPINS_PER_CHECK 16u       /* successful spins between two looks at the preemption count */
+#define PENALTY_MIN_NS  1000000u  /* closed for this long after the first preemption ... */
+#define PENALTY_MAX_NS  64000000u /* ... doubling up to this */
 
 uint64_t mic_now_ns(void)
 {
@@ -71,16 +74,21 @@ static unsigned usable_cpus(void)
 
 static bool spin_allowed(uint64_t now)
 {
-	static uint64_t counted_ns; /* of this process; a lost race only counts twice */
+	/* Of this process; a lost race between threads only counts twice. */
+	static uint64_t next_ns, pause_ns = CENSUS_NS;
 	static uint32_t allowed;
 
-	if (now - mic_load_relaxed(&counted_ns) < CENSUS_NS)
+	if (now < mic_load_relaxed(&next_ns))
 		return mic_load_relaxed(&allowed);
-	mic_store_relaxed(&counted_ns, now);
 	long online = sysconf(_SC_NPROCESSORS_ONLN);
 	bool ok = usable_cpus() > 1 && runnable_threads() <= (unsigned)(online > 0 ? online : 1);
+	uint64_t pause = mic_load_relaxed(&pause_ns);
 
+	/* Crowded: stay away longer each time, or the crowd would be counted without us and we came back. */
+	pause = ok ? CENSUS_NS : pause < CENSUS_MAX_NS ? pause * 2 : pause;
+	mic_store_relaxed(&pause_ns, pause);
 	mic_store_relaxed(&allowed, ok);
+	mic_store_relaxed(&next_ns, now + pause);
 	return ok;
 }
 
@@ -98,19 +106,29 @@ uint64_t mic_spin_until(struct mic_spin *s, unsigned max_us)
 	return now >= s->closed_ns && spin_allowed(now) ? now + s->window_ns : 0;
 }
 
-void mic_spin_missed(struct mic_spin *s)
+void mic_spin_done(struct mic_spin *s, bool hit)
 {
+	s->spins++;
+	if (hit && s->spins < SPINS_PER_CHECK)
+		return;
 	uint64_t count = preemptions();
+	bool crowded = count - s->preempted > s->spins / 4;
 
-	if (count == s->preempted) {
+	s->preempted = count;
+	s->spins = 0;
+	if (!crowded) {
 		s->penalty_ns = 0;
 		return;
 	}
-	s->preempted = count;
 	s->penalty_ns = s->penalty_ns ? s->penalty_ns * 2 : PENALTY_MIN_NS;
 	if (s->penalty_ns > PENALTY_MAX_NS)
 		s->penalty_ns = PENALTY_MAX_NS;
 	s->closed_ns = mic_now_ns() + s->penalty_ns;
+}
+
+void mic_spin_missed(struct mic_spin *s)
+{
+	mic_spin_done(s, false);
 }
 
 void mic_spin_sleeping(struct mic_spin *s)
@@ -125,9 +143,11 @@ void mic_spin_woke(struct mic_spin *s, unsigned max_us)
 
 	/* A sleep shorter than the longest spin would have been a hit (waking itself costs 30 us). */
 	if (slept < max_ns + 30000u)
-		s->window_ns = max_ns;
+		s->window_ns = s->window_ns ? s->window_ns * 2 : SPIN_FIRST_NS;
 	else
-		s->window_ns = s->window_ns > 4000 ? s->window_ns / 2 : 0;
+		s->window_ns = s->window_ns >= SPIN_FIRST_NS ? s->window_ns / 2 : 0;
+	if (s->window_ns > max_ns)
+		s->window_ns = max_ns;
 	s->slept_ns = 0;
 }
 
@@ -139,7 +159,7 @@ int mic_line_open(int fd)
 
 	if (ep < 0)
 		return -errno;
-	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
+	struct epoll_event ev = {.events = EPOLLIN | EPOLLET};
 
 	if (epoll_ctl(ep, EPOLL_CTL_ADD, fd, &ev) < 0) {
 		int err = errno;
@@ -159,7 +179,7 @@ void mic_line_take(int line_fd)
 
 void mic_drain_fd(int fd)
 {
-	struct pollfd p = { .fd = fd, .events = POLLIN };
+	struct pollfd p = {.fd = fd, .events = POLLIN};
 	eventfd_t drop;
 
 	if (poll(&p, 1, 0) == 1)
@@ -174,7 +194,7 @@ int mic_wait_fds(const int *fds, unsigned n, int timeout_ms)
 	if (n > 8)
 		return -EINVAL;
 	for (unsigned i = 0; i < n; i++)
-		p[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
+		p[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
 	int rc = poll(p, n, timeout_ms);
 
 	if (rc < 0)
@@ -188,7 +208,7 @@ int mic_wait_fds(const int *fds, unsigned n, int timeout_ms)
 /* Sleep on a line, a control descriptor and others; the line's edge is taken. */
 static int sleep_on(int line_fd, int control_fd, const int *extra, unsigned n, int timeout_ms)
 {
-	int fds[2 + MAX_EXTRA] = { line_fd, control_fd };
+	int fds[2 + MAX_EXTRA] = {line_fd, control_fd};
 
 	if (n > MAX_EXTRA)
 		return -EINVAL;
@@ -212,7 +232,8 @@ int mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, 
 	dev->line_fd = -1;
 	if (num_vq > MIC_MAX_VRINGS)
 		return -EINVAL;
-	if (slot_off > size - sizeof(struct mic_device_desc) || ctrl_off > size - sizeof(struct mic_device_ctrl))
+	if (slot_off > size - sizeof(struct mic_device_desc) ||
+	    ctrl_off > size - sizeof(struct mic_device_ctrl))
 		return -EFAULT;
 	dev->bus = bus;
 	dev->desc = mic_bus_host(bus) + slot_off;
@@ -222,7 +243,7 @@ int mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, 
 	dev->num_vq = num_vq;
 	dev->spin_us = MIC_SPIN_US;
 	for (unsigned i = 0; i < MIC_MAX_VRINGS; i++)
-		dev->vq[i] = (struct mic_vq){ .bus = bus, .broken = true, .error = ENXIO };
+		dev->vq[i] = (struct mic_vq){.bus = bus, .broken = true, .error = ENXIO};
 	dev->line_fd = mic_line_open(kick_fd);
 	return dev->line_fd < 0 ? dev->line_fd : 0;
 }
@@ -306,12 +327,14 @@ bool mic_vdev_spin(struct mic_vdev *dev)
 		return false;
 	do {
 		for (unsigned i = 0; i < SPIN_STEP; i++) {
-			if (vdev_look(dev))
+			if (vdev_look(dev)) {
+				mic_spin_done(&dev->spin, true);
 				return true;
+			}
 			mic_cpu_relax();
 		}
 	} while (mic_now_ns() < end);
-	mic_spin_missed(&dev->spin);
+	mic_spin_done(&dev->spin, false);
 	return false;
 }
 
@@ -377,12 +400,14 @@ bool mic_vdrv_spin(struct mic_vdrv *drv)
 		return false;
 	do {
 		for (unsigned i = 0; i < SPIN_STEP; i++) {
-			if (vdrv_look(drv))
+			if (vdrv_look(drv)) {
+				mic_spin_done(&drv->spin, true);
 				return true;
+			}
 			mic_cpu_relax();
 		}
 	} while (mic_now_ns() < end);
-	mic_spin_missed(&drv->spin);
+	mic_spin_done(&drv->spin, false);
 	return false;
 }
 

@@ -34,8 +34,9 @@ static void rig_close(struct rig *r)
 
 static struct mic_dma_chan *channel(struct rig *r, unsigned c)
 {
-	uint64_t base = RINGS + c * RING_BYTES + (c < 4 ? MIC_SMPT_BASE : 0);
+	uint64_t memory = RINGS + c * RING_BYTES, base = memory + (c < 4 ? MIC_SMPT_BASE : 0);
 	struct mic_dma_setup s = {.ring = base,
+				  .memory = memory,
 				  .status = base + RING * 16,
 				  .size = RING,
 				  .c = c,

@@ -45,7 +45,7 @@ class Lab:
 
 @contextlib.contextmanager
 def make_lab() -> Iterator[Lab]:
-    with make_bus(gddr=128 * MiB, host=GiB) as bus, DmaEngine(bus) as engine:
+    with make_bus(gddr=128 * MiB, host=17 * GiB) as bus, DmaEngine(bus) as engine:
         smpt = Smpt(bus, logging.getLogger("t"))
         smpt.init()
         host = DmaMemory(PageAllocator(bus.fds[2], 64 * MiB, 96 * MiB), smpt.map, smpt.unmap)
@@ -564,3 +564,35 @@ def test_hw_28_random_clients_match_a_model(
             ch.sync_wait(cookie)
     assert ran == submitted
     assert bus.gddr.read(0, 2 * AREA) == bytes(model)
+
+
+def test_hw_22_pause_and_resume(lab: Lab, chan: DmaChannel) -> None:
+    """HW-22: a paused channel stands still between descriptors and loses nothing."""
+    chan.pause()
+    cookies = []
+    for n in range(8):
+        tx = chan.prep_imm_data(local(chan) + 8 * n, n + 1)
+        assert tx
+        cookies.append(tx.submit())
+    with pytest.raises(DmaError) as e:
+        chan.sync_wait(cookies[-1], timeout_s=0.05)
+    assert e.value.errno == errno.ETIMEDOUT
+    assert lab.bus.card_view(local(chan), 64).read(0, 64) == bytes(64)
+    chan.resume()
+    chan.sync_wait(cookies[-1])
+    assert lab.bus.card_view(local(chan) + 56, 8).load(0, 8) == 8
+
+
+def test_hw_10_channel_set_up_before_the_smpt_is_restored(lab: Lab) -> None:
+    """HW-10: after a reset the channels are set up (step 5) before the SMPT is (step 10)."""
+    far = DmaMemory(PageAllocator(lab.bus.fds[2], 16 * GiB, 16 * GiB + 8 * MiB), lab.host.map, lab.host.unmap)
+    registers = [lab.bus.read("smpt", i) for i in range(32)]
+    lab.engine.reset()
+    lab.bus.hw_reset()
+    with DmaChannel(lab.bus, 0, far) as ch:
+        for i, value in enumerate(registers):
+            lab.bus.write("smpt", value, i)
+        tx = ch.prep_imm_data(0x40, 0x1234)
+        assert tx
+        ch.sync_wait(tx.submit())
+    assert lab.bus.gddr.load(0x40, 8) == 0x1234

@@ -62,6 +62,7 @@ def userland() -> tuple[str, dict[str, str]]:
     skip = shutil.ignore_patterns("__pycache__", "*.c", "testing")
     shutil.copytree(shared, root / "mic_emu", ignore=skip)
     shutil.copytree(card, root / "mic_emu/card", ignore=skip, dirs_exist_ok=True)
+    shutil.copytree(card.parent / "host", root / "mic_emu/host", ignore=skip, dirs_exist_ok=True)
     if not (root / "mic_emu/_native.abi3.so").exists():
         shutil.copy(str(_native.__file__), root / "mic_emu")
     for module in (_cffi_backend, posix_ipc):

@@ -20,7 +20,7 @@ from mic_emu.wire import Channel
 
 # The card OS of these tests: init, and words on stdin for its handle.
 KERNEL = """
-import base64, json, os, select, socket, sys
+import base64, json, os, resource, select, socket, sys
 import time
 from mic_emu import namespaces
 from mic_emu.card.os import init, rootfs
@@ -29,6 +29,8 @@ options = json.loads(sys.argv[2])
 options["ramdisk"] = base64.b64decode(options.get("ramdisk", ""))
 contained = os.getpid() == 1
 faults = options.pop("faults", [])
+if limit := options.pop("limit_nofile", 0):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 class Lib:
     # The native library of an older kernel.
     def __getattr__(self, name): return getattr(real, name)

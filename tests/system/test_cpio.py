@@ -113,6 +113,12 @@ def test_links_on_the_way_are_followed_inside_the_archive(dest: Path) -> None:
     assert not (dest / "bin").exists()
 
 
+def test_a_name_ends_at_its_first_zero(dest: Path) -> None:
+    """Zero bytes inside a name end it, as in C."""
+    unpack(dest, archive(member(b"a\0b", b"x")))
+    assert os.listdir(dest) == ["a"]
+
+
 @pytest.mark.parametrize(
     "members",
     [
@@ -166,6 +172,8 @@ def test_a_link_is_replaced_not_followed(dest: Path) -> None:
         (b"\x1f\x8b\x08\0garbage", "gzip data is"),
         (gzip.compress(archive(member("a")))[:-9], "gzip data is truncated"),
         (b"070701" + b"zz" * 52 + bytes(10), "no hexadecimal"),
+        (b"070701" + b"-0000001" * 13 + bytes(10), "no hexadecimal"),
+        (b"070701" + b"  1_0000" * 13 + bytes(10), "no hexadecimal"),
         (member("a", size=1 << 31), "truncated: a member at byte 0 wants 2147483648"),
         (member("a", name_len=0), "a name of 0 bytes"),
         (member("a", name_len=5000), "a name of 5000 bytes"),

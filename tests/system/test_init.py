@@ -159,8 +159,9 @@ def test_descriptors_of_a_program(card: Card) -> None:
     fds, _, rest = out.partition("SigBlk")
     assert len(fds.split()) == 4  # ls itself opens one
     words = rest.split()
-    assert int(words[1], 16) == 0
-    assert int(words[3], 16) == 0
+    internal = 3 << 31  # signals 32 and 33 are the C library's own
+    assert int(words[1], 16) & ~internal == 0
+    assert int(words[3], 16) & ~internal == 0
     assert words[4] == words[5]
 
 
@@ -236,11 +237,20 @@ def test_umask_and_files_are_the_callers(card: Card, tmp_path: Path) -> None:
 
 
 def test_many_at_once(card: Card) -> None:
-    """Fifty programs at the same time, each with its own status and output."""
-    ps = [card.client(["sh", "-c", f"echo {n}; exit {n}"], stdout=subprocess.PIPE) for n in range(50)]
+    """Twenty programs at the same time, each with its own status and output."""
+    ps = [card.client(["sh", "-c", f"echo {n}; exit {n}"], stdout=subprocess.PIPE) for n in range(20)]
     for n, p in enumerate(ps):
         out, _ = p.communicate(timeout=30)
         assert (out, p.returncode) == (f"{n}\n".encode(), n)
+
+
+def test_init_survives_running_out_of_descriptors() -> None:
+    """Clients beyond init's descriptor limit wait or are dropped; later ones are served."""
+    with booted(limit_nofile=40) as c:
+        crowd = [c.raw() for _ in range(60)]
+        for ch in crowd:
+            ch.close()
+        assert c.run(["sh", "-c", "exit 3"])[0] == 3
 
 
 def test_orphans_are_reaped(card: Card) -> None:
@@ -444,7 +454,8 @@ def test_shutdown_ends_everything(plain: bool) -> None:
         assert polite.communicate(timeout=5)[0] == b"bye\n"
         assert polite.returncode == 4
         stubborn.communicate(timeout=5)
-        assert stubborn.returncode == -signal.SIGKILL
+        # The shell may see its child's death before its own.
+        assert stubborn.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
         assert not _running("sleep", "1005")
 
 

@@ -51,8 +51,8 @@ def test_pcap_holds_both_directions(tmp_path: Path) -> None:
     t0 = time.time()
     with path.open("wb") as f, Wire(MODERN) as w:
         cap = run_captured(f.fileno(), sent, w)
-        w.nd.capture(None)
         eventually(lambda: cap.stats()["captured"] == 2 * len(sent), "the last record")
+        w.nd.capture(None)
         cap.close()
     got = records(path.read_bytes())
     assert [f for _, f in got] == [x for f in sent for x in (f, f[::-1])]

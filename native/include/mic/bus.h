@@ -71,6 +71,9 @@ void mic_ring_host(struct mic_bus *bus, int db);
 /* The host rings card doorbell `db` (0-7 APICICR, 8-15 RDMASR); others are ignored (HW-18). */
 void mic_ring_card(struct mic_bus *bus, int db);
 
+/* This process is the host: while the command register has memory decoding off, or the function
+ * sleeps (D3hot), registers read all ones and ignore writes. Not for the aperture, which is mapped. */
+void mic_bus_set_over_pci(struct mic_bus *bus, bool on);
 /* Configuration space was written: deliver what became possible. */
 void mic_bus_config_changed(struct mic_bus *bus);
 

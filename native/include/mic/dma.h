@@ -48,6 +48,8 @@ enum mic_dma_flags {
 
 struct mic_dma_setup {
 	uint64_t ring;      /* card address of size * 16 zeroed bytes: SMPT for channels 0-3, GDDR for 4-7 */
+	uint64_t memory;    /* the same as an offset in the owner's memory: the SMPT registers may not be
+			     * written yet when a channel is set up (HW 6.3: steps 5 and 10) */
 	uint64_t status;    /* card address of 8 bytes that fences may overwrite */
 	uint32_t size;      /* descriptors; the driver's ring has MIC_DMA_RING_SIZE */
 	uint32_t max_bytes; /* longest copy of one descriptor, a multiple of 64 */
@@ -94,6 +96,9 @@ unsigned mic_dma_done_pending(struct mic_dma_chan *ch);
 int mic_dma_wait(struct mic_dma_chan *ch, int cookie, int timeout_ms, bool halt_fails);
 /* Drop all that is not complete. 0, or -ETIMEDOUT when the engine does not let go. */
 int mic_dma_terminate(struct mic_dma_chan *ch, int timeout_ms);
+/* Stand still after the descriptor in progress, with everything in place: 0 or -ETIMEDOUT. */
+int mic_dma_pause(struct mic_dma_chan *ch, int timeout_ms);
+void mic_dma_resume(struct mic_dma_chan *ch);
 /* The primary handler: a card channel masks and unmasks (erratum, HW 5.6). */
 void mic_dma_ack_interrupt(struct mic_dma_chan *ch);
 bool mic_dma_halted(struct mic_dma_chan *ch);

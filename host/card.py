@@ -152,6 +152,7 @@ class Card:
     def _board_exit(self, status: int) -> None:
         """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
         self.board_pid = self.os_pid = 0
+        self.driver.board_lost = True
         if self._closing:
             return
         self.log.error("the board process died; a new board takes its place", event="board_exit", status=status)
@@ -183,6 +184,7 @@ class Card:
     async def _bring_up(self) -> None:
         self.boots += 1
         self.refused = self.os_ended = ""
+        self.driver.board_lost = False
         self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
         self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
         self.link.start()
@@ -190,6 +192,7 @@ class Card:
             self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
         )
         self.vop.peer_alive = lambda: self.os_pid != 0
+        self.vop.hold = self.driver.hold
         self.supervisor = Supervisor(
             self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
         )
@@ -197,7 +200,8 @@ class Card:
             self.supervisor.add(backend)
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF (HW-49). A crashed card is not asked to cooperate (COSM-55)."""
+        """VOP, then SCIF; the driver frees its DMA channels afterwards (HW-49). A crashed card is not asked to
+        cooperate (COSM-55)."""
         if self.cosm.shutdown_status is Status.CRASHED:
             self._peer_died()
         if self.supervisor:

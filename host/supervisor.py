@@ -190,7 +190,7 @@ class Supervisor:
             backend.ready.clear()
             self.on_change()
         elif op == "guest_ack" and backend.device:
-            backend.device.acked.set()
+            backend.device.acknowledged()
         elif op == "config" and backend.device:
             asyncio.ensure_future(self._config(backend.device, bytes.fromhex(msg["config"])))
         elif op == "event":

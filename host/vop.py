@@ -44,11 +44,17 @@ class VopDevice:
     name: str
     served: bool = True  # a backend process runs its rings
     removed: bool = False
-    acked: asyncio.Event = field(default_factory=asyncio.Event)  # the card set guest_ack
+    acked: asyncio.Event = field(default_factory=asyncio.Event)  # the card set guest_ack, or will not
+    ack_seen: bool = False
 
     @property
     def driver_ok(self) -> bool:
         return bool(self.bottom.status() & C["VIRTIO_DRIVER_OK"])
+
+    def acknowledged(self) -> None:
+        """The card has set guest_ack (seen by whoever serves the device's doorbell)."""
+        self.ack_seen = True
+        self.acked.set()
 
 
 class VopHost:
@@ -67,6 +73,9 @@ class VopHost:
         self.log = log
         self.devices: list[VopDevice] = []
         self.peer_alive: Callable[[], bool] = lambda: True
+        self.hold: Callable[[Callable[[], None]], None] = lambda free: None
+        """Keeps memory that a hung card may still write to until the card is reset (VOP-56)."""
+        self._slots: list[dp.Slot] = []  # what the page holds, whatever the card makes of it (VOP-50)
         self._lock = asyncio.Lock()  # the page and the list (VOP 4.10)
 
     # --- announce ---------------------------------------------------------------------------
@@ -91,7 +100,7 @@ class VopHost:
             return self._add_locked(kind, num, features, config, shape)
 
     def _add_locked(self, kind: int, num: int, features: int, config: bytes, shape: dp.SlotShape) -> VopDevice:
-        room = dp.find_room(self.page, shape)
+        room = dp.find_room(self._slots, shape)
         if room is None:
             raise VopError("the device page is full", errno.EINVAL)
         off, reused = room
@@ -110,6 +119,7 @@ class VopHost:
         drain(line.fd)
         slot.vector = line.vector
         self._fill(slot, config, addresses, db, reused)
+        self._note(dp.Slot(off, kind, shape))
         DESC.put(self.page, off, "type", kind)  # release: the last store of ADD_DEVICE (VOP-6)
         self.ring_config()
         dev = VopDevice(slot, BottomHalf(self.bus, slot), line, addresses, f"virtio{kind}@{off}")
@@ -117,10 +127,18 @@ class VopHost:
         self.log.info("device announced", type=kind, slot=off, rings=shape.num_vq, doorbell=db, vector=line.vector)
         return dev
 
+    def _note(self, slot: dp.Slot) -> None:
+        """Our record of a slot: a new one at the end of the list, or a change of an old one."""
+        for i, old in enumerate(self._slots):
+            if old.off == slot.off:
+                self._slots[i] = slot
+                return
+        self._slots.append(slot)
+
     def _ring_block(self, slot: DeviceSlot, kind: int, index: int) -> int:
         size = dp.block_size(slot.num)
         off = self.memory.alloc(size)
-        slot.blocks.append(off)
+        slot.blocks.append(off)  # from here on _free_blocks takes it back
         L.VRING_INFO.put(self.bus.host, off + dp.vring_size(slot.num), "magic", dp.ring_magic(kind, index))
         addr = self.smpt.map(off, size)
         if not addr:
@@ -128,11 +146,11 @@ class VopHost:
         return addr
 
     def _free_blocks(self, slot: DeviceSlot, addresses: list[int]) -> None:
-        for addr in addresses:
-            self.smpt.unmap(addr, dp.block_size(slot.num))
-        for block in slot.blocks:
-            self.memory.free(block)
-        slot.blocks.clear()
+        """Idempotent: what is given back is forgotten."""
+        while addresses:
+            self.smpt.unmap(addresses.pop(), dp.block_size(slot.num))
+        while slot.blocks:
+            self.memory.free(slot.blocks.pop())
 
     def _fill(self, slot: DeviceSlot, config: bytes, addresses: list[int], db: int, reused: bool) -> None:
         """Everything but the type byte. A reused slot keeps type -1 meanwhile (VOP 2.5)."""
@@ -167,26 +185,38 @@ class VopHost:
         Raises VopError EIO when the card has no config doorbell or the device is gone.
         """
         async with self._lock:
-            if dev.removed or self._config_db() == -1:
+            if dev.removed or self._config_db() == -1 or DESC.get(self.page, dev.slot.off, "type") == dp.REMOVED:
                 raise VopError(f"{dev.name}: the card does not listen for configuration changes", errno.EIO)
             ctrl = dev.slot.off + dev.slot.shape.ctrl_off
             self.page.write(dev.slot.off + dev.slot.shape.config_off, config[: dev.slot.shape.config_len])
-            dev.acked.clear()
+            self._expect_ack(dev)
             CTRL.put(self.page, ctrl, "config_change", C["PARAM_CONFIG_CHANGED"])
             self.ring_config()
-            acked = await self._await_ack(dev, CONFIG_LIMIT)
+            acked = await self._await_ack(dev, lambda: dev.ack_seen or self.guest_acked(dev), CONFIG_LIMIT)
             CTRL.put(self.page, ctrl, "config_change", 0)
             CTRL.put(self.page, ctrl, "guest_ack", 0)
             return acked
 
-    async def _await_ack(self, dev: VopDevice, limit: float) -> bool:
-        """The card's guest_ack byte. It rings the device's doorbell when it has set it, which wakes us
-        here or through the backend; a card that only sets the byte is seen when the limit ends."""
+    def _expect_ack(self, dev: VopDevice) -> None:
+        CTRL.put(self.page, dev.slot.off + dev.slot.shape.ctrl_off, "guest_ack", 0)
+        dev.ack_seen = False
+        dev.acked.clear()
+
+    async def _await_ack(self, dev: VopDevice, done: Callable[[], bool], limit: float) -> bool:
+        """The card's answer. It rings the device's doorbell when it has stored it, which wakes us here
+        or through the backend; a card that only stores bytes is seen when the limit ends."""
+
+        async def watch() -> None:
+            while not done() and self.peer_alive():
+                dev.acked.clear()
+                if not done():
+                    await dev.acked.wait()
+
         try:
-            await self.clock.within(dev.acked.wait(), limit, f"{dev.name}: the card's acknowledgement")
+            await self.clock.within(watch(), limit, f"{dev.name}: the card's acknowledgement")
         except TimeoutError:
             pass
-        return self.guest_acked(dev)
+        return done()
 
     def guest_acked(self, dev: VopDevice) -> bool:
         """Has the card handled the pending config_change?"""
@@ -207,7 +237,7 @@ class VopHost:
         drain(dev.irq.fd)
         dev.bottom.run_without_backend()
         if self.guest_acked(dev):
-            dev.acked.set()
+            dev.acknowledged()
 
     async def remove(self, dev: VopDevice) -> None:
         """Take a device away from the card (VOP 4.7); returns when its memory is free again."""
@@ -217,21 +247,30 @@ class VopHost:
             self.backend_gone(dev)
             dev.removed = True
             ctrl = dev.slot.off + dev.slot.shape.ctrl_off
-            acked = True
-            if DESC.get(self.page, dev.slot.off, "type") != dp.REMOVED:
-                dev.acked.clear()
+            if not self._card_let_go(dev):
+                self._expect_ack(dev)
                 CTRL.put(self.page, ctrl, "config_change", C["PARAM_DEV_REMOVE"])
-                if self._config_db() != -1 and self.peer_alive():
+                if self._config_db() != -1:
                     self.ring_config()
-                    acked = await self._await_ack(dev, REMOVE_LIMIT)
+                    await self._await_ack(dev, lambda: self._card_let_go(dev), REMOVE_LIMIT)
+            # A card that never took the device (no config doorbell, status 0) cannot write to it.
+            acked = self._card_let_go(dev) or self._config_db() == -1 and dev.bottom.status() == 0
             CTRL.put(self.page, ctrl, "config_change", 0)
             CTRL.put(self.page, ctrl, "guest_ack", 0)
             asyncio.get_running_loop().remove_reader(dev.irq.fd)
             dev.irq.free()
-            self._free_blocks(dev.slot, dev.card_addresses)
+            if acked:
+                self._free_blocks(dev.slot, dev.card_addresses)
+            else:
+                self.hold(lambda: self._free_blocks(dev.slot, dev.card_addresses))
+            self._note(dp.Slot(dev.slot.off, dp.REMOVED, dev.slot.shape))
             DESC.put(self.page, dev.slot.off, "type", dp.REMOVED)
             self.devices.remove(dev)
             self.log.info("device removed", type=dev.slot.kind, slot=dev.slot.off, acknowledged=acked)
+
+    def _card_let_go(self, dev: VopDevice) -> bool:
+        """The card has removed the device (its last store is the type), or there is no card."""
+        return not self.peer_alive() or DESC.get(self.page, dev.slot.off, "type") == dp.REMOVED
 
     def peer_died(self) -> None:
         """The card OS is gone: nobody will acknowledge anything any more."""

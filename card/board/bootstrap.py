@@ -11,6 +11,7 @@ from mic_emu import image, namespaces
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.card.os import ns
+from mic_emu.card.os.bringup import X100_CPU
 from mic_emu.log import Log
 
 REPORT_LIMIT = 4096
@@ -72,7 +73,7 @@ class Bootstrap:
                 os.set_inheritable(fd, True)
             boot = {
                 "fds": self.bus.fds, "log_fd": self.log.fd, "base": base, "size": size,
-                "contained": bool(how.namespaces),
+                "contained": bool(how.namespaces), "cpu": X100_CPU,
                 **{k: self.args[k] for k in ("name", "index", "dir", "timing")},
             }  # fmt: skip
             path, argv, env = image.start_command(payload_fd, [json.dumps(boot)])

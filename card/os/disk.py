@@ -58,10 +58,10 @@ class BlockDriver(LoopDriver):
             raise OSError(-rc, f"bench of {self.name}: {os.strerror(-rc)}")
         return {"iops": b.iops, "mb_per_s": b.mb_per_s, "p50_us": b.p50_us, "p99_us": b.p99_us}
 
-    def remove(self) -> None:
+    def remove(self) -> bool:
         if self._drv != ffi.NULL:
             lib.mic_blk_drv_stop(self._drv)  # what is outstanding ends with ESHUTDOWN
-        super().remove()
+        return super().remove()
 
     def destroy(self) -> None:
         if self._nbd != ffi.NULL:

@@ -103,10 +103,10 @@ class LoopDriver:
         if rc < 0:
             self.dev.log.error(f"the driver's loop ended: {os.strerror(-rc)}")
 
-    def remove(self) -> None:
+    def remove(self) -> bool:
         """End the loop, wait for it, free everything; may be called after a failed probe."""
         if self.dev is None:
-            return
+            return True
         if self in self.env.drivers:
             self.env.drivers.remove(self)
         os.write(self.dev.stop_fd, (1).to_bytes(8, "little"))
@@ -114,9 +114,10 @@ class LoopDriver:
             self._thread.join(STOP_LIMIT_S)
             if self._thread.is_alive():
                 self.dev.log.error("the driver's loop does not end; its memory stays")
-                return
+                return False
         self.destroy()
         self.dev = None
+        return True
 
 
 def created(obj: Any, what: str) -> Any:
@@ -133,6 +134,10 @@ class ConsoleDriver(LoopDriver):
     rings = 2
     AREA = 32 * 4096
 
+    def __init__(self, env: Environment) -> None:
+        super().__init__(env)
+        self._obj: Any = ffi.NULL
+
     def create(self, dev: VirtioDevice) -> None:
         area = dev.alloc(self.AREA)
         self._obj = created(
@@ -144,6 +149,7 @@ class ConsoleDriver(LoopDriver):
 
     def destroy(self) -> None:
         lib.mic_con_drv_destroy(self._obj)
+        self._obj = ffi.NULL
 
     def config_changed(self) -> None:
         """A new window size: the line discipline tells the foreground programs."""

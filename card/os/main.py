@@ -21,27 +21,23 @@ from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.card.os.agent import Agent
+from mic_emu.card.os.bringup import BootError, CardDriver
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
-from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.klog import KernelLog
-from mic_emu.card.os.power import SIGNALS
 from mic_emu.card.os.registry import DRIVERS
 from mic_emu.card.os.scif_link import CardLink
 from mic_emu.card.os.userland import PANIC_STATUS, Userland
 from mic_emu.card.os.vop import VopCard
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
+from mic_emu.dma import DRAIN_S
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
 from mic_emu.scif.service import ScifService, listen_at
 
 C = L.CONSTANTS
-
-
-class BootError(Exception):
-    """The card cannot come up; the sentence says why."""
 
 
 def command_line(bus: Bus, base: int, size: int) -> dict[str, str]:
@@ -66,10 +62,8 @@ class Kernel:
         if self.ramdisk:
             first = max(first, self.ramdisk[0] + self.ramdisk[1])
         self.memory = PageAllocator(bus.fds[lib.MIC_FD_GDDR], page_align(first), bus.gddr.size & ~4095)
-        self.interrupts = CardInterrupts(bus)
-        self.page = self._device_page()
-        self.node_id = L.BOOTPARAM.get(self.page, 0, "node_id")
-        self.node = Node(self.node_id, self.memory, bus.gddr, self.clock, log.bind(part="scif"))
+        self.driver = CardDriver.probe(boot, bus, self.memory, log)
+        self.node = Node(self.driver.node_id, self.memory, bus.gddr, self.clock, log.bind(part="scif"))
         self._down: asyncio.Future[Status] | None = None
 
     def _ramdisk(self, base: int) -> tuple[int, int] | None:
@@ -79,28 +73,14 @@ class Kernel:
         if not at or not size:
             return None
         if at + size > self.bus.gddr.size:
-            raise BootError(f"the ramdisk at {at:#x} with {size} bytes does not lie in card memory")
+            raise BootError(f"the ramdisk at {at:#x} with {size} bytes does not lie in card memory", errno.EINVAL)
         return at, size
-
-    def _device_page(self) -> Any:
-        """HW 7 steps 5 and 6: map the page the host announced, check its magic."""
-        lo, hi = (self.bus.read("spad", C[name]) for name in ("SPAD_DP_LO", "SPAD_DP_HI"))
-        try:
-            page = self.bus.card_view(hi << 32 | lo, C["DP_SIZE"])
-        except IndexError as e:
-            raise BootError(f"the device page cannot be mapped: {e}") from e
-        magic = L.BOOTPARAM.get(page, 0, "magic")
-        if magic != C["MIC_MAGIC"]:
-            raise BootError(f"the device page has magic {magic:#x} instead of {C['MIC_MAGIC']:#x} (EIO)")
-        return page
 
     async def run(self, userland: Userland) -> Status:
         """Bring everything up, serve until the card goes down, take everything down in order."""
         loop = asyncio.get_running_loop()
         self._down = loop.create_future()
         loop.add_signal_handler(signal.SIGTERM, self.go_down, Status.POWEROFF)
-        for number, how in SIGNALS.items():
-            loop.add_signal_handler(number, self.go_down, how)
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()
@@ -108,17 +88,18 @@ class Kernel:
         scif.start()
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
         vop = VopCard(
-            self.bus, self.page, self.memory, self.interrupts, self.clock, self.log,
+            self.bus, self.driver.page, self.memory, self.driver.interrupts, self.clock, self.log,
             {kind: lambda make=make: make(environment) for kind, make in DRIVERS.items()},  # type: ignore[misc]
         )  # fmt: skip
-        link = CardLink(self.node, self.bus, self.page, self.interrupts)
+        self.driver.dma.attach(loop)
+        link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts)
         link.start()
         client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
         agent = Agent(environment)
         await agent.open()
         await vop.start()
-        self.log.info("card is up", event="card_up", node=self.node_id)
+        self.log.info("card is up", event="card_up", node=self.driver.node_id)
         status = await self._down
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
         await agent.close()
@@ -128,6 +109,7 @@ class Kernel:
         await client.close()
         await link.stop()
         await vop.close()
+        self.driver.remove(self.clock.limit(DRAIN_S))
         await self.node.close()
         return status
 
@@ -155,8 +137,8 @@ def main() -> NoReturn:
         userland = Userland.fork(boot, kernel.params, kernel.ramdisk, bus, log)
         asyncio.run(kernel.run(userland))
     except BootError as e:
-        log.error(f"panic: {e}")
-        os._exit(errno.EIO)
+        log.error(f"panic: {e} ({errno.errorcode[e.errno]})")
+        os._exit(e.errno)
     except BaseException as e:
         log.error(f"panic: {e!r}", traceback=traceback.format_exc())
         os._exit(PANIC_STATUS)

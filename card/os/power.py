@@ -1,67 +1,86 @@
-"""``poweroff``, ``halt``, ``reboot`` and ``shutdown`` for programs on the card.
+"""How programs on the card ask it to go down: ``poweroff``, ``halt``, ``reboot``, ``shutdown`` (COSM-32).
 
-Small scripts in a folder that comes first in every program's PATH. They signal the card OS, with the
-numbers that systemd's init knows. They reach nothing but the card, with and without namespaces; the
-host's programs of these names would, on a card of plain processes, reach the host.
+Small scripts of these names come first in every program's PATH, so that on a card without namespaces,
+too, they mean the card and never the machine below. They write a word into a named pipe. Programs that
+bypass PATH, such as ``/sbin/poweroff`` of systemd or sysvinit, find the classic ``/run/initctl``.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import struct
+from collections.abc import Iterator
 
-from mic_emu.cosm.states import Status
+WORDS = ("poweroff", "halt", "restart")
+PIPE = "power.ctl"
+_BIN = "bin"
+_ACTIONS = {"poweroff": "poweroff", "halt": "halt", "reboot": "restart"}
+_INIT_MAGIC, _RUNLEVEL = 0x03091969, 1
+_INIT_REQUEST = struct.Struct("=4i368x")  # magic, command, run level, sleep time, data
+_RUNLEVELS = {ord("0"): "poweroff", ord("6"): "restart"}
 
-SIGNALS: Mapping[int, Status] = {
-    signal.SIGRTMIN + 3: Status.HALTED,
-    signal.SIGRTMIN + 4: Status.POWEROFF,
-    signal.SIGRTMIN + 5: Status.RESTART,
-}
-_HALT, _POWEROFF, _REBOOT = SIGNALS
-COMMANDS = {"halt": _HALT, "poweroff": _POWEROFF, "reboot": _REBOOT, "shutdown": _POWEROFF}
-_FOLDERS = ("", "/bin", "/sbin", "/usr/bin", "/usr/sbin")
-
-_SCRIPT = """\
-#!/bin/sh
-# {name} of this card: signals its kernel, process {pid}.
-trap '' TERM HUP
-signal={signal}
-for word; do
-    case "$word" in
-    -p | -P | --poweroff) signal={poweroff} ;;
-    -r | --reboot) signal={reboot} ;;
-    -H | --halt) signal={halt} ;;
-    -h | -f | --force | now | 0 | +0) ;;
-    *)
-        echo "usage: {name} [-p | -r | -H] [-f] [now]" >&2
-        exit 2
-        ;;
-    esac
+_SCRIPT = """#!/bin/sh
+# {name} of this card, not of the machine that emulates it (micemu)
+echo {word} > "{pipe}"
+"""
+_SHUTDOWN = """#!/bin/sh
+# shutdown of this card, not of the machine that emulates it (micemu); takes -r, -H, -h, -P
+word=poweroff
+for arg; do
+	case "$arg" in
+	-r | --reboot) word=restart ;;
+	-H | --halt) word=halt ;;
+	-c) exit 0 ;;
+	esac
 done
-kill -$signal {pid}
+echo "$word" > "{pipe}"
 """
 
 
-def install(folder: Path) -> None:
-    """Write the scripts; they signal the calling process."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    for name, number in COMMANDS.items():
-        text = _SCRIPT.format(
-            name=name, signal=number, pid=os.getpid(), poweroff=_POWEROFF, reboot=_REBOOT, halt=_HALT
-        )
-        path = folder / name
-        path.write_text(text)
-        path.chmod(0o700)
+def install(folder: str) -> None:
+    """Make the scripts and the pipe in ``folder``, which programs see under the same path."""
+    pipe = os.path.join(folder, PIPE)
+    commands = os.path.join(folder, _BIN)
+    os.makedirs(commands, 0o755, exist_ok=True)
+    texts = {name: _SCRIPT.format(name=name, word=word, pipe=pipe) for name, word in _ACTIONS.items()}
+    for name, text in {**texts, "shutdown": _SHUTDOWN.format(pipe=pipe)}.items():
+        path = os.path.join(commands, name)
+        with open(path, "w") as f:
+            f.write(text)
+        os.chmod(path, 0o755)
+    make_pipe(pipe)
 
 
-def own_command(argv: Sequence[str], folder: str) -> list[str]:
-    """``argv`` with the card's own script in place of one of the host's commands, by name or full path.
+def make_pipe(path: str) -> None:
+    """A fresh named pipe for the owner."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    os.mkfifo(path, 0o600)
 
-    Started through the shell, so that it also works where the folder cannot be executed from.
-    """
-    where, name = os.path.split(argv[0])
-    if folder and name in COMMANDS and where in _FOLDERS:
-        return ["/bin/sh", f"{folder}/{name}", *argv[1:]]
-    return list(argv)
+
+def search_path(folder: str, path: str) -> str:
+    """PATH with the scripts first."""
+    return f"{os.path.join(folder, _BIN)}:{path}"
+
+
+def open_pipe(path: str) -> int:
+    """Descriptor to read requests from; held for writing too, so that it never ends."""
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def requests(fd: int) -> Iterator[str]:
+    """The words that are in the pipe now; anything else is ignored."""
+    try:
+        text = os.read(fd, 4096)
+    except BlockingIOError:
+        return
+    while len(text) >= _INIT_REQUEST.size and text.startswith(struct.pack("=i", _INIT_MAGIC)):
+        _, command, level, _ = _INIT_REQUEST.unpack_from(text)
+        text = text[_INIT_REQUEST.size :]
+        if command == _RUNLEVEL and level in _RUNLEVELS:
+            yield _RUNLEVELS[level]
+    for word in text.decode("ascii", "replace").split():
+        if word in WORDS:
+            yield word

@@ -39,8 +39,8 @@ class VirtioDriver(Protocol):
     def start(self) -> None:
         """DRIVER_OK is set: run the loop."""
 
-    def remove(self) -> None:
-        """Stop and free; the device is reset afterwards."""
+    def remove(self) -> bool:
+        """Stop and free; the device is reset afterwards. False: a thread still uses the rings."""
 
     def config_changed(self) -> None:
         """The configuration space has new values."""
@@ -59,7 +59,7 @@ class VirtioDevice:
         self.line: Line = vop.interrupts.request(f"virtio{slot.type}")
         self.c2h_db = CTRL.get(self.page, slot.ctrl, "c2h_vdev_db")
         self.features = 0
-        self.vdrv = ffi.new("struct mic_vdrv *")
+        self.vdrv = ffi.new("struct mic_vdrv *", {"line_fd": -1})
         self.stop_fd = lib.mic_eventfd(0o2000000 | 0o4000)
         self._pages: list[int] = []
         self._woken = asyncio.Event()
@@ -89,22 +89,20 @@ class VirtioDevice:
         self._woken.set()
 
     async def _until(self, done: Callable[[], bool], limit: float, what: str) -> bool:
-        """The host wakes us through our interrupt when it has acted."""
-        loop = self.vop.clock
-        deadline = loop.monotonic() + loop.limit(limit)
-        while not done():
-            left = deadline - loop.monotonic()
-            if left <= 0:
-                self.log.warning(f"{what}: no answer of the host")
-                return done()
-            self._woken.clear()
-            if done():
-                return True
-            try:
-                await asyncio.wait_for(self._woken.wait(), left)
-            except asyncio.TimeoutError:
-                pass
-        return True
+        """The host wakes us through our interrupt when it has acted; one that only stores its byte is
+        seen when the limit ends."""
+
+        async def watch() -> None:
+            while not done():
+                self._woken.clear()
+                if not done():
+                    await self._woken.wait()
+
+        try:
+            await self.vop.clock.within(watch(), limit, what)
+        except TimeoutError as e:
+            self.log.warning(f"no answer of the host: {e}")
+        return done()
 
     # --- status and features ------------------------------------------------------------------------
 
@@ -127,6 +125,14 @@ class VirtioDevice:
             lambda: CTRL.get(self.page, self.slot.ctrl, "host_ack") != 0, RESET_LIMIT, "device reset"
         )
         DESC.put(self.page, self.slot.off, "status", 0)
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has new values."""
+        try:
+            if self.driver:
+                self.driver.config_changed()
+        except OSError as e:
+            self.log.error(f"the driver does not take the new configuration: {e}")
 
     def read_config(self, off: int, length: int) -> bytes:
         """Bytes of the configuration space; zeros beyond its end."""
@@ -160,7 +166,9 @@ class VirtioDevice:
         """
         if self.slot.shape.num_vq < wanted:
             raise OSError(errno.ENOENT, f"{wanted} rings wanted, {self.slot.shape.num_vq} offered")
-        lib.mic_vdrv_init(self.vdrv, self.bus.ptr, self.line.fd, self.stop_fd, self.c2h_db, wanted)
+        rc = lib.mic_vdrv_init(self.vdrv, self.bus.ptr, self.line.fd, self.stop_fd, self.c2h_db, wanted)
+        if rc < 0:
+            raise OSError(-rc, "the device's rings cannot be set up")
         for i in range(wanted):
             self._setup_ring(i)
         CTRL.put(self.page, self.slot.ctrl, "used_address_updated", 1)
@@ -168,6 +176,10 @@ class VirtioDevice:
         if not await self._until(
             lambda: CTRL.get(self.page, self.slot.ctrl, "used_address_updated") == 0, USED_ACK_LIMIT, "used rings"
         ):
+            # It may still look at them: take the offer back before their memory has another use.
+            CTRL.put(self.page, self.slot.ctrl, "used_address_updated", 0)
+            for i in range(wanted):
+                VQ.put(self.page, self.slot.off + self.slot.shape.vq_off(i), "used_address", 0)
             raise OSError(errno.ENODEV, "the host did not take the used rings")
 
     def _setup_ring(self, index: int) -> None:
@@ -196,13 +208,21 @@ class VirtioDevice:
         self._pages.append(off)
         return off
 
-    def free(self) -> None:
-        """Everything this object holds."""
-        self.hand_over()
-        self.line.free()
+    def free_pages(self) -> None:
+        """Rings and buffers: nobody uses them any more."""
         for off in self._pages:
             self.vop.memory.free(off)
         self._pages.clear()
+
+    def free(self, quiet: bool) -> None:
+        """Everything this object holds. Not ``quiet``: a driver's thread still uses memory and lines,
+        so they are lost until the card's reset, which is better than used twice."""
+        self.hand_over()
+        if not quiet:
+            return
+        lib.mic_vdrv_fini(self.vdrv)
+        self.line.free()
+        self.free_pages()
         os.close(self.stop_fd)
 
 
@@ -236,9 +256,15 @@ class VopCard:
     def _config_interrupt(self) -> None:
         assert self._config
         drain(self._config.fd)
-        task = asyncio.ensure_future(self.scan())
+        task = asyncio.ensure_future(self._scan_again())
         self._scans.add(task)
         task.add_done_callback(self._scans.discard)
+
+    async def _scan_again(self) -> None:
+        try:
+            await self.scan()
+        except (OSError, IndexError) as e:  # what the page says is the host's, not ours to trust
+            self.log.error(f"scan of the device page: {e}")
 
     async def scan(self) -> None:
         """Look at every slot (VOP 4.2); one scan at a time, new devices come up side by side."""
@@ -251,12 +277,12 @@ class VopCard:
                 if known is None:
                     added.append(self._add(slot))
                     continue
+                acked = CTRL.get(self.page, slot.ctrl, "guest_ack")  # before the change: the host clears it last
                 change = CTRL.get(self.page, slot.ctrl, "config_change")
                 if change == C["PARAM_DEV_REMOVE"]:
                     await self._remove(known)
-                elif change == C["PARAM_CONFIG_CHANGED"]:
-                    if known.driver:
-                        known.driver.config_changed()
+                elif change == C["PARAM_CONFIG_CHANGED"] and not acked:
+                    known.config_changed()
                     CTRL.put(self.page, slot.ctrl, "guest_ack", 1)
                     known.kick()
             await asyncio.gather(*added)
@@ -285,7 +311,8 @@ class VopCard:
             await driver.probe(dev)
         except (OSError, IndexError) as e:
             dev.log.error(f"the driver failed: {e}")
-            driver.remove()
+            if driver.remove():
+                dev.free_pages()
             dev.driver = None
             dev.add_status(C["VIRTIO_FAILED"])
             return
@@ -297,9 +324,8 @@ class VopCard:
 
     async def _remove(self, dev: VirtioDevice, asked: bool = True) -> None:
         """VOP 4.7 steps 2 to 4."""
-        if dev.driver:
-            dev.driver.remove()
-            dev.driver = None
+        quiet = dev.driver.remove() if dev.driver else True
+        dev.driver = None
         await dev.reset()
         ctrl = dev.slot.ctrl
         CTRL.put(self.page, ctrl, "h2c_vdev_db", -1)
@@ -308,7 +334,7 @@ class VopCard:
             CTRL.put(self.page, ctrl, "guest_ack", 1)
         DESC.put(self.page, dev.slot.off, "type", dp.REMOVED)
         dev.kick()
-        dev.free()
+        dev.free(quiet)
         dev.log.info("device is gone", event="device_gone", type=dev.slot.type)
 
     async def close(self) -> None:
@@ -324,3 +350,5 @@ class VopCard:
                 await self._remove(dev, asked=False)
                 CTRL.put(self.page, dev.slot.ctrl, "config_change", 0)
                 CTRL.put(self.page, dev.slot.ctrl, "guest_ack", 0)
+            for slot in dp.walk(self.page):  # also those for which we had no doorbell
+                DESC.put(self.page, slot.off, "type", dp.REMOVED)

@@ -128,6 +128,7 @@ class BackendProcess:
             self.reset()
             self.bottom.acknowledge_reset()
         if CTRL.get(self.bus.host, self.slot.ctrl, "guest_ack"):
+            # In this order: a scan of the card in between must not take the old change for a new one.
             CTRL.put(self.bus.host, self.slot.ctrl, "config_change", 0)
             CTRL.put(self.bus.host, self.slot.ctrl, "guest_ack", 0)
             self.channel.send({"op": "guest_ack"})

@@ -6,7 +6,7 @@ other side may be changing, so every step is bounded by the page and reads each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mic_emu import layout as L
@@ -82,14 +82,15 @@ def walk(page: View) -> Iterator[Slot]:
         off += shape.total
 
 
-def find_room(page: View, shape: SlotShape) -> tuple[int, bool] | None:
+def find_room(slots: Iterable[Slot], shape: SlotShape) -> tuple[int, bool] | None:
     """Where a new slot of ``shape`` goes: (offset, reuses a removed slot), or None when full.
 
-    A removed slot is reused only by one of equal size, so that no live slot ever moves (VOP-17).
+    ``slots`` are all slots of the page by offset. A removed slot is reused only by one of equal
+    size, so that no live slot ever moves (VOP-17).
     """
     end = C["DP_FIRST_SLOT"]
-    for slot in walk(page):
-        if slot.type == REMOVED and slot.shape == shape:
+    for slot in slots:
+        if slot.type == REMOVED and slot.shape.total == shape.total:
             return slot.off, True
         end = slot.off + slot.shape.total
     return (end, False) if end <= C["DP_SIZE"] - shape.total else None

@@ -88,7 +88,9 @@ def test_programs_end_with_the_level_that_is_killed(machine: Machine, victim: st
     shim = machine.card()["pids"]["os"]
     inside = _children(shim)
     os_pid = inside[0] if _name(shim).startswith("micos-shim") else shim
-    pid = {"shim": shim, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[victim]
+    pid = {"shim": shim, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[
+        victim
+    ]
     os.kill(pid, signal.SIGKILL)
     program.stdout.close()
     assert program.wait(10) == 1
@@ -113,3 +115,40 @@ def _anywhere(argv: str) -> bool:
         except OSError:
             continue
     return False
+
+
+INITCTL = (
+    'python3 -c "import struct; '
+    "open('/run/initctl', 'wb').write(struct.pack('=4i368x', 0x03091969, 1, 48, 0))\""
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("poweroff", "poweroff"),
+        ("halt", "halted"),
+        ("shutdown -h now", "poweroff"),
+        ("shutdown -H", "halted"),
+        (INITCTL, "poweroff"),
+    ],
+)
+def test_cosm_32_programs_take_the_card_down(machine: Machine, command: str, status: str) -> None:
+    """COSM-32: poweroff, halt, shutdown on the card end it in order, with their own shutdown status."""
+    if "initctl" in command and namespaces.refusals():
+        pytest.skip("; ".join(namespaces.refusals()))
+    machine.boot("--disk", "none", "--net", "none")
+    machine.micemu("run", "mic0", "--", "sh", "-c", f"{command}; sleep 20", check=False)
+    eventually(lambda: machine.card()["state"] == "ready", 10, "the card is down")
+    # The policy has reset the card since; the log keeps what was.
+    assert f"shutdown status {status}" in machine.micemu("log").stdout
+
+
+def test_cosm_32_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
+    """COSM-32: reboot on the card gives restart, and the policy boots the card again."""
+    machine.boot("--disk", "none", "--net", "none")
+    before = machine.card()["pids"]["os"]
+    machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 20", check=False)
+    eventually(
+        lambda: machine.card()["state"] == "online" and machine.card()["pids"]["os"] != before, 10, "again"
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import click
 
 from mic_emu.cli import client
+from mic_emu.errors import MicemuError
 
 
 @click.group()
@@ -70,3 +72,41 @@ def write(path: str, text: str | None) -> None:
     """
     data = sys.stdin.buffer.read() if text is None else text.encode(errors="surrogateescape")
     client.ask("sysfs_write", path=full(path), data=data.decode("latin-1"))
+
+
+@command.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, resolve_path=True))
+@click.option("--foreground", is_flag=True, help="Serve until interrupted instead of in the background.")
+def mount(directory: str, foreground: bool) -> None:
+    """Mount the tree at DIRECTORY: class/mic as under /sys, kernel/debug as debugfs.
+
+    Needs /dev/fuse, and either root or fusermount3. The mount goes when the emulator ends.
+
+    \b
+    Examples:
+      micemu sysfs mount /tmp/sys
+      cat /tmp/sys/class/mic/mic0/state
+      echo boot > /tmp/sys/class/mic/mic0/state
+    """
+    from mic_emu.cosm import mount as server
+
+    where = client.rundir()
+    client.connect(where).close()
+    try:
+        server.run(directory, where.control, foreground)
+    except OSError as e:
+        raise MicemuError(f"cannot mount: {e.strerror or e}", e.errno or errno.EIO) from e
+
+
+@command.command()
+@click.argument("directory", type=click.Path(resolve_path=True))
+def umount(directory: str) -> None:
+    """Take the mount at DIRECTORY away.
+
+    \b
+    Examples:
+      micemu sysfs umount /tmp/sys
+    """
+    from mic_emu.cosm.fuse import unmount
+
+    unmount(directory)

@@ -15,9 +15,7 @@ from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
-from mic_emu.dma import DRAIN_S
 from mic_emu.errors import MicemuError, StateError
-from mic_emu.host import dma
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan
 from mic_emu.host.driver import Driver, check_file
@@ -28,7 +26,6 @@ from mic_emu.host.network import Network
 from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
 from mic_emu.log import Log
-from mic_emu.mbus import DmaDevice
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
@@ -67,13 +64,11 @@ class Card:
         self.vop: VopHost | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
-        self.dma: DmaDevice | None = None
         self.network: Network | None = None
-        self.changed = asyncio.Condition()
+        self._waiters: set[asyncio.Event] = set()
         self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._closing = False
-        self._board_lost = False
 
     # --- power ----------------------------------------------------------------------------------
 
@@ -90,7 +85,9 @@ class Card:
         self.cosm = CosmDevice(self.index, self.driver, self.clock, self.log)
         self.cosm.heartbeat_enable = self.config.heartbeat
         self.cosm.on_change.append(self.notify)
-        self.policy = Policy(self.cosm, self.config.on_crash, self.clock, self.log, self._boot_again, lambda: self.os_pid != 0)
+        self.cosm.log_buf_len = C["CARD_TEXT_BASE"] + C["CARD_LOG"]
+        self.cosm.log_buf_addr = self.cosm.log_buf_len + 4
+        self.policy = Policy(self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0)
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
 
     async def _power_on(self) -> None:
@@ -151,7 +148,7 @@ class Card:
     def _board_exit(self, status: int) -> None:
         """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
         self.board_pid = self.os_pid = 0
-        self._board_lost = True
+        self.driver.board_lost = True
         if self._closing:
             return
         self.log.error("the board process died; a new board takes its place", event="board_exit", status=status)
@@ -183,13 +180,9 @@ class Card:
     async def _bring_up(self) -> None:
         self.boots += 1
         self.refused = self.os_ended = ""
-        self._board_lost = False
-        try:
-            self.dma = dma.acquire(self.index, self.bus, self.driver.irq, self.driver.smpt, self.memory, self.log)
-        except OSError as e:
-            raise MicemuError(f"{self.name}: no DMA channels: {e.strerror}", e.errno or errno.ENODEV) from e
-        self.dma.attach(asyncio.get_running_loop())
+        self.driver.board_lost = False
         self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
+        self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
         self.link.start()
         self.vop = VopHost(
             self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
@@ -203,7 +196,10 @@ class Card:
             self.supervisor.add(backend)
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF, then the DMA channels and their bus device (HW-49)."""
+        """VOP, then SCIF; the driver frees its DMA channels afterwards (HW-49). A crashed card is not asked to
+        cooperate (COSM-55)."""
+        if self.cosm.shutdown_status is Status.CRASHED:
+            self._peer_died()
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None
@@ -213,32 +209,31 @@ class Card:
         if self.link:
             await self.link.stop()
             self.link = None
-        if self.dma:
-            # Behind a board that was lost nothing drains: the channels are only stopped.
-            self.dma.release(0 if self._board_lost else self.clock.limit(DRAIN_S))
-            self.dma = None
 
     # --- requests of people -------------------------------------------------------------------------
 
     def notify(self) -> None:
         """Something that ``wait`` or ``boot`` looks at has changed."""
-        asyncio.ensure_future(self._notify())
-
-    async def _notify(self) -> None:
-        async with self.changed:
-            self.changed.notify_all()
+        for waiter in self._waiters:
+            waiter.set()
 
     async def until(self, condition: Callable[[], bool], limit_s: float | None, what: str) -> None:
         """Wait for a condition on this card. Raises TimeoutError with ``what``."""
 
-        async def watch() -> None:
-            async with self.changed:
-                await self.changed.wait_for(condition)
+        woken = asyncio.Event()
 
+        async def watch() -> None:
+            while not condition():
+                woken.clear()
+                await woken.wait()
+
+        self._waiters.add(woken)
         try:
             await asyncio.wait_for(watch(), limit_s)
         except asyncio.TimeoutError:
             raise TimeoutError(f"{self.name}: {what}: not within {limit_s:g} s") from None
+        finally:
+            self._waiters.discard(woken)
 
     @property
     def is_ready(self) -> bool:
@@ -257,7 +252,7 @@ class Card:
     def reconfigure(self, config: CardConfig) -> None:
         """New values for the next boot."""
         self.config = config
-        self.policy.on_crash = config.on_crash
+        self.policy.config = config
         self.cosm.set_heartbeat(config.heartbeat)
 
     def prepare(self, image: str) -> None:
@@ -305,6 +300,7 @@ class Card:
         """Shut down (or reset) and boot again as configured."""
         if self.is_online:
             await self.shutdown()
+        await self._make_ready()
         await self.boot(image, self.config.ramdisk, self.config.cmdline)
 
     def _words(self) -> str:
@@ -318,20 +314,29 @@ class Card:
         A crashed card is reset first. When the boot fails, the card is back in the state in which it
         was, or reset, and the error says why.
         """
-        if self.cosm.state is State.SHUTTING_DOWN or self.cosm.state is State.RESET_FAILED:
-            self.cosm.reset()
-        if self.cosm.state is State.RESETTING:
-            await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        await self._make_ready()
+        self.cosm.bootmode = "linux"
+        self.cosm.firmware, self.cosm.ramdisk = image, ramdisk or None
+        self.cosm.cmdline = self.kernel_command_line(cmdline)
+        await self.boot_stored()
+
+    async def _make_ready(self) -> None:
+        """A card that is down is reset; one that is up stays, and the error says what to do."""
+        if self.cosm.state in (State.SHUTTING_DOWN, State.RESET_FAILED, State.RESETTING):
+            await self._reset_and_wait()
         if self.cosm.state is not State.READY:
             raise StateError(
                 f"{self.name} is {self.cosm.state.word}: only a ready card can boot "
                 f"(micemu reboot {self.name}, or micemu shutdown {self.name} first)",
                 errno.EINVAL,
             )
-        self.cosm.bootmode = self.driver.bootmode = "linux"
-        self.driver.firmware, self.driver.ramdisk = image, ramdisk
-        self.driver.cmdline = self.kernel_command_line(cmdline)
-        self.cosm.firmware, self.cosm.ramdisk, self.cosm.cmdline = image, ramdisk or None, cmdline or None
+
+    async def _reset_and_wait(self) -> None:
+        await self.cosm.reset()
+        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+
+    async def boot_stored(self) -> None:
+        """Boot what the state machine's strings name, and wait as ``boot`` does."""
         await self.cosm.boot()
         try:
             await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
@@ -341,10 +346,10 @@ class Card:
             return
         why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
         log = self.log_tail()
-        self.cosm.reset()
-        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        if self.cosm.state is not State.READY:
+            await self._reset_and_wait()
         if self.refused:
-            raise MicemuError(f"{self.name}: the bootstrap refused {image}: {why}")
+            raise MicemuError(f"{self.name}: the bootstrap refused {self.driver.firmware}: {why}")
         raise MicemuError(f"{self.name} did not boot: {why}" + (f"; its last words: {log}" if log else ""))
 
     def kernel_command_line(self, text: str) -> str:
@@ -362,9 +367,6 @@ class Card:
             return False
         return all(b.ready.is_set() or b.failed for b in self.supervisor.backends)
 
-    async def _boot_again(self) -> None:
-        await self.boot(self.driver.firmware, self.driver.ramdisk, self.cosm.cmdline or "")
-
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
         if not self.is_online:
@@ -379,8 +381,7 @@ class Card:
         """Reset and wait. Raises StateError when the card is ready already."""
         if self.is_ready:
             raise StateError(f"{self.name} is ready: there is nothing to reset")
-        self.cosm.reset()
-        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        await self._reset_and_wait()
         if self.cosm.state is State.RESET_FAILED:
             raise MicemuError(f"{self.name}: the firmware did not become ready after the reset", errno.EIO)
 

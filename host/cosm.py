@@ -9,25 +9,37 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mic_emu import layout as L
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Event, State, Status, step
-from mic_emu.errors import StateError
+from mic_emu.errors import MicemuError, StateError
 from mic_emu.log import Log
 from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
 
 C = L.CONSTANTS
-POLLIN, POLLHUP = 1, 0x10
+POLLIN, POLLERR, POLLHUP = 1, 8, 0x10
 HEARTBEAT_TIMEOUT = 40.0  # 30 s interval + 10 s slack (COSM 5.1)
 READY_POLLS = 45
+CONNECTED_STATES = (State.BOOTING, State.ONLINE)
+
+
+@dataclass(frozen=True)
+class BootRequest:
+    """What the administrator's strings said when ``boot`` was written."""
+
+    bootmode: str
+    firmware: str
+    ramdisk: str
+    cmdline: str
 
 
 class HardwareOps(Protocol):
-    """What the state machine needs of the card (COSM 1.3)."""
+    """What the state machine needs of the card (COSM 1.3). Never called twice at a time."""
 
     async def reset(self) -> None:
         """Trigger a reset; the pause after it included."""
@@ -35,15 +47,29 @@ class HardwareOps(Protocol):
     def ready(self) -> bool:
         """May an OS image be downloaded?"""
 
-    async def start(self) -> None:
+    async def start(self, request: BootRequest) -> None:
         """Prepare and start boot. Undoes itself and raises MicemuError on failure."""
 
     async def stop(self) -> None:
         """Tear down what start made, before the reset."""
 
 
+class Connection(Protocol):
+    """The SCIF endpoint, as far as it is used here."""
+
+    async def send(self, data: bytes) -> int: ...
+    async def poll(self, events: int, timeout_s: float | None = None) -> int: ...
+    def recv_nowait(self, length: int) -> bytes: ...
+    async def close(self) -> None: ...
+
+
 class CosmDevice:
-    """State, strings and connection of one card."""
+    """State, strings and connection of one card.
+
+    ``on_state`` is called after every change of the state, ``on_change`` also after a change of the
+    shutdown status alone (COSM-56). ``changes`` counts the former: a waiter that remembers the count it
+    has seen cannot miss the last one (COSM-57).
+    """
 
     def __init__(self, index: int, ops: HardwareOps, clock: Clock, log: Log) -> None:
         self.index = index
@@ -56,39 +82,64 @@ class CosmDevice:
         self.firmware: str | None = None
         self.ramdisk: str | None = None
         self.bootmode: str | None = None
+        self.log_buf_addr = 0  # card kernel virtual addresses (COSM 9)
+        self.log_buf_len = 0
         self.heartbeat_enable = True
+        self.changes = 0
+        self.on_state: list[Callable[[], None]] = []
         self.on_change: list[Callable[[], None]] = []
         self._prev = State.READY
         self._pending = Status.NOP  # received but not yet published
         self._lock = asyncio.Lock()
         self._watchdog = False
-        self._ep: Endpoint | None = None
+        self._ep: Connection | None = None
+        self._waiting: Connection | None = None  # accepted while ``_ep`` lives; only the newest is kept
         self._loop_task: asyncio.Task[None] | None = None
-        self._reset_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _spawn(self, coro: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Run something in the background; its failure is logged."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (failure := task.exception()) is not None:
+                self.log.error(f"{what} failed: {failure!r}")
+
+        task = asyncio.ensure_future(coro)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+        return task
 
     # --- state ------------------------------------------------------------------------------
 
     def _move(self, event: Event) -> None:
         new = step(self.state, event)
         old, self.state = self.state, new
+        self.changes += 1
         if old is not new:
             self.log.info(f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value)
-        self._notify()
+        self._notify([*self.on_state, *self.on_change])
 
-    def _publish(self, status: Status) -> None:
+    def _publish(self, status: Status, notify: bool = True) -> None:
         if status is not self.shutdown_status:
             self.shutdown_status = status
             self.log.info(f"shutdown status {status.word}", event="shutdown_status", status=status.word)
-            self._notify()
+            if notify:
+                self._notify(self.on_change)
 
-    def _notify(self) -> None:
-        for callback in list(self.on_change):
+    def _notify(self, callbacks: list[Callable[[], None]]) -> None:
+        for callback in list(callbacks):
             callback()
 
     @property
     def connected(self) -> bool:
         """Has the card's COSM client a connection?"""
         return self._ep is not None
+
+    @property
+    def watchdog(self) -> bool:
+        """Is the heartbeat watchdog armed?"""
+        return self._watchdog
 
     # --- requests (COSM 2.3) ------------------------------------------------------------------
 
@@ -98,31 +149,48 @@ class CosmDevice:
             if self.bootmode is None:
                 raise StateError("bootmode is not set", errno.EINVAL)
             if self.state is State.READY and not self.ops.ready():
-                await self._hardware_reset(Event.FIRMWARE_SILENT)
+                await self._hardware_reset()
             if self.state is not State.READY:
                 raise StateError(f"boot is not allowed in state {self.state.word}", errno.EINVAL)
-            await self.ops.start()
-            self._move(Event.BOOT)
+            request = BootRequest(self.bootmode, self.firmware or "", self.ramdisk or "", self.cmdline or "")
+            try:
+                await self.ops.start(request)
+            except (MicemuError, OSError) as e:
+                self.log.warning(f"boot failed: {e}")
+                raise
+            self._move(Event.BOOT if self.bootmode == "linux" else Event.BOOT_BARE)
 
-    def reset(self) -> None:
-        """T18 to T20: returns at once, the work runs in the background (COSM-37)."""
+    async def reset(self) -> None:
+        """T18 to T20: returns once the state is resetting, the work runs in the background (COSM-37).
+
+        Waits for a boot in progress only. Raises StateError EINVAL in ``ready``.
+        """
         if self.state is State.RESETTING:
             return
-        previous = self.state
-        self._move(Event.RESET)
-        self._prev = previous
-        self._reset_task = asyncio.ensure_future(self.stop(force=False))
+        async with self._lock:
+            if self.state is State.RESETTING:
+                return
+            previous = self.state
+            self._move(Event.RESET)
+            self._prev = previous
+            self._spawn(self.stop(force=False), "the reset")
 
     async def shutdown(self) -> None:
-        """T10 to T13: ask the card to power off. Raises StateError EINVAL, ENOTCONN."""
+        """T10 to T13: ask the card to power off. Raises StateError EINVAL, ENOTCONN, ScifError, TimeoutError."""
         async with self._lock:
             if self.state is not State.ONLINE:
                 raise StateError(f"shutdown is not allowed in state {self.state.word}", errno.EINVAL)
             if self._ep is None:
                 raise StateError("the card's COSM client is not connected", errno.ENOTCONN)
-            await self._ep.send(L.COSM_MSG.pack(id=C["COSM_MSG_SHUTDOWN"]))
+            await self._send(self._ep, id=C["COSM_MSG_SHUTDOWN"])
             self._watchdog = False
-            self._move(Event.SHUTDOWN)
+            if self.state is State.ONLINE:  # the card may have gone down by itself while we sent
+                self._move(Event.SHUTDOWN)
+
+    async def _send(self, ep: Connection, **fields: int) -> None:
+        """A message; a card that leaves its ring full must not hold the lock for ever."""
+        what = "room for a message to the card's COSM client"
+        await self.clock.within(ep.send(L.COSM_MSG.pack(**fields)), HEARTBEAT_TIMEOUT, what)
 
     async def stop(self, force: bool) -> None:
         """Reset work, forced reset, suspend, removal (COSM 4.1)."""
@@ -133,27 +201,40 @@ class CosmDevice:
             tear_down = old not in (State.READY, State.RESET_FAILED)
             if self.state is not State.RESETTING:
                 self._move(Event.STOP)
+                self._prev = old
             self._watchdog = False
             if tear_down:
-                await self.ops.stop()
+                try:
+                    await self.ops.stop()
+                except Exception as e:  # whatever it is, the card must not stay in resetting for ever
+                    self.log.error(f"while stopping the card: {e!r}")
             await self._drop_connection()
-            await self._hardware_reset(Event.FIRMWARE_SILENT)
+            await self._hardware_reset()
 
-    async def _hardware_reset(self, silent: Event) -> None:
-        await self.ops.reset()
-        for poll in range(READY_POLLS):
-            if self.ops.ready():
-                # nop before ready: who waits for ready must not read the old status (COSM 2.4 c).
-                self._pending = Status.NOP
-                self._publish(Status.NOP)
-                if self.state is State.RESETTING:
-                    self._move(Event.FIRMWARE_READY)
-                return
-            if poll < READY_POLLS - 1:
-                await self.clock.pause(1.0)
+    async def suspend(self) -> None:
+        """T23, T24: never refused, nothing in ready, resetting and reset_failed."""
+        if self.state in (State.BOOTING, State.ONLINE, State.SHUTTING_DOWN):
+            await self.stop(force=False)
+
+    async def _hardware_reset(self) -> None:
+        """COSM 4.2. Status nop comes before ready: who waits for ready must not read the old status
+        (COSM 2.4 c)."""
+        ready = await self._became_ready()
         self._pending = Status.NOP
         self._publish(Status.NOP)
-        self._move(silent)
+        self._move(Event.FIRMWARE_READY if ready else Event.FIRMWARE_SILENT)
+
+    async def _became_ready(self) -> bool:
+        try:
+            await self.ops.reset()
+            for poll in range(READY_POLLS):
+                if self.ops.ready():
+                    return True
+                if poll < READY_POLLS - 1:
+                    await self.clock.pause(1.0)
+        except (MicemuError, OSError) as e:
+            self.log.error(f"the reset failed: {e}")
+        return False
 
     async def _drop_connection(self) -> None:
         """Late messages of the old connection are lost with it (COSM 2.4 a)."""
@@ -161,28 +242,47 @@ class CosmDevice:
         if task:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        ep, self._ep = self._ep, None
-        if ep:
-            await ep.close()
+        for ep in (self._ep, self._waiting):
+            if ep:
+                self._close(ep)
+        self._ep = self._waiting = None
+
+    def _close(self, ep: Connection) -> None:
+        """In the background: the peer's acknowledgement may take the node time-out."""
+        self._spawn(ep.close(), "closing a COSM connection")
 
     # --- connection (COSM 5.3) ----------------------------------------------------------------
 
-    async def adopt(self, ep: Endpoint) -> None:
-        """T7 to T9: a connection from this card was accepted."""
+    async def adopt(self, ep: Connection) -> None:
+        """T7 to T9: a connection from this card was accepted.
+
+        While an earlier one lives, the newest waits for its end: a program on the card cannot take the
+        kernel's place.
+        """
         async with self._lock:
-            if self.state not in (State.BOOTING, State.ONLINE):
+            if self.state not in CONNECTED_STATES:
                 self.log.warning("COSM connection refused", state=self.state.word)
-                await ep.close()
-                return
-            await self._drop_connection()
-            now = time.time_ns()
-            await ep.send(
-                L.COSM_MSG.pack(id=C["COSM_MSG_SYNC_TIME"], value=now // 1_000_000_000, nsec=now % 1_000_000_000)
-            )
-            self._ep = ep
-            self._watchdog = self.heartbeat_enable
-            self._loop_task = asyncio.ensure_future(self._message_loop(ep))
-            self._move(Event.CONNECTED)
+                self._close(ep)
+            elif self._ep is not None:
+                overtaken, self._waiting = self._waiting, ep
+                if overtaken:
+                    self._close(overtaken)
+            else:
+                await self._take(ep)
+
+    async def _take(self, ep: Connection) -> None:
+        now = time.time_ns()
+        sync = {"value": now // 1_000_000_000, "nsec": now % 1_000_000_000}
+        try:
+            await self._send(ep, id=C["COSM_MSG_SYNC_TIME"], **sync)
+        except (ScifError, TimeoutError) as e:
+            self.log.warning(f"COSM connection lost at once: {e}")
+            self._close(ep)
+            return
+        self._ep = ep
+        self._watchdog = self.heartbeat_enable
+        self._move(Event.CONNECTED)
+        self._loop_task = self._spawn(self._message_loop(ep), "the COSM message loop")
 
     def set_heartbeat(self, enable: bool) -> None:
         """The administrator's switch; acts at once while online (COSM-51)."""
@@ -190,36 +290,41 @@ class CosmDevice:
         if self.state is State.ONLINE:
             self._watchdog = enable
 
-    async def _message_loop(self, ep: Endpoint) -> None:
+    async def _message_loop(self, ep: Connection) -> None:
         data = b""
+        unknown: set[int] = set()
         while True:
             revents = await ep.poll(POLLIN, self.clock.limit(HEARTBEAT_TIMEOUT))
             if not revents:
                 self._silence()
                 continue
             try:
-                while chunk := ep.recv_nowait(4096):
-                    data += chunk
+                data += ep.recv_nowait(4096)
             except ScifError:
-                revents |= POLLHUP
+                revents = POLLHUP
             while len(data) >= L.COSM_MSG.size:
                 message, data = data[: L.COSM_MSG.size], data[L.COSM_MSG.size :]
-                self._message(L.COSM_MSG.unpack(message))
-            if revents & POLLHUP:
-                await self._hang_up(ep)
+                self._message(L.COSM_MSG.unpack(message), unknown)
+            # What the card sent before it closed is honoured: the end counts when nothing is left.
+            if revents & (POLLHUP | POLLERR) and not revents & POLLIN:
+                self._hang_up(ep)
                 return
+            await asyncio.sleep(0)  # a card that never stops sending must not stop us
 
-    def _message(self, msg: dict[str, int]) -> None:
+    def _message(self, msg: dict[str, int], unknown: set[int]) -> None:
         if msg["id"] == C["COSM_MSG_HEARTBEAT"]:
             return
         if msg["id"] != C["COSM_MSG_SHUTDOWN_STATUS"]:
-            self.log.warning("unknown COSM message", id=msg["id"])
+            if len(unknown) < 16 and msg["id"] not in unknown:
+                unknown.add(msg["id"])
+                self.log.warning("unknown COSM message", id=msg["id"])
         elif 1 <= msg["value"] <= 4:
             self._watchdog = False
             self._pending = Status(msg["value"])
-            if self.state in (State.BOOTING, State.ONLINE, State.SHUTTING_DOWN):
+            if self.state in (State.ONLINE, State.SHUTTING_DOWN):
                 self._move(Event.STATUS)
-        else:
+        elif -1 not in unknown:
+            unknown.add(-1)
             self.log.warning("shutdown status out of range", value=msg["value"])
 
     def _silence(self) -> None:
@@ -228,19 +333,22 @@ class CosmDevice:
             self._crashed("no heartbeat")
 
     def _crashed(self, why: str) -> None:
-        self.log.error(f"the card has crashed: {why}", event="crash")
+        self.log.error(f"the card has crashed: {why}", event="crash", why=why)
         self._watchdog = False
         self._pending = Status.CRASHED
-        self.shutdown_status = Status.CRASHED  # published together with the state (COSM-50)
+        self._publish(Status.CRASHED, notify=False)  # both are visible together (COSM-50)
         self._move(Event.HEARTBEAT_LOST)
 
-    async def _hang_up(self, ep: Endpoint) -> None:
+    def _hang_up(self, ep: Connection) -> None:
         """T17: publish the remembered status; the state does not change."""
         if self._pending is not Status.NOP:
             self._publish(self._pending)
-        if self._ep is ep:
-            self._ep = None
-        await ep.close()
+        self._ep = None
+        self._watchdog = False
+        self._close(ep)
+        waiting, self._waiting = self._waiting, None
+        if waiting:
+            self._spawn(self.adopt(waiting), "the next COSM connection")
 
     def os_died(self, why: str) -> None:
         """The board saw its OS process end without an orderly shutdown: a crash that the watchdog
@@ -248,7 +356,7 @@ class CosmDevice:
         if self.state is State.ONLINE and self.heartbeat_enable:
             self._crashed(why)
         elif self.state is State.SHUTTING_DOWN and self._pending is Status.NOP:
-            self.log.error(f"the card died while it was shutting down: {why}", event="crash")
+            self.log.error(f"the card died while it was shutting down: {why}", event="crash", why=why)
             self._pending = Status.CRASHED
             self._publish(Status.CRASHED)
 
@@ -260,6 +368,7 @@ class CosmServer:
         self._listener = listener
         self._find = find
         self._log = log
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     def open(cls, endpoint: Endpoint, find: Callable[[int], CosmDevice | None], log: Log) -> CosmServer:
@@ -269,23 +378,27 @@ class CosmServer:
         return cls(endpoint, find, log)
 
     async def serve(self) -> None:
-        """Accept until cancelled."""
-        while True:
-            try:
-                ep = await self._listener.accept()
-            except ScifError as e:
-                self._log.warning(f"COSM accept: {e}")  # a card that went away in the middle of it
-                continue
-            node = ep.peer[0] if ep.peer else 0
-            device = self._find(node - 1)
-            if device is None:
-                self._log.warning("COSM connection from a node without a card", node=node)
-                await ep.close()
-            else:
-                asyncio.ensure_future(self._adopt(device, ep))
+        """Accept until cancelled or the listener is closed.
 
-    async def _adopt(self, device: CosmDevice, ep: Endpoint) -> None:
+        Each request is granted in a task of its own: a card that stops in the middle of its connection
+        must not keep the others waiting (COSM-60).
+        """
+        while await self._listener.poll(POLLIN) == POLLIN:
+            task = asyncio.ensure_future(self._accept())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(0)  # it has taken its request off the queue
+
+    async def _accept(self) -> None:
         try:
-            await device.adopt(ep)
+            ep = await self._listener.accept(sync=False)
         except ScifError as e:
-            self._log.warning(f"COSM connection lost at once: {e}", card=device.index)
+            self._log.warning(f"COSM accept: {e}")  # a card that went away in the middle of it
+            return
+        node = ep.peer[0] if ep.peer else 0
+        device = self._find(node - 1)
+        if device is None:
+            self._log.warning("COSM connection from a node without a card", node=node)
+            await ep.close()
+        else:
+            await device.adopt(ep)

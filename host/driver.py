@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Awaitable, Callable
@@ -10,10 +11,14 @@ from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.clock import Clock
+from mic_emu.dma import DRAIN_S
 from mic_emu.errors import MicemuError
+from mic_emu.host import dma
+from mic_emu.host.cosm import BootRequest
 from mic_emu.host.irq import Interrupts
 from mic_emu.host.smpt import Smpt
 from mic_emu.log import Log
+from mic_emu.mbus import DmaDevice
 from mic_emu.memory import PageAllocator, View
 
 C = L.CONSTANTS
@@ -63,16 +68,20 @@ class Driver:
         self.page_card = self.smpt.map(self.page_off, C["DP_SIZE"])
         self._publish_page()
         self.init_bootparam()
+        self.dma: DmaDevice | None = None
         self.firmware = ""
         self.ramdisk = ""
         self.cmdline = ""
         self.bootmode = "linux"
+        self.find: Callable[[str], str] = lambda name: name  # firmware names to paths
+        self.board_lost = False  # the board process died: nothing behind it drains
         self._held: list[Callable[[], None]] = []
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
 
     def remove(self) -> None:
         """Undo the probe; the card is stopped already."""
+        self._release_dma()
         self._let_go()
         self.smpt.unmap(self.page_card, C["DP_SIZE"])
         self.memory.free(self.page_off)
@@ -109,20 +118,21 @@ class Driver:
         while self._held:
             self._held.pop()()
 
-    async def start(self) -> None:
+    async def start(self, request: BootRequest) -> None:
         """HW 6.3 steps 4 to 12, on a card that is ready. Undoes itself and raises MicemuError."""
         self._let_go()  # a ready card was reset: nothing of the last boot writes any more
+        self.firmware, self.ramdisk = self.find(request.firmware), self.find(request.ramdisk)
+        self.cmdline, self.bootmode = request.cmdline, request.bootmode
         self.init_bootparam()
         # Slots of an earlier boot are all removed ones; the card of this boot starts with a clean list.
         self.page.zero(C["DP_FIRST_SLOT"], C["DP_SIZE"] - C["DP_FIRST_SLOT"])
+        self._acquire_dma()
         try:
             if self.bring_up:
                 await self.bring_up()
             self.download()
         except BaseException:
-            if self.tear_down:
-                await self.tear_down()
-            self.init_bootparam()
+            await self.stop()
             raise
         self.smpt.restore()
         self.irq.restore()
@@ -134,7 +144,22 @@ class Driver:
         """VOP, SCIF, DMA, mbus in that order (HW-49), then the boot parameters."""
         if self.tear_down:
             await self.tear_down()
+        self._release_dma()
         self.init_bootparam()
+
+    def _acquire_dma(self) -> None:
+        """HW 6.3 steps 5 and 6. Raises MicemuError ENODEV when no channel works."""
+        self._release_dma()
+        try:
+            self.dma = dma.acquire(self.index, self.bus, self.irq, self.smpt, self.memory, self.log)
+        except OSError as e:
+            raise MicemuError(f"no DMA channel for the card: {e.strerror}", e.errno or errno.ENODEV) from e
+        self.dma.attach(asyncio.get_running_loop())
+
+    def _release_dma(self) -> None:
+        if self.dma:
+            self.dma.release(0 if self.board_lost else self.clock.limit(DRAIN_S))
+            self.dma = None
 
     # --- download (HW 6.4) --------------------------------------------------------------------
 

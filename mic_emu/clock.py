@@ -129,6 +129,8 @@ class ManualClock(Clock):
     async def advance(self, seconds: float) -> None:
         """Turn the hands and let everything that is due run."""
         end = self._now + seconds
+        for _ in range(20):  # what has just begun may be about to sleep
+            await asyncio.sleep(0)
         while self._sleepers and self._sleepers[0][0] <= end:
             self._now, _, fut = heapq.heappop(self._sleepers)
             if not fut.done():

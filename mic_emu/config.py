@@ -65,6 +65,8 @@ class CardConfig:
     device_id: int = 0x225C
     personality: str = "modern"
     on_crash: str = "keep"
+    max_reboots: int = 5  # boots in a row that end in a crash, until on_crash = "reboot" gives up
+    autoboot: bool = True  # boot when ``micemu host`` starts
     restart: str = "always"  # of a backend that died
     namespaces: bool = True
     heartbeat: bool = True
@@ -159,6 +161,8 @@ def check_card(card: CardConfig, name: str) -> None:
         raise UsageError(f"{name}: memory {format_size(card.memory)}: use whole MiB, at least 64M")
     if not 0x2250 <= card.device_id <= 0x225E:
         raise UsageError(f"{name}: device_id {card.device_id:#x} is no MIC X100: use 0x2250 to 0x225e")
+    if card.max_reboots < 0:
+        raise UsageError(f"{name}: max_reboots {card.max_reboots}: use 0 or more")
     if card.disk_size < 512 or card.disk_size % 512:
         raise UsageError(f"{name}: disk_size {card.disk_size}: use a multiple of 512 bytes")
 

@@ -140,6 +140,7 @@ CONSTANTS: dict[str, int] = {
     "BOOT_RAMDISK_IMAGE": 0x218,
     "BOOT_RAMDISK_SIZE": 0x21C,
     "CMDLINE_MAX": 2048,
+    "CARD_TEXT_BASE": 0xFFFFFFFF80000000,  # kernel text mapping: card kernel addresses minus this are GDDR (COSM 9)
     # the card's kernel log in GDDR (COSM 9; the place is ours): length word, then text
     "CARD_LOG": 0x0100_0000,
     "CARD_LOG_SIZE": 0x0010_0004,

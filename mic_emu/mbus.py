@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -114,11 +115,12 @@ class DmaDevice:
             loop.add_reader(line.fd, ch.on_interrupt)
 
     def release(self, drain_s: float = DRAIN_S) -> None:
-        """Drain and free every channel (each within ``drain_s``), then the interrupts."""
+        """Drain and free every channel (all within ``drain_s``), and the interrupts."""
+        end = time.monotonic() + drain_s
         for ch, line in zip(self.channels, self._lines, strict=True):
             if self._loop:
                 self._loop.remove_reader(line.fd)
-            ch.free(drain_s)
+            ch.free(max(end - time.monotonic(), 0))
             line.free()
         self.channels, self._lines, self._loop = [], [], None
 

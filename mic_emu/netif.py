@@ -43,9 +43,9 @@ _TAP_HELP = {
     errno.ENXIO: "load the tun module (modprobe tun)",
     errno.EACCES: "make /dev/net/tun accessible to this user (chmod 666 /dev/net/tun, as most distributions do)",
     errno.EPERM: "run with CAP_NET_ADMIN, or let user namespaces be created (micemu doctor)",
-    errno.EBUSY: "an interface of this name is in use: choose another name; it was not touched",
-    errno.EEXIST: "an interface of this name is in use: choose another name; it was not touched",
-    errno.EINVAL: "an interface of this name is there and is no TAP: choose another name; it was not touched",
+    errno.EBUSY: "an interface of this name is in use and was not touched: remove it, or use --net ns",
+    errno.EEXIST: "an interface of this name is in use and was not touched: remove it, or use --net ns",
+    errno.EINVAL: "an interface of this name is there, is no TAP and was not touched: remove it, or use --net ns",
     errno.ENAMETOOLONG: f"a name has 1 to {IFNAMSIZ - 1} bytes",
     errno.ENOSPC: "raise the limits user.max_user_namespaces and user.max_net_namespaces (sysctl)",
 }
@@ -92,7 +92,9 @@ class Tap:
     def __enter__(self) -> Tap:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -187,7 +189,9 @@ def get_mac(name: str) -> str:
     return format_mac(_request(_SIOCGIFHWADDR, name)[2:8])
 
 
-def configure(name: str, *, address: str | None = None, mac: str | None = None, mtu: int | None = None) -> None:
+def configure(
+    name: str, *, address: str | None = None, mac: str | None = None, mtu: int | None = None
+) -> None:
     """Set what is given, then bring the interface up. Raises NetError."""
     if mac is not None:
         set_mac(name, mac)

@@ -119,6 +119,8 @@ def card_environment(caller: dict[str, str], card: dict[str, str]) -> dict[str, 
     env = {k: v for k, v in caller.items() if k not in _NOT_PASSED and not k.startswith("MICEMU_")}
     env.setdefault("PATH", DEFAULT_PATH)
     env.setdefault("HOME", "/")
+    if "MICEMU_BIN" in card:  # the card's own poweroff, halt and reboot come first
+        env["PATH"] = f"{card['MICEMU_BIN']}:{env['PATH']}"
     return {**env, **card}
 
 

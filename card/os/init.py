@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from mic_emu._native import lib
-from mic_emu.card.os import program
+from mic_emu.card.os import power, program
 from mic_emu.card.os.program import Command, Root, Started, kill_all
 
 from mic_emu import runproto
@@ -44,6 +44,7 @@ class InitConfig:
     console:  run a shell on a terminal of init's own, whose master ``Init.ready`` fetches
     term:     the console shell's TERM
     cwd:      where the console's shell starts; made writable as for a program
+    folder:   a folder of the card's, visible to programs under this path, for ``power.install``; "" for none
     """
 
     hostname: str
@@ -51,6 +52,7 @@ class InitConfig:
     console: bool = True
     term: str = "xterm"
     cwd: str = "/"
+    folder: str = ""
 
 
 class Init:
@@ -74,14 +76,24 @@ class Init:
         if fds:
             self.console_fd = fds[0]
 
+    def requested(self) -> str | None:
+        """What a program asked for, "poweroff", "halt" or "restart", once ``channel`` is readable.
+
+        Raises ConnectionError when init is gone: the card has panicked.
+        """
+        got = self.channel.try_recv()
+        return str(got[0]["request"]) if got and "request" in got[0] else None
+
     def shutdown(self, grace_s: float = 2.0) -> tuple[int, int]:
         """End every program; (how many processes there were, how many had to be killed).
 
         Raises ConnectionError when init is gone, WireTimeout.
         """
         self.channel.send({"shutdown": grace_s})
-        answer, _ = self.channel.recv(grace_s + 10, "init's word that all programs ended")
-        return answer["programs"], answer["killed"]
+        while True:
+            answer, _ = self.channel.recv(grace_s + 10, "init's word that all programs ended")
+            if "programs" in answer:
+                return answer["programs"], answer["killed"]
 
     def close(self) -> None:
         """Cut the connection (init kills everything and ends) and reap it."""
@@ -172,6 +184,7 @@ class _Loop:
         self.watch(wake_r, lambda: self.reap(wake_r))
         self.watch(self.control.fileno(), self.on_control)
         self.listen()
+        self.watch_power()
         fds = []
         if self.config.console:
             self.console = _Console(self)
@@ -230,6 +243,30 @@ class _Loop:
                     self.finish(client)
 
     # --- the card OS ---
+
+    def watch_power(self) -> None:
+        """Hear programs that want the card to go down."""
+        pipes = [self.root.initctl] if self.root.initctl else []
+        if self.config.folder:
+            power.install(self.config.folder)
+            pipes.append(os.path.join(self.config.folder, power.PIPE))
+        for path in pipes:
+            fd = power.open_pipe(path)
+            self.watch(fd, lambda fd=fd: self.on_power(fd))  # type: ignore[misc]
+
+    def on_power(self, fd: int) -> None:
+        for word in power.requests(fd):
+            try:
+                self.control.send({"request": word}, timeout_s=1)
+            except OSError:
+                return  # a card OS that is gone or hangs cannot go down in order
+
+    def environment(self, caller: dict[str, str]) -> dict[str, str]:
+        """Variables of a program."""
+        env = runproto.card_environment(caller, self.config.env)
+        if self.config.folder:
+            env["PATH"] = power.search_path(self.config.folder, env["PATH"])
+        return env
 
     def on_control(self) -> None:
         try:
@@ -314,7 +351,7 @@ class _Loop:
         if request.tty:
             client.master, slave = self.root.open_terminal()
             program.set_size(client.master, request.rows, request.cols)
-        env = runproto.card_environment(request.env, self.config.env)
+        env = self.environment(request.env)
         command = Command(request.argv, env, request.cwd, stdio, slave, request.umask)
         client.started = program.start(self.root, command)
         self.clients[client.pid] = client
@@ -421,11 +458,12 @@ class _Console:
         if self.stopped:
             return
         shell = next((s for s in _SHELLS if os.path.exists(s)), "/bin/sh")
-        env = runproto.card_environment({"TERM": self.loop.config.term, "SHELL": shell}, self.loop.config.env)
+        env = self.loop.environment({"TERM": self.loop.config.term, "SHELL": shell})
         env["HOME"] = os.environ.get("HOME", "/")
         self.since = time.monotonic()
         try:
-            command = Command([shell, "-i", "-l"], env, self.loop.config.cwd, terminal=self.slave)
+            # No login shell: /etc/profile would drop the card's own commands from PATH.
+            command = Command([shell, "-i"], env, self.loop.config.cwd, terminal=self.slave)
             started = program.start(self.loop.root, command)
         except OSError:
             self.retry()

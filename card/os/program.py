@@ -23,7 +23,9 @@ _TIOCGPTPEER = 0x5441
 
 
 class Root(Protocol):
-    """The file system that programs see."""
+    """The file system that programs see. ``initctl`` is its /run/initctl as init sees it, or ""."""
+
+    initctl: str
 
     def enter(self, cwd: str) -> None:
         """In a program's process: make it the root, with ``cwd`` writable. Raises OSError."""
@@ -34,6 +36,8 @@ class Root(Protocol):
 
 class HostRoot:
     """The host's file system as it is, for a card without a mount namespace."""
+
+    initctl = ""
 
     def enter(self, cwd: str) -> None:
         """Nothing to do."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from mic_emu._native import lib
 from mic_emu.card.os.cpio import Unpacker
+from mic_emu.card.os.power import make_pipe
 from mic_emu.card.os.program import HostRoot, Root, open_terminal
 from mic_emu.namespaces import NamespaceError, check, mount
 
@@ -60,6 +61,8 @@ class RootConfig:
 
 class CardRoot:
     """The root that ``build`` made."""
+
+    initctl = f"{CARD}/run/initctl"
 
     def enter(self, cwd: str) -> None:
         """Make it this process's root, with ``cwd`` writable if it is a folder of the host's.
@@ -304,6 +307,7 @@ class _Builder:
             if os.path.isdir(f"{CARD}/{name}") and not os.path.islink(f"{CARD}/{name}"):
                 mount("scratch", f"{CARD}/{name}", "tmpfs", _TMPFS, f"mode={mode}")
         os.makedirs(f"{CARD}/run/lock", exist_ok=True)
+        make_pipe(CardRoot.initctl)
         # The host's resolver file is often a link to something in its /run.
         resolver = os.path.realpath(f"{HOST}/etc/resolv.conf").removeprefix(HOST)
         if resolver.startswith("/run/") and os.path.isfile(HOST + resolver):

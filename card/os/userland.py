@@ -19,6 +19,7 @@ from mic_emu.wire import listen_unix
 
 SHUTDOWN_GRACE_S = 2.0
 PANIC_STATUS = 71
+REQUESTS = {"poweroff": Status.POWEROFF, "halt": Status.HALTED, "restart": Status.RESTART}
 
 
 class Userland:
@@ -44,7 +45,7 @@ class Userland:
             "MICEMU_CARD": boot["name"],
             "MICEMU_SCIF_SOCKET": str(Path(boot["dir"]) / "scif.sock"),
         }
-        config = init.InitConfig(hostname=boot["name"], env=env, cwd=params.get("micemu.cwd", "/"))
+        config = init.InitConfig(boot["name"], env, cwd=params.get("micemu.cwd", "/"), folder=boot["dir"])
 
         archive = bytes(bus.gddr.read(*ramdisk)) if ramdisk else b""
         names = {boot["name"]: net.card_address(boot["index"]), "host": net.host_address(boot["index"])}
@@ -58,7 +59,7 @@ class Userland:
         return cls(process, listener, path, log)
 
     def on_request(self, callback: Callable[[Status], None]) -> None:
-        """What to do when init ends by itself: the card goes down."""
+        """What to do when a program asks the card to go down."""
         self._request = callback
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -68,13 +69,19 @@ class Userland:
             self.log.info(f"root file system: {note}")
         self.console = self._init.console_fd
         os.set_blocking(self.console, False)
-        # Closed by init's death only: a card without its init has panicked (there is no way back).
-        loop.add_reader(self._init.channel.fileno(), self._gone, loop)
+        # A card without its init has panicked (there is no way back).
+        loop.add_reader(self._init.channel.fileno(), self._hear)
 
-    def _gone(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.remove_reader(self._init.channel.fileno())
-        self.log.error("panic: init is gone")
-        os._exit(PANIC_STATUS)
+    def _hear(self) -> None:
+        """A program asks for the end (COSM-32), or init has died."""
+        try:
+            word = self._init.requested()
+        except OSError:
+            self.log.error("panic: init is gone")
+            os._exit(PANIC_STATUS)
+        if word:
+            self.log.info(f"a program asked for {word}")
+            self._request(REQUESTS[word])
 
     async def shutdown(self) -> None:
         """End all programs: SIGTERM, a while, SIGKILL."""

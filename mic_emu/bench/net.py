@@ -21,7 +21,12 @@ from mic_emu.virtio import net
 
 Row = dict[str, Any]
 PORT = "5901"
-BARS = {"TCP to the card": ">= 0.8", "TCP from the card": ">= 0.8", "ping every 2 ms": "<= 1.3", "ping flood": "-"}
+BARS = {
+    "TCP to the card": ">= 0.8",
+    "TCP from the card": ">= 0.8",
+    "ping every 2 ms": "<= 1.3",
+    "ping flood": "-",
+}
 
 
 class Ends(Protocol):
@@ -74,7 +79,9 @@ def tcp_gbps(ends: Ends, server: str, client: str, seconds: float) -> float:
             for line in srv.stdout:
                 if "listening" in line:
                     break
-            report = ends.run(client, ["iperf3", "-c", addr, "-p", PORT, "-t", f"{seconds:g}", "-J"], seconds + 20)
+            report = ends.run(
+                client, ["iperf3", "-c", addr, "-p", PORT, "-t", f"{seconds:g}", "-J"], seconds + 20
+            )
         finally:
             srv.terminate()
     return float(json.loads(report)["end"]["sum_received"]["bits_per_second"]) / 1e9

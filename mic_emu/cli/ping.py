@@ -12,6 +12,8 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError, StateError
 
+NO_PING = "there is no ping program here: install iputils-ping, or boot with --net responder"
+
 
 @click.command()
 @client.card_argument
@@ -63,16 +65,19 @@ def system_ping(target: str, count: int) -> list[float]:
     with client.connect() as channel:
         for _, fds in client.converse(channel, "host_ns"):
             pass
-    if not fds:
-        raise MicemuError(f"use the system's own ping: ping {target}")
-    code = (
-        "import sys, os\nfrom mic_emu.namespaces import join\n"
-        f"join([('user', {fds[0]}), ('net', {fds[1]})])\nos.execvp(sys.argv[1], sys.argv[1:])"
-    )
-    argv = [sys.executable, "-c", code, "ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
-    done = subprocess.run(argv, pass_fds=fds, capture_output=True, text=True, check=False)
+    argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
+    if fds:
+        code = (
+            "import sys, os\nfrom mic_emu.namespaces import join\n"
+            f"join([('user', {fds[0]}), ('net', {fds[1]})])\nos.execvp(sys.argv[1], sys.argv[1:])"
+        )
+        argv = [sys.executable, "-c", code, *argv]
+    try:
+        done = subprocess.run(argv, pass_fds=fds, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MicemuError(NO_PING) from None
     if "No such file" in done.stderr:
-        raise MicemuError("there is no ping program here: install iputils-ping, or boot with --net responder")
+        raise MicemuError(NO_PING)
     return parse(done.stdout)
 
 

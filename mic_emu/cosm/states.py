@@ -46,6 +46,7 @@ class Event(enum.Enum):
     """What moves a card from state to state."""
 
     BOOT = "boot"
+    BOOT_BARE = "boot of something that is not Linux"
     CONNECTED = "connected"
     SHUTDOWN = "shutdown"
     STATUS = "shutdown status received"
@@ -59,14 +60,16 @@ class Event(enum.Enum):
 S, E = State, Event
 NEXT: Mapping[tuple[State, Event], State] = {
     (S.READY, E.BOOT): S.BOOTING,  # T1
+    (S.READY, E.BOOT_BARE): S.ONLINE,  # T2; the X100 refuses such boot modes before (COSM-16)
     (S.BOOTING, E.CONNECTED): S.ONLINE,  # T7
     (S.ONLINE, E.CONNECTED): S.ONLINE,  # T8
     (S.ONLINE, E.SHUTDOWN): S.SHUTTING_DOWN,  # T10
-    **{(s, E.STATUS): S.SHUTTING_DOWN for s in (S.BOOTING, S.ONLINE, S.SHUTTING_DOWN)},  # T14
+    **{(s, E.STATUS): S.SHUTTING_DOWN for s in (S.ONLINE, S.SHUTTING_DOWN)},  # T14; a late one of an old connection is lost
     (S.ONLINE, E.HEARTBEAT_LOST): S.SHUTTING_DOWN,  # T16
     **{(s, E.RESET): S.RESETTING for s in S if s is not S.READY},  # T18, T19
     **{(s, E.STOP): S.RESETTING for s in S},  # T22, T23, T25
-    (S.READY, E.FIRMWARE_SILENT): S.RESET_FAILED,  # T4
+    (S.READY, E.FIRMWARE_READY): S.READY,  # T4
+    (S.READY, E.FIRMWARE_SILENT): S.RESET_FAILED,
     (S.RESETTING, E.FIRMWARE_READY): S.READY,  # T21
     (S.RESETTING, E.FIRMWARE_SILENT): S.RESET_FAILED,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Link:
         self.qp: queue.QueuePair | None = None
         self.rings: queue.Rings | None = None
         self.stuck = False
+        self.service_path: str | os.PathLike[str] | None = None  # the card's socket for programs
         self.exit_acked: asyncio.Future[None] | None = None
         self._backlog: deque[bytes] = deque()
         self._retry: asyncio.TimerHandle | None = None

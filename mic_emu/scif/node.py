@@ -10,12 +10,16 @@ import asyncio
 import errno
 import itertools
 import logging
+import os
 import secrets
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from mic_emu import layout
+from mic_emu._native import lib
 from mic_emu.clock import Alarm, Clock, settle
 from mic_emu.memory import PAGE, OutOfNodeMemory, PageAllocator, View
 from mic_emu.scif import qp as queue
@@ -31,6 +35,7 @@ from mic_emu.scif.windows import WindowTable
 
 HOST = 0
 RETIRE_S = 0.5
+HAND_OVER_S = 5.0
 PeerCallback = Callable[[int, bool], None]
 
 
@@ -104,6 +109,25 @@ class RelayPath:
         """The other card's memory, by descriptor."""
         self.memory.sub(addr, length)
         return self.fd, addr
+
+
+async def hand_over_memory(to: Link, of: Link) -> None:
+    """Give the card behind ``to`` the memory of the card behind ``of``, through its programs' socket.
+
+    A card that cannot take it answers NODE_ADD_NACK, and the two are not peers.
+    """
+    memory = of.ports.peer_memory
+    if to.service_path is None or memory is None:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        sock.setblocking(False)
+        packet = struct.pack("<IIQ6Q", lib.MIC_SCIF_MEMORY, 0, 0, of.peer_id, memory.size, 0, 0, 0, 0)
+        try:
+            sock.connect(os.fspath(to.service_path))
+            socket.send_fds(sock, [packet], [of.ports.peer_fd])
+            await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 256), HAND_OVER_S)
+        except (OSError, asyncio.TimeoutError) as e:
+            to.log.warning("node %d: cannot hand over memory to node %d: %s", to.node.id, to.peer_id, e)
 
 
 class Node:
@@ -205,8 +229,17 @@ class Node:
         return link
 
     def add_memory(self, node_id: int, memory: View, fd: int) -> None:
-        """Memory of another card, for card-to-card connections; before its NODE_ADD arrives."""
-        self._memories[node_id] = (memory, fd)
+        """Memory of another card, for card-to-card connections; before its NODE_ADD arrives.
+
+        ``fd`` is duplicated.
+        """
+        self._forget_memory(node_id)
+        self._memories[node_id] = (memory, os.dup(fd))
+
+    def _forget_memory(self, node_id: int) -> None:
+        known = self._memories.pop(node_id, None)
+        if known is not None:
+            os.close(known[1])
 
     async def refresh_info(self) -> None:
         """Ask the host for the highest id (GET_NODE_INFO); on the host there is nothing to ask."""
@@ -234,6 +267,8 @@ class Node:
             self._reaper.cancel()
         self.free_retired()
         self.pages.close()
+        for node_id in list(self._memories):
+            self._forget_memory(node_id)
         self.notifier.stop()
 
     # --- what endpoints and links use ---------------------------------------------------------
@@ -371,13 +406,17 @@ class Node:
         if self.id == HOST:
             for other in self.node_ids():
                 if other not in (HOST, link.peer_id):
-                    self._introduce(other, link.peer_id)
+                    self.spawn(self._introduce(other, link.peer_id), "introduce two cards")
 
-    def _introduce(self, i: int, j: int) -> None:
-        """Tell two cards about each other (NODE_ADD)."""
+    async def _introduce(self, i: int, j: int) -> None:
+        """Tell two cards about each other (NODE_ADD); each first gets the other's memory."""
         for a, b in ((i, j), (j, i)):
-            path = self._online[a]
-            link = self.links[b]
+            if a in self.links and b in self.links:
+                await hand_over_memory(self.links[a], self.links[b])
+        for a, b in ((i, j), (j, i)):
+            path, link = self._online.get(a), self.links.get(b)
+            if path is None or link is None or b not in self._online:
+                return
             size = link.ports.peer_memory.size if link.ports.peer_memory is not None else 0
             path.send(Msg(Op.NODE_ADD, (b, 0), (a, 0), 0, layout.CONSTANTS["CARD_MMIO_BASE"], 0, size))
 
@@ -433,7 +472,7 @@ class Node:
             ep.node_lost(node_id)
         self.windows.node_lost(node_id)
         if self.id != HOST:
-            self._memories.pop(node_id, None)
+            self._forget_memory(node_id)
 
     def _tell_clients(self, node_id: int, online: bool) -> None:
         for callback in list(self._callbacks):

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_emu._native import lib
+from mic_emu.bar import close_all
+from mic_emu.memory import Mapping
 from mic_emu.scif.endpoint import State
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.memory_requests import MemoryRequests
@@ -152,14 +154,22 @@ class ScifService:
             return b""
 
     def _on_first(self, fd: int, sock: socket.socket) -> None:
-        packet = self._receive(sock)
-        if packet is None:
+        try:
+            packet, fds, _, _ = socket.recv_fds(sock, PACKET, 1)
+        except BlockingIOError:
             return
+        except OSError:
+            packet, fds = b"", []
         del self._fresh[fd]
         if len(packet) != Control.REQUEST.size:
             self._drop(fd, sock)
+            close_all(fds)
             return
-        op, _, _, a0, *_ = Control.REQUEST.unpack(packet)
+        op, _, _, a0, a1, *_ = Control.REQUEST.unpack(packet)
+        if op == lib.MIC_SCIF_MEMORY and len(fds) == 1:
+            self._take_memory(a0, a1, fds[0])
+            self._reply_to(sock, 0)
+        close_all(fds)
         pid, uid = peer_credentials(sock)
         if op == lib.MIC_SCIF_OPEN:
             self._epoll.modify(fd, _WATCH_SESSION)
@@ -171,6 +181,15 @@ class ScifService:
             self._reply_to(sock, 0)
         else:
             self._drop(fd, sock)
+
+    def _take_memory(self, node_id: int, size: int, fd: int) -> None:
+        """The host hands us the memory of another card, for connections between the two."""
+        try:
+            if os.fstat(fd).st_size != size:
+                raise ValueError(f"{size} bytes announced")
+            self.node.add_memory(node_id, Mapping(fd, size), fd)
+        except (OSError, ValueError) as e:
+            self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
     def _reply_to(self, sock: socket.socket, status: int, value: int = 0) -> None:
         try:

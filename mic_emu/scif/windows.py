@@ -60,27 +60,30 @@ class WindowTable:
         if waiter is not None and not waiter.done():
             waiter.set_result(msg)
 
-    async def ask(self, ep: Endpoint, msg: Msg, key: int) -> Msg:
-        """Send and wait for the answer. Raises ScifError ENODEV (node lost), ENOTCONN (disconnected)."""
+    async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
+        """Send and wait for the answer. Raises ScifError ENODEV (node lost), ENOTCONN (disconnected).
+
+        ``patient``: go on waiting when the peer's endpoint closes, its node answers all the same.
+        """
         if ep.path is None:
             raise ScifError(errno.ENOTCONN, "not connected")
         self.waiting[key] = asyncio.get_running_loop().create_future()
-        unwatch = ep.watch(lambda: self._give_up(ep, key))
+        unwatch = ep.watch(lambda: self._give_up(ep, key, patient))
         try:
-            self._give_up(ep, key)
+            self._give_up(ep, key, patient)
             ep.path.send(msg)
             return await self.waiting[key]
         finally:
             unwatch()
             del self.waiting[key]
 
-    def _give_up(self, ep: Endpoint, key: int) -> None:
+    def _give_up(self, ep: Endpoint, key: int, patient: bool) -> None:
         waiter = self.waiting[key]
         if waiter.done():
             return
         if self.node.path(ep.peer[0]) is not ep.path:
             waiter.set_exception(ScifError(errno.ENODEV, "the peer's node is gone"))
-        elif not ep.windows.connected and not ep.windows.closing:
+        elif not ep.windows.connected and not patient:
             waiter.set_exception(ScifError(errno.ENOTCONN, "the peer has closed"))
 
     def _windows(self, ep_id: int, msg: Msg) -> Windows:
@@ -157,7 +160,6 @@ class Windows:
         self.node = ep.node
         self.own: Space[Window] = Space()
         self.remote: Space[Window] = Space()
-        self.closing = False
         self._lock = asyncio.Lock()  # raise, wait for the old copies, free: one after the other
 
     @property
@@ -254,7 +256,7 @@ class Windows:
         ep = self.ep
         msg = Msg(Op.UNREGISTER, (self.node.id, ep.port), ep.peer, window.peer_id, window.id)
         try:
-            answer = await self.table.ask(ep, msg, window.id)
+            answer = await self.table.ask(ep, msg, window.id, patient=True)
         except ScifError:
             if self.own_known(window):
                 await self._destroy(window)
@@ -333,7 +335,6 @@ class Windows:
 
     async def release(self) -> None:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
-        self.closing = True
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
         waits = [self._quietly(w) for w in self.own]

@@ -21,7 +21,9 @@ BLK_FEATURES = sum(
 MODERN = BLK_FEATURES | EVENT_IDX | INDIRECT_DESC
 
 
-def serve_disk(rig: Rig, fd: int, capacity: int, control_fd: int, *, read_only: bool, serial: bytes, spin_us: int) -> None:
+def serve_disk(
+    rig: Rig, fd: int, capacity: int, control_fd: int, *, read_only: bool, serial: bytes, spin_us: int
+) -> None:
     """Backend: run the C loop and answer the card's hand-shakes, until ``control_fd`` is readable."""
     dev = FakeDevice(rig, control_fd=control_fd)
     dev.vdev.spin_us = spin_us
@@ -97,7 +99,9 @@ class Disk:
 
         def backend() -> None:
             self._control.close()  # the child's copy: ours must be the last one
-            serve_disk(self.rig, fd, capacity, theirs.fileno(), read_only=read_only, serial=serial, spin_us=spin_us)
+            serve_disk(
+                self.rig, fd, capacity, theirs.fileno(), read_only=read_only, serial=serial, spin_us=spin_us
+            )
 
         self.backend = Child(backend)
         theirs.close()
@@ -146,7 +150,9 @@ class Disk:
         self.rig.status = DRIVER_OK
         self.rig.bus.ring_host(0)
 
-    def bench(self, block: int, depth: int, ms: int, *, spin_us: int = 50, random: bool = True, write: bool = False) -> Any:
+    def bench(
+        self, block: int, depth: int, ms: int, *, spin_us: int = 50, random: bool = True, write: bool = False
+    ) -> Any:
         """One run of the load generator: ``struct mic_blk_bench``."""
         b = ffi.new("struct mic_blk_bench *")
         b.block, b.depth, b.runtime_ms, b.random, b.write = block, depth, ms, random, write
@@ -174,7 +180,9 @@ class Disk:
 class NbdServer:
     """The card's NBD server over a ``Disk``, on a Unix socket, in a thread of this process."""
 
-    def __init__(self, disk: Disk, path: str, *, name: str = "vda", read_only: bool = False, spin_us: int = 50) -> None:
+    def __init__(
+        self, disk: Disk, path: str, *, name: str = "vda", read_only: bool = False, spin_us: int = 50
+    ) -> None:
         self.disk = disk
         self.path = path
         self._listener = socket.socket(socket.AF_UNIX)

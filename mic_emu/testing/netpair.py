@@ -149,9 +149,7 @@ class Ends:
     def popen(self, side: str, argv: Sequence[str], **kw: Any) -> subprocess.Popen[str]:
         """Start a program in the namespaces of ``host`` or ``card``."""
         ns = self.host if side == "host" else self.card
-        return subprocess.Popen(
-            argv, preexec_fn=ns.enter, pass_fds=(ns.user_fd, ns.net_fd), text=True, **kw
-        )
+        return subprocess.Popen(argv, preexec_fn=ns.enter, pass_fds=(ns.user_fd, ns.net_fd), text=True, **kw)
 
     def run(self, side: str, argv: Sequence[str], timeout_s: float = 30) -> str:
         """Run a program there; returns its output. Raises CalledProcessError, TimeoutExpired."""

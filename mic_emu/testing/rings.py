@@ -85,7 +85,9 @@ class Rig:
         )
         self.bus.host.write(self.slot_off, header)
         for i in range(self.num_vq):
-            row = layout.VQCONFIG.pack(address=SMPT_BASE + self.blocks[i], used_address=self.used[i], num=self.num)
+            row = layout.VQCONFIG.pack(
+                address=SMPT_BASE + self.blocks[i], used_address=self.used[i], num=self.num
+            )
             self.bus.host.write(self.slot_off + 8 + 24 * i, row)
             info = layout.VRING_INFO.pack(magic=(C["MIC_MAGIC"] + device_type + i) & 0xFFFFFFFF)
             self.bus.host.write(self.blocks[i] + lib.mic_vring_size(self.num), info)
@@ -141,7 +143,9 @@ class FakeDevice:
         self.rig = rig
         self.vdev: Any = ffi.new("struct mic_vdev *")
         kick = rig.bus.vector_fd(0)
-        rc = lib.mic_vdev_init(self.vdev, rig.bus.ptr, rig.slot_off, rig.ctrl_off, kick, control_fd, rig.num_vq)
+        rc = lib.mic_vdev_init(
+            self.vdev, rig.bus.ptr, rig.slot_off, rig.ctrl_off, kick, control_fd, rig.num_vq
+        )
         check(rc, "vdev")
         self._iov = ffi.new("struct iovec[]", max_segs)
         self._max = max_segs
@@ -158,7 +162,9 @@ class FakeDevice:
     def init(self, i: int, block_off: int, used_addr: int, num: int | None = None) -> int:
         """Raw ``mic_vq_init`` of ring ``i``; returns its result."""
         rig = self.rig
-        return int(lib.mic_vq_init(self.vq[i], rig.bus.ptr, block_off, used_addr, num or rig.num, rig.features))
+        return int(
+            lib.mic_vq_init(self.vq[i], rig.bus.ptr, block_off, used_addr, num or rig.num, rig.features)
+        )
 
     def pop(self, i: int = 0) -> Chain | None:
         """Next chain, None when there is none; OSError when the ring broke."""

@@ -18,7 +18,15 @@ BUFFER = 256 << 10  # bytes of GDDR that one open disk moves at a time
 
 
 def bench(
-    driver: Any, block: int, depth: int, ms: int, *, spin_us: int, stop_fd: int, random: bool = True, write: bool = False
+    driver: Any,
+    block: int,
+    depth: int,
+    ms: int,
+    *,
+    spin_us: int,
+    stop_fd: int,
+    random: bool = True,
+    write: bool = False,
 ) -> dict[str, float]:
     """Load a disk for ``ms`` milliseconds with ``depth`` requests (1..64) of ``block`` bytes in flight.
 
@@ -185,7 +193,7 @@ class CardDisk(io.RawIOBase):
         with self._lock:
             self._mem[0:20] = bytes(20)
             self._execute("GET_ID", 0, C["VIRTIO_BLK_ID_LEN"])
-            return self._mem[0:20].rstrip(b"\0").decode("ascii", "replace")
+            return bytes(self._mem[0:20]).rstrip(b"\0").decode("ascii", "replace")
 
     def close(self) -> None:
         if self._ptr != ffi.NULL:

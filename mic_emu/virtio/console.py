@@ -85,7 +85,9 @@ class HostPty:
     def __enter__(self) -> HostPty:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -136,7 +138,9 @@ class ConsoleDevice:
     def __enter__(self) -> ConsoleDevice:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -159,7 +163,9 @@ class ConsoleDriver:
         """
         rc: int = lib.mic_con_drv_run(self.ptr)
         if rc < 0:
-            raise OSError(-rc, "console driver: the device broke a ring" if rc == -errno.EIO else "console driver")
+            raise OSError(
+                -rc, "console driver: the device broke a ring" if rc == -errno.EIO else "console driver"
+            )
         return rc
 
     def stats(self) -> dict[str, int]:
@@ -175,5 +181,7 @@ class ConsoleDriver:
     def __enter__(self) -> ConsoleDriver:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()

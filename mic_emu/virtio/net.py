@@ -92,7 +92,9 @@ def _tun_flags(features: int, csum: str, tso4: str, tso6: str, ecn: str) -> int:
 
 def host_offload(features: int) -> int:
     """TUNSETOFFLOAD flags of the host's TAP: what may be delivered to the card."""
-    flags = _tun_flags(features, "NET_F_GUEST_CSUM", "NET_F_GUEST_TSO4", "NET_F_GUEST_TSO6", "NET_F_GUEST_ECN")
+    flags = _tun_flags(
+        features, "NET_F_GUEST_CSUM", "NET_F_GUEST_TSO4", "NET_F_GUEST_TSO6", "NET_F_GUEST_ECN"
+    )
     return flags | (TUN_F_UFO if features & bit("NET_F_GUEST_UFO") else 0)
 
 
@@ -164,7 +166,9 @@ class _Native:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -199,7 +203,13 @@ class Responder(_Native):
         )
 
     def ping(
-        self, target: str, count: int = 3, *, interval_s: float = 1.0, timeout_s: float = 1.0, payload: int = 56
+        self,
+        target: str,
+        count: int = 3,
+        *,
+        interval_s: float = 1.0,
+        timeout_s: float = 1.0,
+        payload: int = 56,
     ) -> PingResult:
         """Ping ``target`` while the device loop runs in another thread.
 
@@ -207,7 +217,9 @@ class Responder(_Native):
         """
         rtts = ffi.new("uint64_t[]", max(count, 1))
         ip = int(ipaddress.IPv4Address(target))
-        got = lib.mic_resp_ping(self.ptr, ip, count, int(interval_s * 1000), int(timeout_s * 1000), payload, rtts)
+        got = lib.mic_resp_ping(
+            self.ptr, ip, count, int(interval_s * 1000), int(timeout_s * 1000), payload, rtts
+        )
         if got < 0:
             raise OSError(-got, f"ping {target}: {os.strerror(-got)}")
         return PingResult(count, tuple(r / 1e9 for r in rtts if r))
@@ -315,7 +327,9 @@ class NetDriver(_Native):
         """
         rc: int = lib.mic_net_drv_run(self.ptr)
         if rc < 0:
-            raise OSError(-rc, "network driver: the device broke a ring" if rc == -errno.EIO else "network driver")
+            raise OSError(
+                -rc, "network driver: the device broke a ring" if rc == -errno.EIO else "network driver"
+            )
         return rc
 
     @property

@@ -17,6 +17,7 @@
 
 #define RING MIC_SCIF_EP_RING
 #define HOT_STREAK 64u /* waits in a row after which the token stays where it is */
+#define HOT_GAP_US 20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
 #define HALF (RING / 2)
@@ -380,8 +381,13 @@ static void get(struct ep *ep, uint8_t *p, uint32_t n)
 	publish_read(ep);
 }
 
+struct receive { /* one call of recv */
+	uint64_t start;
+	bool block, waited;
+};
+
 /* rx_lock is held. Bytes received, or -errno when none. */
-static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, bool block, bool *waited)
+static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, struct receive *r)
 {
 	uint32_t done = 0;
 	int rc = 0;
@@ -401,9 +407,9 @@ static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, bool block, bool *
 			rc = -ECONNRESET;
 			break;
 		}
-		if (!block)
+		if (!r->block)
 			break;
-		*waited = true;
+		r->waited = true;
 		rc = wait_bytes(ep);
 		if (rc < 0)
 			break;
@@ -413,23 +419,22 @@ static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, bool block, bool *
 
 /* Leave the descriptor's token only where there are bytes, or where nobody polls it: a program that
  * has waited in recv many times in a row, with hardly anything in between. */
-static void settle_token(struct ep *ep, int fd, bool waited, bool block, bool nothing)
+static void settle_token(struct ep *ep, int fd, const struct receive *r, int rc)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
-	uint64_t now = mic_timestamp();
 
-	if (!block || now - ctl->last_recv > 20 * ticks_per_us())
+	if (!r->block || r->start - ctl->last_recv > HOT_GAP_US * ticks_per_us())
 		ctl->streak = 0;
-	else if (waited && ctl->streak < HOT_STREAK)
+	else if (r->waited && ctl->streak < HOT_STREAK)
 		ctl->streak++;
-	ctl->last_recv = now;
 	if (ctl->streak < HOT_STREAK && ctl->rx_read == ctl->rx_write)
-		token_clear(ep, fd, nothing && !block);
+		token_clear(ep, fd, rc == 0 && !r->block);
+	ctl->last_recv = mic_timestamp();
 }
 
 static int do_recv(struct ep *ep, int fd, void *msg, int len, int flags)
 {
-	bool waited = false, block = flags & SCIF_RECV_BLOCK;
+	struct receive r = { mic_timestamp(), flags & SCIF_RECV_BLOCK, false };
 	int rc = ep_attach(ep);
 
 	if (rc < 0)
@@ -438,8 +443,8 @@ static int do_recv(struct ep *ep, int fd, void *msg, int len, int flags)
 	if (rc < 0)
 		return rc;
 	lock(ep->ctl->rx_lock);
-	rc = recv_some(ep, msg, (uint32_t)len, block, &waited);
-	settle_token(ep, fd, waited, block, rc == 0);
+	rc = recv_some(ep, msg, (uint32_t)len, &r);
+	settle_token(ep, fd, &r, rc);
 	unlock(ep->ctl->rx_lock);
 	return rc;
 }

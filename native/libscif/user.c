@@ -13,9 +13,10 @@
 #endif
 
 #define SEEN 64
+#define MAX_PAGES (PAGE - 1) /* of a remembered range: the count lives in the low bits of its address */
 #define USER_END 0x7ffffffff000ull
 
-static uintptr_t seen_read[SEEN], seen_write[SEEN];
+static uintptr_t seen_read[SEEN], seen_write[SEEN]; /* address of the first page | pages */
 
 /* Before Linux 5.14 there is no such advice; there a bad buffer is a signal. */
 static bool can_populate(void)
@@ -49,19 +50,15 @@ static int check(const void *p, size_t len, uintptr_t *seen, int advice)
 
 	if ((uintptr_t)p + len < (uintptr_t)p || last >= USER_END || first < PAGE)
 		return -EFAULT;
-	if (last - first < 2 * PAGE) {
-		bool known = true;
+	uintptr_t *slot = &seen[(first / PAGE) % SEEN], known = mic_load_relaxed(slot);
+	size_t n = (last - first) / PAGE + 1;
 
-		for (uintptr_t a = first; a <= last; a += PAGE)
-			known &= mic_load_relaxed(&seen[(a / PAGE) % SEEN]) == a;
-		if (known)
-			return 0;
-	}
+	if ((known & ~(PAGE - 1)) == first && (known & (PAGE - 1)) >= n)
+		return 0;
 	int rc = populate(first, last + PAGE, advice);
 
-	if (!rc && last - first < 2 * PAGE)
-		for (uintptr_t a = first; a <= last; a += PAGE)
-			mic_store_relaxed(&seen[(a / PAGE) % SEEN], a);
+	if (!rc && n <= MAX_PAGES)
+		mic_store_relaxed(slot, first | n);
 	return rc;
 }
 

@@ -4,7 +4,7 @@
 
 #include "mic/block.h"
 
-#define MAX_DEPTH 64u
+#define MAX_DEPTH   64u
 #define MAX_SAMPLES (1u << 20)
 
 struct load {
@@ -139,7 +139,7 @@ static int prepare(struct load *l, struct mic_blk_drv *drv)
 
 int mic_blk_bench(struct mic_blk_drv *drv, struct mic_blk_bench *b, unsigned spin_us, int stop_fd)
 {
-	struct load l = { .drv = drv, .b = b, .seed = 88172645463325252ull, .stop_fd = stop_fd };
+	struct load l = {.drv = drv, .b = b, .seed = 88172645463325252ull, .stop_fd = stop_fd};
 
 	if (!b->depth || b->depth > MAX_DEPTH || !b->block || b->block % MIC_BLK_SECTOR)
 		return -EINVAL;

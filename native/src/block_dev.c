@@ -11,11 +11,11 @@
 
 #include "mic/barrier.h"
 
-#define MAX_IOV 256u             /* a direct chain of 128 that ends in a table of 128 */
-#define BATCH 128u               /* requests between two looks at the control descriptor */
-#define SIGNAL_REQUESTS 16u      /* completions, or ... */
-#define SIGNAL_BYTES (256u << 10) /* ... bytes, after which a sleeping driver is told */
-#define FEATURE(bit) (1ull << (bit))
+#define MAX_IOV         256u         /* a direct chain of 128 that ends in a table of 128 */
+#define BATCH           128u         /* requests between two looks at the control descriptor */
+#define SIGNAL_REQUESTS 16u          /* completions, or ... */
+#define SIGNAL_BYTES    (256u << 10) /* ... bytes, after which a sleeping driver is told */
+#define FEATURE(bit)    (1ull << (bit))
 
 struct mic_blk_dev {
 	struct mic_vdev *vdev;
@@ -31,9 +31,9 @@ struct mic_blk_dev {
 struct request {
 	uint32_t type;
 	uint64_t sector;
-	struct iovec *out, *in;    /* data the card wrote; room for data the card reads */
+	struct iovec *out, *in; /* data the card wrote; room for data the card reads */
 	unsigned out_num, in_num;
-	uint64_t out_len, in_len;  /* bytes */
+	uint64_t out_len, in_len; /* bytes */
 	uint8_t *status;
 	uint64_t features;
 };
@@ -205,7 +205,8 @@ static uint8_t do_read(struct mic_blk_dev *dev, const struct request *r)
 static uint8_t do_write(struct mic_blk_dev *dev, const struct request *r)
 {
 	dev->stats.writes++;
-	if (dev->read_only || r->out_len % MIC_BLK_SECTOR || !within(dev, r->sector, r->out_len / MIC_BLK_SECTOR))
+	if (dev->read_only || r->out_len % MIC_BLK_SECTOR ||
+	    !within(dev, r->sector, r->out_len / MIC_BLK_SECTOR))
 		return MIC_VIRTIO_BLK_S_IOERR;
 	dev->stats.bytes_written += r->out_len;
 	return blk_status(transfer(dev->fd, r->out, r->out_num, (off_t)(r->sector * MIC_BLK_SECTOR), true));
@@ -293,7 +294,7 @@ static bool parse(struct request *r, struct iovec *iov, const struct mic_chain *
 {
 	struct mic_virtio_blk_req head;
 
-	*r = (struct request){ .out = iov, .out_num = c->out_num, .in = iov + c->out_num, .in_num = c->in_num };
+	*r = (struct request){.out = iov, .out_num = c->out_num, .in = iov + c->out_num, .in_num = c->in_num};
 	if (c->in_num) {
 		struct iovec *last = &r->in[c->in_num - 1];
 

@@ -15,14 +15,14 @@
 
 #include "mic/barrier.h"
 
-#define PAGE 4096u
-#define SLOT_BYTES 64u  /* header at 0, status at 16: one cache line per request */
+#define PAGE       4096u
+#define SLOT_BYTES 64u /* header at 0, status at 16: one cache line per request */
 #define STATUS_OFF 16u
-#define SPIN_STEP 16u
+#define SPIN_STEP  16u
 
 struct mic_blk_user {
 	struct mic_blk_drv *drv;
-	struct mic_blk_user *next;      /* all users of the driver */
+	struct mic_blk_user *next; /* all users of the driver */
 	struct mic_blk_req *done, **tail;
 	bool asleep, wants_slot;
 	int line_fd, wake_fd;
@@ -36,17 +36,17 @@ struct mic_blk_drv {
 	pthread_mutex_t lock;
 	uint64_t features, capacity;
 	const uint8_t *status;
-	int error;                      /* ESHUTDOWN or EIO: no more requests */
+	int error; /* ESHUTDOWN or EIO: no more requests */
 	unsigned sleepers;
 	struct mic_blk_user *users;
-	uint64_t slots_addr;            /* GDDR: SLOT_BYTES for each request */
+	uint64_t slots_addr; /* GDDR: SLOT_BYTES for each request */
 	uint8_t *slots;
 	struct mic_blk_req *inflight[MIC_MAX_VRING_ENTRIES];
 	uint16_t free_slot[MIC_MAX_VRING_ENTRIES];
 	unsigned free_slots;
-	uint64_t pool_addr;             /* GDDR: data pages */
+	uint64_t pool_addr; /* GDDR: data pages */
 	uint32_t pages, pages_free;
-	uint8_t *page_used;             /* one byte per page */
+	uint8_t *page_used; /* one byte per page */
 };
 
 /* --- life ------------------------------------------------------------------------------------- */
@@ -56,7 +56,8 @@ struct mic_blk_drv *mic_blk_drv_create(struct mic_vdrv *vdrv, uint64_t pool_addr
 {
 	const uint32_t control = MIC_MAX_VRING_ENTRIES * SLOT_BYTES;
 
-	if (pool_addr % PAGE || pool_len % PAGE || pool_len < 16 * PAGE || pool_len > 1ull << 40 || !vdrv->num_vq) {
+	if (pool_addr % PAGE || pool_len % PAGE || pool_len < 16 * PAGE || pool_len > 1ull << 40 ||
+	    !vdrv->num_vq) {
 		errno = EINVAL;
 		return NULL;
 	}
@@ -236,7 +237,8 @@ static void wake(struct mic_blk_user *u)
 		(void)!eventfd_write(u->wake_fd, 1);
 }
 
-static void hand_back(struct mic_blk_drv *drv, struct mic_blk_req *req, int error, const struct mic_blk_user *self)
+static void hand_back(struct mic_blk_drv *drv, struct mic_blk_req *req, int error,
+		      const struct mic_blk_user *self)
 {
 	struct mic_blk_user *u = req->user;
 
@@ -337,10 +339,10 @@ static unsigned fill_segments(const struct mic_blk_drv *drv, const struct mic_bl
 	uint64_t at = drv->slots_addr + (uint64_t)slot * SLOT_BYTES;
 	unsigned n = 0;
 
-	seg[n++] = (struct mic_seg){ .addr = at, .len = sizeof(struct mic_virtio_blk_req) };
+	seg[n++] = (struct mic_seg){.addr = at, .len = sizeof(struct mic_virtio_blk_req)};
 	if (req->len)
-		seg[n++] = (struct mic_seg){ .addr = req->addr, .len = req->len };
-	seg[n++] = (struct mic_seg){ .addr = at + STATUS_OFF, .len = 1 };
+		seg[n++] = (struct mic_seg){.addr = req->addr, .len = req->len};
+	seg[n++] = (struct mic_seg){.addr = at + STATUS_OFF, .len = 1};
 	return n;
 }
 
@@ -356,7 +358,7 @@ static int submit_locked(struct mic_blk_drv *drv, struct mic_blk_req *req)
 	if (!drv->free_slots)
 		return -EAGAIN;
 	uint16_t slot = drv->free_slot[drv->free_slots - 1];
-	struct mic_virtio_blk_req head = { .type = req->type, .sector = req->sector };
+	struct mic_virtio_blk_req head = {.type = req->type, .sector = req->sector};
 	struct mic_seg seg[3];
 	unsigned n = fill_segments(drv, req, slot, seg), in = req->len && device_writes(req->type) ? 2 : 1;
 
@@ -425,8 +427,8 @@ bool mic_blk_arm(struct mic_blk_user *user, bool want_slot)
 	struct mic_blk_drv *drv = user->drv;
 
 	pthread_mutex_lock(&drv->lock);
-	bool ready = mic_dq_enable_interrupt(drv->dq) || user->done || drv->error || device_needs_reset(drv) ||
-		     (want_slot && drv->free_slots && drv->dq->free_num >= 3);
+	bool ready = mic_dq_enable_interrupt(drv->dq) || user->done || drv->error ||
+		     device_needs_reset(drv) || (want_slot && drv->free_slots && drv->dq->free_num >= 3);
 
 	if (!ready) {
 		user->asleep = true;
@@ -464,7 +466,7 @@ void mic_blk_wake_fds(const struct mic_blk_user *user, int fds[2])
 /* Sleep until something may have changed for this user. 0 or -ESHUTDOWN. */
 static int wait_for(struct mic_blk_user *user, bool want_slot)
 {
-	int fds[3] = { user->drv->vdrv->stop_fd, user->line_fd, user->wake_fd };
+	int fds[3] = {user->drv->vdrv->stop_fd, user->line_fd, user->wake_fd};
 
 	if (mic_blk_spin(user) || !mic_blk_arm(user, want_slot))
 		return 0;
@@ -478,7 +480,7 @@ static int wait_for(struct mic_blk_user *user, bool want_slot)
 
 int mic_blk_execute(struct mic_blk_user *user, uint32_t type, uint64_t sector, uint64_t addr, uint32_t len)
 {
-	struct mic_blk_req req = { .type = type, .sector = sector, .addr = addr, .len = len }, *back;
+	struct mic_blk_req req = {.type = type, .sector = sector, .addr = addr, .len = len}, *back;
 	int rc;
 
 	while ((rc = mic_blk_submit(user, &req)) == -EAGAIN) {

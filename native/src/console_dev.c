@@ -13,16 +13,16 @@
 
 enum { TO_CARD = 0, FROM_CARD = 1 };
 
-#define PIECE 4096u
-#define HISTORY 4096u         /* what a new client is shown */
-#define INPUT 8192u           /* typed bytes that wait for buffers of the card */
-#define CLIENTS 8u
-#define CLIENT_OUT 262144u    /* bytes that a client may lag behind */
-#define CLIENT_RATE 32768u    /* bytes that a client must take in STALL_MS, or it is not waited for */
-#define MSG_HEAD 3u
-#define CHAIN_SEGS 256u
-#define STALL_MS 1000         /* a reader that takes nothing for so long is not waited for */
-#define EVENTS 16
+#define PIECE       4096u
+#define HISTORY     4096u /* what a new client is shown */
+#define INPUT       8192u /* typed bytes that wait for buffers of the card */
+#define CLIENTS     8u
+#define CLIENT_OUT  262144u /* bytes that a client may lag behind */
+#define CLIENT_RATE 32768u  /* bytes that a client must take in STALL_MS, or it is not waited for */
+#define MSG_HEAD    3u
+#define CHAIN_SEGS  256u
+#define STALL_MS    1000 /* a reader that takes nothing for so long is not waited for */
+#define EVENTS      16
 /* At most this many passes before the other events get a look, so that nobody starves control_fd. */
 #define PASSES 64u
 
@@ -30,15 +30,15 @@ static const char gap_note[] = "\r\n[micemu: output skipped, it is in the log]\r
 
 struct client {
 	int fd;
-	bool gap;             /* bytes were skipped, and the note is still to come */
+	bool gap; /* bytes were skipped, and the note is still to come */
 	uint32_t out_first, out_len;
-	uint64_t sent;        /* bytes taken since it came */
-	uint64_t wait_begun;  /* the card waits for this client: since when ... */
-	uint64_t wait_sent;   /* ... and `sent` at that time */
+	uint64_t sent;       /* bytes taken since it came */
+	uint64_t wait_begun; /* the card waits for this client: since when ... */
+	uint64_t wait_sent;  /* ... and `sent` at that time */
 	uint8_t head[MSG_HEAD];
-	uint32_t head_len;    /* bytes of the message header read so far */
-	uint32_t left;        /* bytes of the message body to come */
-	uint8_t size[4];      /* body of a size message */
+	uint32_t head_len; /* bytes of the message header read so far */
+	uint32_t left;     /* bytes of the message body to come */
+	uint8_t size[4];   /* body of a size message */
 	uint8_t *out;
 };
 
@@ -58,7 +58,7 @@ struct mic_con_dev {
 	bool waiting;               /* the next piece waits for the pty or a client */
 	bool pty_dead;              /* stalled for too long: nobody waits for it until it takes again */
 	uint8_t history[HISTORY];
-	uint64_t history_end;       /* bytes ever shown */
+	uint64_t history_end; /* bytes ever shown */
 	uint8_t input[INPUT];
 	uint32_t in_first, in_len;
 	uint32_t size;
@@ -69,7 +69,7 @@ struct mic_con_dev {
 
 static int watch(struct mic_con_dev *cd, int fd, uint32_t events)
 {
-	struct epoll_event ev = { .events = events, .data.fd = fd };
+	struct epoll_event ev = {.events = events, .data.fd = fd};
 
 	return fd < 0 ? 0 : epoll_ctl(cd->epoll_fd, EPOLL_CTL_ADD, fd, &ev);
 }
@@ -88,8 +88,9 @@ struct mic_con_dev *mic_con_dev_create(struct mic_vdev *dev, int pty_fd, int log
 		cd->clients[i].fd = -1;
 	cd->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	/* Edges, because a pty without a reader reports POLLHUP for ever; every wake looks everywhere. */
-	if (cd->epoll_fd < 0 || watch(cd, dev->control_fd, EPOLLIN) < 0 || watch(cd, dev->line_fd, EPOLLIN) < 0 ||
-	    watch(cd, pty_fd, EPOLLIN | EPOLLOUT | EPOLLET) < 0 || watch(cd, listen_fd, EPOLLIN | EPOLLET) < 0) {
+	if (cd->epoll_fd < 0 || watch(cd, dev->control_fd, EPOLLIN) < 0 ||
+	    watch(cd, dev->line_fd, EPOLLIN) < 0 || watch(cd, pty_fd, EPOLLIN | EPOLLOUT | EPOLLET) < 0 ||
+	    watch(cd, listen_fd, EPOLLIN | EPOLLET) < 0) {
 		int saved = errno;
 
 		mic_con_dev_destroy(cd);
@@ -103,7 +104,7 @@ static void drop_client(struct mic_con_dev *cd, struct client *c)
 {
 	close(c->fd); /* leaves the epoll set by itself */
 	free(c->out);
-	*c = (struct client){ .fd = -1 };
+	*c = (struct client){.fd = -1};
 	cd->stats.clients--;
 }
 
@@ -154,7 +155,8 @@ static void write_log(struct mic_con_dev *cd)
 static bool flush_client(struct client *c)
 {
 	while (c->out_len) {
-		uint32_t part = CLIENT_OUT - c->out_first < c->out_len ? CLIENT_OUT - c->out_first : c->out_len;
+		uint32_t part =
+			CLIENT_OUT - c->out_first < c->out_len ? CLIENT_OUT - c->out_first : c->out_len;
 		ssize_t n = send(c->fd, c->out + c->out_first, part, MSG_DONTWAIT | MSG_NOSIGNAL);
 
 		if (n < 0)
@@ -232,7 +234,7 @@ static void remember(struct mic_con_dev *cd)
 /* Is a slave of the pty open anywhere? */
 static bool pty_has_reader(const struct mic_con_dev *cd)
 {
-	struct pollfd p = { .fd = cd->pty_fd };
+	struct pollfd p = {.fd = cd->pty_fd};
 
 	return cd->pty_fd >= 0 && poll(&p, 1, 0) >= 0 && !(p.revents & (POLLHUP | POLLERR | POLLNVAL));
 }
@@ -358,12 +360,14 @@ static int read_control(struct mic_con_dev *cd, struct client *c)
 		if (c->head_len < MSG_HEAD)
 			return 1;
 		c->left = c->head[1] | (uint32_t)c->head[2] << 8;
-		if (c->head[0] == MIC_CON_MSG_SIZE ? c->left != sizeof c->size : c->head[0] != MIC_CON_MSG_INPUT)
+		if (c->head[0] == MIC_CON_MSG_SIZE ? c->left != sizeof c->size
+						   : c->head[0] != MIC_CON_MSG_INPUT)
 			return -1;
 	} else {
 		c->left -= (uint32_t)n;
 		if (!c->left) {
-			cd->size = (uint32_t)(c->size[0] | c->size[1] << 8) << 16 | c->size[2] | (uint32_t)c->size[3] << 8;
+			cd->size = (uint32_t)(c->size[0] | c->size[1] << 8) << 16 | c->size[2] |
+				   (uint32_t)c->size[3] << 8;
 			cd->resized = true;
 		}
 	}
@@ -464,7 +468,7 @@ static int accept_client(struct mic_con_dev *cd)
 		close(fd);
 		return 1;
 	}
-	*c = (struct client){ .fd = fd, .out = out };
+	*c = (struct client){.fd = fd, .out = out};
 	cd->stats.clients++;
 	cd->stats.clients_seen++;
 	show_history(cd, c);

@@ -9,11 +9,11 @@
 
 enum { RX = 0, TX = 1 };
 
-#define BUF 4096u /* one page per direction and element, as the stock backend */
+#define BUF      4096u /* one page per direction and element, as the stock backend */
 #define BUFS_MAX 32u
 #define BUFS_MIN 2u
-#define EVENTS 4
-#define PASSES 64u
+#define EVENTS   4
+#define PASSES   64u
 
 struct mic_con_drv {
 	struct mic_vdrv *drv;
@@ -33,7 +33,7 @@ struct mic_con_drv {
 
 static int post_rx(struct mic_con_drv *cd, uint64_t buf)
 {
-	struct mic_seg seg = { .addr = cd->addr + buf * BUF, .len = BUF };
+	struct mic_seg seg = {.addr = cd->addr + buf * BUF, .len = BUF};
 
 	return mic_dq_add(&cd->drv->dq[RX], &seg, 0, 1, buf);
 }
@@ -52,7 +52,7 @@ static int post_all(struct mic_con_drv *cd)
 
 static int watch(struct mic_con_drv *cd, int fd, uint32_t events)
 {
-	struct epoll_event ev = { .events = events, .data.fd = fd };
+	struct epoll_event ev = {.events = events, .data.fd = fd};
 
 	return fd >= 0 && epoll_ctl(cd->epoll_fd, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
@@ -124,7 +124,8 @@ static int receive(struct mic_con_drv *cd)
 		cd->rx_at = 0;
 	}
 	while (cd->rx_at < cd->rx_len) {
-		ssize_t n = write(cd->local_fd, cd->mem + cd->rx_buf * BUF + cd->rx_at, cd->rx_len - cd->rx_at);
+		ssize_t n =
+			write(cd->local_fd, cd->mem + cd->rx_buf * BUF + cd->rx_at, cd->rx_len - cd->rx_at);
 
 		if (n < 0 && (errno == EPIPE || errno == ECONNRESET || errno == EBADF))
 			cd->gone = true;
@@ -171,7 +172,7 @@ static int transmit(struct mic_con_drv *cd)
 		cd->gone = true;
 	if (n <= 0)
 		return 0; /* EAGAIN, or EIO: no slave is open now */
-	struct mic_seg seg = { .addr = cd->addr + off, .len = (uint32_t)n };
+	struct mic_seg seg = {.addr = cd->addr + off, .len = (uint32_t)n};
 
 	if (mic_dq_add(&cd->drv->dq[TX], &seg, 1, 0, buf) < 0)
 		return -1;

@@ -15,9 +15,9 @@
 
 #include "mic/barrier.h"
 
-#define MAX_SEGS 256u
-#define ELEMS 64u /* user elements read at a time */
-#define ALIGN ((uint64_t)MIC_DMA_ALIGN)
+#define MAX_SEGS         256u
+#define ELEMS            64u /* user elements read at a time */
+#define ALIGN            ((uint64_t)MIC_DMA_ALIGN)
 #define DMA_STATUS_ERROR 3 /* what the real stack leaks as result (VOP 6.4) */
 
 struct mic_copy {
@@ -27,13 +27,13 @@ struct mic_copy {
 	struct mic_copy_setup setup;
 	uint8_t *bounce;
 	bool removed;
-	bool failed;             /* the ring broke; EIO until the reset */
-	bool held;               /* a chain was fetched and not completed */
+	bool failed; /* the ring broke; EIO until the reset */
+	bool held;   /* a chain was fetched and not completed */
 	struct mic_chain chain;
 	struct iovec iov[MAX_SEGS];
-	unsigned at, segs;       /* next segment, and how many there are */
-	size_t off;              /* bytes consumed of segment `at` */
-	uint64_t read, written;  /* bytes of this chain so far: from the card, to the card */
+	unsigned at, segs;      /* next segment, and how many there are */
+	size_t off;             /* bytes consumed of segment `at` */
+	uint64_t read, written; /* bytes of this chain so far: from the card, to the card */
 	struct mic_copy_stats stats;
 };
 
@@ -41,14 +41,14 @@ struct mic_copy {
 
 static int user_copy(uint64_t user, void *mine, size_t len, bool to_user)
 {
-	struct iovec local = { mine, len }, remote = { (void *)(uintptr_t)user, len };
+	struct iovec local = {mine, len}, remote = {(void *)(uintptr_t)user, len};
 	ssize_t n;
 
 	if (!len)
 		return 0;
 	do {
-		n = to_user ? process_vm_writev(getpid(), &local, 1, &remote, 1, 0) :
-			      process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
+		n = to_user ? process_vm_writev(getpid(), &local, 1, &remote, 1, 0)
+			    : process_vm_readv(getpid(), &local, 1, &remote, 1, 0);
 	} while (n < 0 && errno == EINTR);
 	if (n == (ssize_t)len)
 		return 0;
@@ -284,7 +284,9 @@ int mic_copy_desc_run(struct mic_copy *c, void *arg)
 	if (rc < 0)
 		return rc;
 	d.out_len = (uint32_t)moved;
-	return user_copy(user + offsetof(struct mic_copy_desc, out_len), &d.out_len, sizeof d.out_len, true) ? -EFAULT : rc;
+	return user_copy(user + offsetof(struct mic_copy_desc, out_len), &d.out_len, sizeof d.out_len, true)
+		       ? -EFAULT
+		       : rc;
 }
 
 /* --- life ------------------------------------------------------------------------------------- */

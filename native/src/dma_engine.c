@@ -32,9 +32,10 @@ struct mic_dma_engine {
 	unsigned started, parked; /* under lock */
 };
 
+/* The engine is the hardware: it looks at its registers without the checks of a bus cycle. */
 static uint32_t read_reg(struct mic_bus *bus, uint32_t off)
 {
-	return mic_mmio_read(bus, off);
+	return mic_load_acquire((const uint32_t *)(const void *)(mic_bus_mmio(bus) + off));
 }
 
 static uint32_t *status_reg(struct mic_bus *bus, unsigned c)

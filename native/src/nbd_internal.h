@@ -9,11 +9,11 @@
 #include "mic/nbd.h"
 #include "nbd_proto.h"
 
-#define NBD_INBUF 16384u
-#define NBD_OUTBUF 4096u
-#define NBD_MAX_JOBS 256u       /* per client */
-#define NBD_PIECE (1u << 20)    /* the largest piece */
-#define NBD_SHARE (64u << 10)   /* bytes of the pool that every connected client can count on */
+#define NBD_INBUF    16384u
+#define NBD_OUTBUF   4096u
+#define NBD_MAX_JOBS 256u        /* per client */
+#define NBD_PIECE    (1u << 20)  /* the largest piece */
+#define NBD_SHARE    (64u << 10) /* bytes of the pool that every connected client can count on */
 
 struct nbd_client;
 
@@ -21,14 +21,14 @@ struct nbd_piece {
 	struct mic_blk_req req;
 	struct nbd_client *client;
 	struct nbd_job *job;
-	struct nbd_piece *next;  /* in the job's or the client's list */
+	struct nbd_piece *next;   /* in the job's or the client's list */
 	struct nbd_piece *queued; /* in the server's queue */
-	uint64_t offset;         /* in the export */
-	uint32_t len;            /* payload bytes */
-	uint32_t filled;         /* WRITE: received so far */
-	uint32_t room;           /* bytes of the pool it holds */
+	uint64_t offset;          /* in the export */
+	uint32_t len;             /* payload bytes */
+	uint32_t filled;          /* WRITE: received so far */
+	uint32_t room;            /* bytes of the pool it holds */
 	bool done;
-	uint8_t head_len;        /* reply header, then data_len bytes at req.addr */
+	uint8_t head_len; /* reply header, then data_len bytes at req.addr */
 	uint8_t head[28];
 	uint32_t data_len;
 };
@@ -38,10 +38,10 @@ struct nbd_job {
 	uint64_t cookie, offset;
 	uint32_t length, next_off; /* bytes; next_off: not yet given to the disk */
 	uint16_t type, flags;
-	int error;                 /* errno of the first piece that failed */
-	unsigned outstanding;      /* pieces at the disk or in its queue */
-	bool begun;                /* the reply header has been queued */
-	bool flushing;             /* FUA: the flush after the data was started */
+	int error;                       /* errno of the first piece that failed */
+	unsigned outstanding;            /* pieces at the disk or in its queue */
+	bool begun;                      /* the reply header has been queued */
+	bool flushing;                   /* FUA: the flush after the data was started */
 	struct nbd_piece *first, **tail; /* READ: pieces whose reply is not queued yet */
 };
 
@@ -52,23 +52,23 @@ struct nbd_client {
 	struct mic_nbd *nbd;
 	enum nbd_phase phase;
 	bool no_zeroes, structured;
-	bool closing;              /* disconnect when the output is sent */
-	bool broken;               /* disconnect at the next safe point */
-	bool dead;                 /* socket closed; waits for its pieces to come back */
-	bool stalled;              /* waits for pool pages */
-	bool dirty;                /* something came back since the last pump */
-	uint32_t events;           /* epoll interest now */
-	uint64_t skip;             /* input bytes to drop */
-	uint32_t skipped_option;   /* answer TOO_BIG after the skip; 0 = none */
-	uint32_t in_at, in_len;    /* unread bytes of inbuf: [in_at, in_len) */
-	uint32_t out_at, out_len;  /* negotiation output */
-	uint32_t held;             /* bytes of the pool in use */
-	unsigned inflight;         /* pieces at the disk or in its queue */
+	bool closing;             /* disconnect when the output is sent */
+	bool broken;              /* disconnect at the next safe point */
+	bool dead;                /* socket closed; waits for its pieces to come back */
+	bool stalled;             /* waits for pool pages */
+	bool dirty;               /* something came back since the last pump */
+	uint32_t events;          /* epoll interest now */
+	uint64_t skip;            /* input bytes to drop */
+	uint32_t skipped_option;  /* answer TOO_BIG after the skip; 0 = none */
+	uint32_t in_at, in_len;   /* unread bytes of inbuf: [in_at, in_len) */
+	uint32_t out_at, out_len; /* negotiation output */
+	uint32_t held;            /* bytes of the pool in use */
+	unsigned inflight;        /* pieces at the disk or in its queue */
 	unsigned jobs;
 	struct nbd_job *first_job, **last_job, *current; /* current: not all of it given to the disk */
-	struct nbd_piece *filling; /* WRITE: being received */
+	struct nbd_piece *filling;                       /* WRITE: being received */
 	struct nbd_piece *out, **out_tail;
-	uint32_t out_sent;         /* bytes of the first piece in `out` already sent */
+	uint32_t out_sent; /* bytes of the first piece in `out` already sent */
 	uint8_t inbuf[NBD_INBUF];
 	uint8_t outbuf[NBD_OUTBUF];
 };
@@ -78,14 +78,14 @@ struct mic_nbd {
 	struct mic_blk_user *user;
 	int listen_fd, ep;
 	bool read_only, listening;
-	bool freed;                /* pool pages came back since the last round */
+	bool freed; /* pool pages came back since the last round */
 	unsigned spin_us;
-	bool roomy;                /* more CPUs than client, server and backend */
-	bool kick;                 /* something was submitted since the last kick */
+	bool roomy; /* more CPUs than client, server and backend */
+	bool kick;  /* something was submitted since the last kick */
 	char name[NBD_MAX_NAME + 1];
 	struct nbd_client *client[MIC_NBD_CLIENTS];
-	unsigned clients;          /* connected ones */
-	unsigned inflight;         /* pieces of all clients, dead ones included */
+	unsigned clients;                      /* connected ones */
+	unsigned inflight;                     /* pieces of all clients, dead ones included */
 	struct nbd_piece *queue, **queue_tail; /* pieces that found the ring full */
 	struct mic_spin spin;
 	struct mic_nbd_stats stats;

@@ -267,8 +267,10 @@ static bool feed_ranges(struct nbd_client *c, struct nbd_job *j)
 
 		if (!p)
 			return false;
-		j->next_off += fill_ranges(mic_blk_at(c->nbd->drv, p->req.addr, RANGE_BYTES), j, j->next_off, &n);
-		send_piece(p, j->type == NBD_CMD_TRIM ? MIC_VIRTIO_BLK_T_DISCARD : MIC_VIRTIO_BLK_T_WRITE_ZEROES,
+		j->next_off +=
+			fill_ranges(mic_blk_at(c->nbd->drv, p->req.addr, RANGE_BYTES), j, j->next_off, &n);
+		send_piece(p,
+			   j->type == NBD_CMD_TRIM ? MIC_VIRTIO_BLK_T_DISCARD : MIC_VIRTIO_BLK_T_WRITE_ZEROES,
 			   n * (uint32_t)sizeof(struct mic_virtio_blk_range));
 	}
 	return true;
@@ -376,18 +378,24 @@ void nbd_piece_done(struct nbd_piece *p)
 static void head_simple(struct nbd_piece *p, const struct nbd_job *j, int error)
 {
 	struct nbd_simple_reply h = {
-		.magic = htobe32(NBD_SIMPLE_MAGIC), .error = htobe32(nbd_errno(error)), .cookie = j->cookie,
+		.magic = htobe32(NBD_SIMPLE_MAGIC),
+		.error = htobe32(nbd_errno(error)),
+		.cookie = j->cookie,
 	};
 
 	memcpy(p->head, &h, sizeof h);
 	p->head_len = sizeof h;
 }
 
-static void head_chunk(struct nbd_piece *p, const struct nbd_job *j, uint16_t flags, uint16_t type, uint32_t len)
+static void head_chunk(struct nbd_piece *p, const struct nbd_job *j, uint16_t flags, uint16_t type,
+		       uint32_t len)
 {
 	struct nbd_chunk h = {
-		.magic = htobe32(NBD_STRUCTURED_MAGIC), .flags = htobe16(flags), .type = htobe16(type),
-		.cookie = j->cookie, .length = htobe32(len),
+		.magic = htobe32(NBD_STRUCTURED_MAGIC),
+		.flags = htobe16(flags),
+		.type = htobe16(type),
+		.cookie = j->cookie,
+		.length = htobe32(len),
 	};
 
 	memcpy(p->head, &h, sizeof h);

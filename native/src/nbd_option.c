@@ -149,7 +149,7 @@ static void info_more(struct nbd_client *c, uint32_t option, uint16_t info)
 static void option_go(struct nbd_client *c, uint32_t option, const uint8_t *data, uint32_t len)
 {
 	uint32_t name_len = len >= 4 ? load32(data) : 0;
-	bool asked[2] = { false, false };
+	bool asked[2] = {false, false};
 
 	if (len < 6 || name_len > len - 6 || len - 6 - name_len != 2u * load16(data + 4 + name_len)) {
 		reply(c, option, NBD_REP_ERR_INVALID, 0);

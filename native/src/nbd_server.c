@@ -13,11 +13,11 @@
 #include "nbd_internal.h"
 
 #define MAX_EVENTS 24
-#define REAP 64u
-#define OUT_IOV 64u
-#define ROUNDS 32u                /* buffer-fulls of one client before the others have their turn */
-#define STALL_MS 20
-#define DESTROY_NS 5000000000ull  /* how long destroy waits for what the device holds */
+#define REAP       64u
+#define OUT_IOV    64u
+#define ROUNDS     32u /* buffer-fulls of one client before the others have their turn */
+#define STALL_MS   20
+#define DESTROY_NS 5000000000ull /* how long destroy waits for what the device holds */
 
 enum { TAG_LISTEN = 1, TAG_STOP, TAG_LINE, TAG_WAKE };
 
@@ -25,7 +25,7 @@ enum { TAG_LISTEN = 1, TAG_STOP, TAG_LINE, TAG_WAKE };
 
 static int watch(struct mic_nbd *nbd, int fd, uint32_t events, void *tag)
 {
-	struct epoll_event ev = { .events = events, .data.ptr = tag };
+	struct epoll_event ev = {.events = events, .data.ptr = tag};
 
 	return epoll_ctl(nbd->ep, EPOLL_CTL_ADD, fd, &ev) < 0 ? -errno : 0;
 }
@@ -217,7 +217,7 @@ static void set_listening(struct mic_nbd *nbd)
 		want |= !nbd->client[i];
 	if (want == nbd->listening)
 		return;
-	struct epoll_event ev = { .events = want ? EPOLLIN : 0, .data.ptr = tag(TAG_LISTEN) };
+	struct epoll_event ev = {.events = want ? EPOLLIN : 0, .data.ptr = tag(TAG_LISTEN)};
 
 	epoll_ctl(nbd->ep, EPOLL_CTL_MOD, nbd->listen_fd, &ev);
 	nbd->listening = want;
@@ -269,7 +269,7 @@ static unsigned add_part(struct iovec *iov, unsigned n, void *base, size_t len, 
 		*skip -= len;
 		return n;
 	}
-	iov[n] = (struct iovec){ .iov_base = (uint8_t *)base + *skip, .iov_len = len - *skip };
+	iov[n] = (struct iovec){.iov_base = (uint8_t *)base + *skip, .iov_len = len - *skip};
 	*skip = 0;
 	return n + 1;
 }
@@ -284,7 +284,8 @@ static unsigned gather(struct nbd_client *c, struct iovec *iov)
 	for (struct nbd_piece *p = c->out; p && n + 2 <= OUT_IOV; p = p->next) {
 		n = add_part(iov, n, p->head, p->head_len, &skip);
 		if (p->data_len)
-			n = add_part(iov, n, mic_blk_at(c->nbd->drv, p->req.addr, p->data_len), p->data_len, &skip);
+			n = add_part(iov, n, mic_blk_at(c->nbd->drv, p->req.addr, p->data_len), p->data_len,
+				     &skip);
 	}
 	return n;
 }
@@ -320,7 +321,7 @@ static bool flush(struct nbd_client *c)
 	struct iovec iov[OUT_IOV];
 
 	while (!c->broken) {
-		struct msghdr m = { .msg_iov = iov, .msg_iovlen = gather(c, iov) };
+		struct msghdr m = {.msg_iov = iov, .msg_iovlen = gather(c, iov)};
 
 		if (!m.msg_iovlen)
 			return true;
@@ -389,9 +390,10 @@ static bool receive(struct nbd_client *c)
 	compact(c);
 	if (p && !c->in_len) {
 		direct = p->len - p->filled;
-		iov[n++] = (struct iovec){ mic_blk_at(c->nbd->drv, p->req.addr + p->filled, (uint32_t)direct), direct };
+		iov[n++] = (struct iovec){mic_blk_at(c->nbd->drv, p->req.addr + p->filled, (uint32_t)direct),
+					  direct};
 	}
-	iov[n++] = (struct iovec){ c->inbuf + c->in_len, NBD_INBUF - c->in_len };
+	iov[n++] = (struct iovec){c->inbuf + c->in_len, NBD_INBUF - c->in_len};
 	ssize_t got = readv(c->fd, iov, n);
 
 	if (got <= 0) {
@@ -413,7 +415,7 @@ static void set_interest(struct nbd_client *c, bool all_sent)
 
 	if (want == c->events)
 		return;
-	struct epoll_event ev = { .events = want, .data.ptr = c };
+	struct epoll_event ev = {.events = want, .data.ptr = c};
 
 	epoll_ctl(c->nbd->ep, EPOLL_CTL_MOD, c->fd, &ev);
 	c->events = want;

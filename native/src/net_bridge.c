@@ -22,7 +22,7 @@ static void move(int from, int to, uint8_t *buf, size_t cap)
 
 int mic_net_bridge(int tap_a, int tap_b, int stop_fd)
 {
-	const int fds[3] = { stop_fd, tap_a, tap_b };
+	const int fds[3] = {stop_fd, tap_a, tap_b};
 	size_t cap = MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL;
 	uint8_t *buf = malloc(cap);
 	int ready = 0;

@@ -12,12 +12,12 @@
 
 enum { TO_CARD = 0, FROM_CARD = 1 };
 
-#define CHAIN_SEGS 256u            /* segments of one chain at most */
-#define POOL_SEGS (1024u - 1u)     /* readv takes 1024, one is the overflow area */
-#define BATCH 16u                  /* frames per direction before the other one gets its turn */
-#define LOOK_ROUNDS 64u            /* busy rounds between two looks at control_fd */
-#define SIGNAL_NS 100000000ull     /* busy time after which the caller's signal handlers get a turn */
-#define MAX_RING 128u
+#define CHAIN_SEGS  256u         /* segments of one chain at most */
+#define POOL_SEGS   (1024u - 1u) /* readv takes 1024, one is the overflow area */
+#define BATCH       16u          /* frames per direction before the other one gets its turn */
+#define LOOK_ROUNDS 64u          /* busy rounds between two looks at control_fd */
+#define SIGNAL_NS   100000000ull /* busy time after which the caller's signal handlers get a turn */
+#define MAX_RING    128u
 
 /* Chains taken from the card's receive ring and not used yet. What is taken and not given back is
  * exactly last_avail - used_idx of the ring; when that does not hold, the ring was set up anew. */
@@ -38,12 +38,12 @@ struct mic_net_dev {
 	struct mic_net_stats stats;
 	struct mic_linger linger;
 	struct stash stash;
-	uint8_t *over;      /* what did not fit into the posted chains */
-	uint64_t held;      /* length of a frame that waits for more chains, 0 = none */
-	uint64_t held_at;   /* how much of it lies in the chains already; the rest is in `over` */
-	bool starved;       /* the local end is not read: no chains */
+	uint8_t *over;    /* what did not fit into the posted chains */
+	uint64_t held;    /* length of a frame that waits for more chains, 0 = none */
+	uint64_t held_at; /* how much of it lies in the chains already; the rest is in `over` */
+	bool starved;     /* the local end is not read: no chains */
 	bool mergeable, data_valid;
-	uint64_t want;      /* bytes of chains that hold any frame */
+	uint64_t want; /* bytes of chains that hold any frame */
 	struct iovec tx[CHAIN_SEGS];
 };
 
@@ -208,7 +208,7 @@ static void deliver(struct mic_net_dev *nd, uint64_t len)
 		mic_iov_write(iov, s->iov_count, 0, &flags, 1);
 	}
 	if (nd->end.hdr_len == MIC_NET_HDR_FULL) {
-		uint8_t merged[2] = { (uint8_t)n, (uint8_t)(n >> 8) };
+		uint8_t merged[2] = {(uint8_t)n, (uint8_t)(n >> 8)};
 
 		mic_iov_write(iov, s->iov_count, 10, merged, 2);
 	}
@@ -267,7 +267,7 @@ receive:;
 	struct iovec *last = &s->iov[s->iov_first + segs];
 	struct iovec saved = *last; /* the next chain's first segment, or the spare entry */
 
-	*last = (struct iovec){ nd->over, MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL };
+	*last = (struct iovec){nd->over, MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL};
 	long got = mic_net_end_recv(&nd->end, &s->iov[s->iov_first], segs + 1);
 
 	*last = saved;

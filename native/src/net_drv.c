@@ -11,26 +11,26 @@
 
 enum { RX = 0, TX = 1 };
 
-#define MAX_BUFS 128u
-#define MIN_BUFS 4u
-#define TX_BUFS 64u          /* enough to keep both CPUs busy, few enough to stay in the cache */
-#define BIG_BUF 65664u       /* header and largest frame, in whole cache lines */
-#define MERGE_BUF 16384u     /* one of several receive buffers of a frame */
-#define SMALL_ROOM 128u      /* header, Ethernet, VLAN and slack beyond the MTU */
-#define BATCH 16u
+#define MAX_BUFS    128u
+#define MIN_BUFS    4u
+#define TX_BUFS     64u    /* enough to keep both CPUs busy, few enough to stay in the cache */
+#define BIG_BUF     65664u /* header and largest frame, in whole cache lines */
+#define MERGE_BUF   16384u /* one of several receive buffers of a frame */
+#define SMALL_ROOM  128u   /* header, Ethernet, VLAN and slack beyond the MTU */
+#define BATCH       16u
 #define LOOK_ROUNDS 64u
-#define MERGE_MAX 64u        /* buffers in one frame at most */
+#define MERGE_MAX   64u /* buffers in one frame at most */
 
 struct mic_net_drv {
 	struct mic_vdrv *drv;
 	struct mic_net_end end;
 	struct mic_net_stats stats;
 	struct mic_linger linger;
-	uint8_t *mem;      /* the area, mapped */
-	uint64_t addr;     /* the area, card physical */
+	uint8_t *mem;  /* the area, mapped */
+	uint64_t addr; /* the area, card physical */
 	unsigned rx_num, tx_num;
 	uint32_t rx_size, tx_size;
-	uint64_t tx_base;  /* offset of the transmit buffers in the area */
+	uint64_t tx_base; /* offset of the transmit buffers in the area */
 	bool mergeable, split_hdr;
 	uint16_t tx_free[MAX_BUFS];
 	unsigned tx_nfree;
@@ -96,11 +96,11 @@ static int place_buffers(struct mic_net_drv *nd, uint64_t len, uint32_t mtu)
 static unsigned segments(const struct mic_net_drv *nd, struct mic_seg *seg, uint64_t off, uint32_t len)
 {
 	if (!nd->split_hdr) {
-		seg[0] = (struct mic_seg){ .addr = nd->addr + off, .len = len };
+		seg[0] = (struct mic_seg){.addr = nd->addr + off, .len = len};
 		return 1;
 	}
-	seg[0] = (struct mic_seg){ .addr = nd->addr + off, .len = nd->end.hdr_len };
-	seg[1] = (struct mic_seg){ .addr = nd->addr + off + nd->end.hdr_len, .len = len - nd->end.hdr_len };
+	seg[0] = (struct mic_seg){.addr = nd->addr + off, .len = nd->end.hdr_len};
+	seg[1] = (struct mic_seg){.addr = nd->addr + off + nd->end.hdr_len, .len = len - nd->end.hdr_len};
 	return 2;
 }
 
@@ -238,7 +238,7 @@ static int receive_one(struct mic_net_drv *nd)
 		nd->part_bad = true; /* the device says that it wrote what it cannot have written */
 		len = 0;
 	}
-	nd->part[nd->parts] = (struct iovec){ mem, len };
+	nd->part[nd->parts] = (struct iovec){mem, len};
 	nd->part_buf[nd->parts++] = (uint16_t)buf;
 	nd->part_len += len;
 	return nd->parts < nd->parts_want ? 1 : finish_frame(nd);
@@ -269,7 +269,7 @@ static int transmit_one(struct mic_net_drv *nd)
 		return 0;
 	unsigned buf = nd->tx_free[nd->tx_nfree - 1];
 	uint64_t off = nd->tx_base + (uint64_t)buf * nd->tx_size;
-	struct iovec iov = { nd->mem + off, nd->tx_size };
+	struct iovec iov = {nd->mem + off, nd->tx_size};
 	long got = mic_net_end_recv(&nd->end, &iov, 1);
 
 	if (got <= 0)

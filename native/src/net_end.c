@@ -15,7 +15,7 @@
 static int watch_end(int fd)
 {
 	int ep = epoll_create1(EPOLL_CLOEXEC);
-	struct epoll_event ev = { .events = EPOLLPRI };
+	struct epoll_event ev = {.events = EPOLLPRI};
 
 	if (ep < 0)
 		return -errno;
@@ -30,7 +30,7 @@ static int watch_end(int fd)
 
 int mic_net_end_init(struct mic_net_end *end, int fd, struct mic_resp *resp)
 {
-	*end = (struct mic_net_end){ .fd = fd, .gone_fd = -1, .resp = resp, .hdr_len = MIC_NET_HDR_FULL };
+	*end = (struct mic_net_end){.fd = fd, .gone_fd = -1, .resp = resp, .hdr_len = MIC_NET_HDR_FULL};
 	if ((fd < 0) == !resp)
 		return -EINVAL;
 	if (resp) {

@@ -8,11 +8,11 @@
 #include "mic/net.h"
 
 #define MIC_NET_HDR_LEGACY 10u
-#define MIC_NET_HDR_FULL 12u
-#define MIC_NET_ETH 14u
+#define MIC_NET_HDR_FULL   12u
+#define MIC_NET_ETH        14u
 /* Largest frame: 64 KiB of IP with its Ethernet header and a VLAN tag. */
 #define MIC_NET_FRAME_MAX (65536u + MIC_NET_ETH + 4u)
-#define MIC_NET_F(bit) (1ull << MIC_VIRTIO_NET_F_##bit)
+#define MIC_NET_F(bit)    (1ull << MIC_VIRTIO_NET_F_##bit)
 
 struct mic_net_end {
 	int fd;

@@ -11,16 +11,16 @@
 
 #include "responder.h"
 
-#define TYPE_IP 0x0800u
-#define TYPE_ARP 0x0806u
-#define BROADCAST 0xffffffffu
-#define DHCP_COOKIE 0x63825363u
-#define DHCP_MIN 240u
+#define TYPE_IP      0x0800u
+#define TYPE_ARP     0x0806u
+#define BROADCAST    0xffffffffu
+#define DHCP_COOKIE  0x63825363u
+#define DHCP_MIN     240u
 #define DHCP_LEASE_S 86400u
-#define ARP_TRIES 10u
+#define ARP_TRIES    10u
 #define ARP_RETRY_NS 20000000ull
 
-static const uint8_t mac_broadcast[6] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
+static const uint8_t mac_broadcast[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
 
 static const uint8_t no_mac[6];
 
@@ -297,12 +297,13 @@ static void send_dhcp(struct mic_resp *r, const uint8_t *q, uint8_t type)
 		len = 300;
 	}
 	finish_udp(r, to, 67, 68, len);
-	r->stats.dhcp_replies += send_ip_to(r, broadcast ? mac_broadcast : q + 28, to, PROTO_UDP, UDP_LEN + len);
+	r->stats.dhcp_replies +=
+		send_ip_to(r, broadcast ? mac_broadcast : q + 28, to, PROTO_UDP, UDP_LEN + len);
 }
 
 static void input_dhcp(struct mic_resp *r, const uint8_t *q, uint32_t len)
 {
-	struct dhcp_request req = { 0 };
+	struct dhcp_request req = {0};
 
 	if (len < DHCP_MIN || q[0] != 1 || q[1] != 1 || q[2] != 6 || get32(q + 236) != DHCP_COOKIE ||
 	    !parse_dhcp(q + DHCP_MIN, len - DHCP_MIN, &req)) {
@@ -344,17 +345,23 @@ static void input_udp(struct mic_resp *r, const struct packet *pkt)
 	}
 }
 
-static void input_ip(struct mic_resp *r, const uint8_t *h, uint32_t len, const uint8_t *mac, bool csum_ok, uint64_t now)
+static void input_ip(struct mic_resp *r, const uint8_t *h, uint32_t len, const uint8_t *mac, bool csum_ok,
+		     uint64_t now)
 {
 	uint32_t head = len >= IP_LEN ? (h[0] & 15u) * 4 : 0;
 	uint32_t total = len >= IP_LEN ? get16(h + 2) : 0;
 
-	if (head < IP_LEN || h[0] >> 4 != 4 || total < head || total > len || mic_resp_fold(mic_resp_sum(h, head, 0))) {
+	if (head < IP_LEN || h[0] >> 4 != 4 || total < head || total > len ||
+	    mic_resp_fold(mic_resp_sum(h, head, 0))) {
 		r->stats.bad_frames++;
 		return;
 	}
-	struct packet pkt = { .src = get32(h + 12), .dst = get32(h + 16), .proto = h[9], .csum_ok = csum_ok,
-			      .data = h + head, .len = total - head };
+	struct packet pkt = {.src = get32(h + 12),
+			     .dst = get32(h + 16),
+			     .proto = h[9],
+			     .csum_ok = csum_ok,
+			     .data = h + head,
+			     .len = total - head};
 
 	if (get16(h + 6) & 0x3fff || (pkt.dst != r->ip && pkt.dst != BROADCAST)) {
 		r->stats.ignored_frames++; /* fragments, other addresses */
@@ -444,10 +451,16 @@ int mic_resp_ping(struct mic_resp *r, uint32_t ip, unsigned count, unsigned inte
 	int rc = r->ping.busy || r->ping.sent_at ? -EBUSY : 0;
 
 	if (rc == 0) {
-		r->ping = (struct ping){ .busy = true, .ip = ip, .id = (uint16_t)(r->ping.id + 1u), .count = count,
-					 .payload = payload, .interval = interval_ms * 1000000ull,
-					 .timeout = timeout_ms * 1000000ull, .next = mic_now_ns(), .sent_at = sent_at,
-					 .rtts = rtts_ns };
+		r->ping = (struct ping){.busy = true,
+					.ip = ip,
+					.id = (uint16_t)(r->ping.id + 1u),
+					.count = count,
+					.payload = payload,
+					.interval = interval_ms * 1000000ull,
+					.timeout = timeout_ms * 1000000ull,
+					.next = mic_now_ns(),
+					.sent_at = sent_at,
+					.rtts = rtts_ns};
 		(void)!eventfd_write(r->wake_fd, 1);
 		/* The loop owns the time limits; should it have stopped, this thread has its own. */
 		struct timespec limit;
@@ -477,7 +490,7 @@ static void arm_timer(struct mic_resp *r)
 	if (next == r->armed)
 		return;
 	/* A ping that wants to go out now has a deadline in the past: 1 ns is not "off". */
-	struct itimerspec at = { .it_value = { (time_t)(next / 1000000000u), (long)(next % 1000000000u) } };
+	struct itimerspec at = {.it_value = {(time_t)(next / 1000000000u), (long)(next % 1000000000u)}};
 
 	timerfd_settime(r->timer_fd, TFD_TIMER_ABSTIME, &at, NULL);
 	r->armed = next;
@@ -550,7 +563,7 @@ void mic_resp_stats(struct mic_resp *r, struct mic_resp_stats *out)
 
 static int open_fds(struct mic_resp *r)
 {
-	struct epoll_event ev = { .events = EPOLLIN };
+	struct epoll_event ev = {.events = EPOLLIN};
 
 	r->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	r->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -596,7 +609,7 @@ void mic_resp_destroy(struct mic_resp *r)
 	if (!r)
 		return;
 	for (unsigned i = 0; i < 3; i++) {
-		int fd = (const int[]){ r->poll_fd, r->timer_fd, r->wake_fd }[i];
+		int fd = (const int[]){r->poll_fd, r->timer_fd, r->wake_fd}[i];
 
 		if (fd >= 0)
 			close(fd);

@@ -12,9 +12,9 @@
 #define F_PSH 8u
 #define F_ACK 16u
 
-#define RTO_MIN_NS 200000000ull
+#define RTO_MIN_NS  200000000ull
 #define RETRIES_MAX 7u
-#define IDLE_NS 60000000000ull /* a connection idle for so long gives way to a new one */
+#define IDLE_NS     60000000000ull /* a connection idle for so long gives way to a new one */
 #define MSS_DEFAULT 536u
 
 struct segment {
@@ -32,8 +32,8 @@ static bool before(uint32_t a, uint32_t b)
 
 /* --- output ----------------------------------------------------------------------------------- */
 
-static bool send_segment(struct mic_resp *r, uint32_t ip, uint16_t port, uint32_t seq, uint32_t ack, uint8_t flags,
-			 uint32_t wnd, uint32_t payload)
+static bool send_segment(struct mic_resp *r, uint32_t ip, uint16_t port, uint32_t seq, uint32_t ack,
+			 uint8_t flags, uint32_t wnd, uint32_t payload)
 {
 	uint8_t *tcp = mic_resp_payload(r);
 	uint32_t head = flags & F_SYN ? TCP_LEN + 4u : TCP_LEN;
@@ -92,7 +92,8 @@ static void refuse(struct mic_resp *r, const struct packet *pkt, const struct se
 	put16(tcp + 12, (TCP_LEN / 4u) << 12 | flags);
 	put16(tcp + 14, 0);
 	put32(tcp + 16, 0);
-	put16(tcp + 16, mic_resp_fold(mic_resp_sum(tcp, TCP_LEN, mic_resp_pseudo(r->ip, pkt->src, PROTO_TCP, TCP_LEN))));
+	put16(tcp + 16, mic_resp_fold(mic_resp_sum(tcp, TCP_LEN,
+						   mic_resp_pseudo(r->ip, pkt->src, PROTO_TCP, TCP_LEN))));
 	mic_resp_send_ip(r, pkt->src, PROTO_TCP, TCP_LEN);
 }
 
@@ -180,7 +181,8 @@ static struct tcp_conn *claim(struct mic_resp *r, uint64_t now)
 
 		if (c->state == TCP_FREE)
 			return c;
-		if ((c->state == TCP_SYN_RCVD || now - c->used_at > IDLE_NS) && (!best || c->used_at < best->used_at))
+		if ((c->state == TCP_SYN_RCVD || now - c->used_at > IDLE_NS) &&
+		    (!best || c->used_at < best->used_at))
 			best = c;
 	}
 	return best;
@@ -196,7 +198,8 @@ static void accept_syn(struct mic_resp *r, const struct packet *pkt, const struc
 		return;
 	}
 	/* Not guessable without the secret, different for each connection (RFC 6528 in small). */
-	uint32_t iss = (r->secret ^ pkt->src ^ (uint32_t)s->src_port << 16) * 2654435761u + (uint32_t)(now >> 12);
+	uint32_t iss =
+		(r->secret ^ pkt->src ^ (uint32_t)s->src_port << 16) * 2654435761u + (uint32_t)(now >> 12);
 
 	c->state = TCP_SYN_RCVD;
 	c->peer_ip = pkt->src;
@@ -230,7 +233,7 @@ static bool take_ack(struct mic_resp *r, struct tcp_conn *c, const struct segmen
 		c->len -= bytes;
 		c->snd_una = s->ack;
 		if (before(c->snd_nxt, s->ack))
-			c->snd_nxt = s->ack; /* it had arrived before we went back */
+			c->snd_nxt = s->ack;               /* it had arrived before we went back */
 		if (c->fin_rcvd && !c->len && n > bytes) { /* our FIN is answered: LAST-ACK ends */
 			conn_free(c);
 			return false;
@@ -278,8 +281,8 @@ static void take_data(struct mic_resp *r, struct tcp_conn *c, const struct segme
 	}
 }
 
-static void conn_input(struct mic_resp *r, struct tcp_conn *c, const struct packet *pkt, const struct segment *s,
-		       uint64_t now)
+static void conn_input(struct mic_resp *r, struct tcp_conn *c, const struct packet *pkt,
+		       const struct segment *s, uint64_t now)
 {
 	if (s->flags & F_RST) {
 		/* Exactly the next number, or it may be forged (RFC 5961). */
@@ -335,13 +338,20 @@ void mic_resp_tcp_input(struct mic_resp *r, const struct packet *pkt, uint64_t n
 
 	if (head < TCP_LEN || head > pkt->len ||
 	    (!pkt->csum_ok &&
-	     mic_resp_fold(mic_resp_sum(p, pkt->len, mic_resp_pseudo(pkt->src, pkt->dst, PROTO_TCP, pkt->len))))) {
+	     mic_resp_fold(
+		     mic_resp_sum(p, pkt->len, mic_resp_pseudo(pkt->src, pkt->dst, PROTO_TCP, pkt->len))))) {
 		r->stats.bad_frames++;
 		return;
 	}
-	struct segment s = { .seq = get32(p + 4), .ack = get32(p + 8), .wnd = get16(p + 14), .src_port = get16(p),
-			     .dst_port = get16(p + 2), .mss = parse_mss(p + TCP_LEN, head - TCP_LEN), .flags = p[13],
-			     .data = p + head, .len = pkt->len - head };
+	struct segment s = {.seq = get32(p + 4),
+			    .ack = get32(p + 8),
+			    .wnd = get16(p + 14),
+			    .src_port = get16(p),
+			    .dst_port = get16(p + 2),
+			    .mss = parse_mss(p + TCP_LEN, head - TCP_LEN),
+			    .flags = p[13],
+			    .data = p + head,
+			    .len = pkt->len - head};
 	struct tcp_conn *c = s.dst_port == ECHO_PORT ? find(r, pkt->src, s.src_port) : NULL;
 
 	if (c)

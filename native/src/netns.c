@@ -54,7 +54,7 @@ static int open_ns(pid_t pid, const char *name)
 
 static void say(int sock, int step, int error)
 {
-	struct report r = { step, error };
+	struct report r = {step, error};
 
 	(void)!write(sock, &r, sizeof r);
 }
@@ -152,7 +152,7 @@ static void reap(pid_t pid)
 }
 
 int mic_netns_create(const char *uid_map, const char *gid_map, int deny_setgroups, int *user_fd, int *net_fd,
-		  int *step)
+		     int *step)
 {
 	int sock;
 	pid_t pid = fork_with_socket(&sock);
@@ -188,7 +188,7 @@ int mic_netns_enter(int user_fd, int net_fd)
 
 static int open_tap(const char *name, int *step)
 {
-	struct ifreq r = { 0 };
+	struct ifreq r = {0};
 	size_t len = strlen(name);
 
 	*step = MIC_NETNS_TAP;
@@ -218,9 +218,9 @@ static void send_fd(int sock, struct report r, int fd)
 	union {
 		struct cmsghdr head;
 		char space[CMSG_SPACE(sizeof(int))];
-	} control = { 0 };
-	struct iovec iov = { &r, sizeof r };
-	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1 };
+	} control = {0};
+	struct iovec iov = {&r, sizeof r};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
 
 	if (fd >= 0) {
 		m.msg_control = control.space;
@@ -242,9 +242,11 @@ static int receive_fd(int sock, int *step)
 		char space[CMSG_SPACE(sizeof(int))];
 	} control;
 	struct report r;
-	struct iovec iov = { &r, sizeof r };
-	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.space,
-			    .msg_controllen = sizeof control.space };
+	struct iovec iov = {&r, sizeof r};
+	struct msghdr m = {.msg_iov = &iov,
+			   .msg_iovlen = 1,
+			   .msg_control = control.space,
+			   .msg_controllen = sizeof control.space};
 	int fd;
 
 	if (recvmsg(sock, &m, MSG_CMSG_CLOEXEC) != (ssize_t)sizeof r)
@@ -264,7 +266,7 @@ static void tap_child(int sock, int user_fd, int net_fd, const char *name)
 
 	if (fd == 0)
 		fd = open_tap(name, &step);
-	send_fd(sock, (struct report){ step, fd < 0 ? -fd : 0 }, fd);
+	send_fd(sock, (struct report){step, fd < 0 ? -fd : 0}, fd);
 }
 
 int mic_netns_tap(int user_fd, int net_fd, const char *name, int *step)

@@ -18,12 +18,12 @@
 #include "mic/iov.h"
 
 #define PCAP_MAGIC_NS 0xa1b23c4du
-#define PCAP_SNAPLEN 262144u
+#define PCAP_SNAPLEN  262144u
 #define PCAP_ETHERNET 1u
-#define MIN_BUFFER (1ull << 20)
-#define MAX_BUFFER (1ull << 30)
-#define NSEC 1000000000ull
-#define PIPE_PIECE 4096u /* what a pipe that polls writable takes without blocking */
+#define MIN_BUFFER    (1ull << 20)
+#define MAX_BUFFER    (1ull << 30)
+#define NSEC          1000000000ull
+#define PIPE_PIECE    4096u /* what a pipe that polls writable takes without blocking */
 
 struct record {
 	uint32_t sec, nsec, caplen, len;
@@ -40,13 +40,13 @@ struct mic_pcap {
 	int wake_fd; /* eventfd: records are there, or stop is set */
 	bool regular;
 	uint8_t *ring;
-	uint64_t size;      /* power of two */
-	uint64_t head;      /* bytes put in, by the data path */
-	uint64_t tail;      /* bytes written, by the thread */
-	uint32_t sleeping;  /* the thread waits on wake_fd */
+	uint64_t size;     /* power of two */
+	uint64_t head;     /* bytes put in, by the data path */
+	uint64_t tail;     /* bytes written, by the thread */
+	uint32_t sleeping; /* the thread waits on wake_fd */
 	uint32_t stop;
-	uint64_t deadline;  /* CLOCK_MONOTONIC ns after which nothing is written any more, 0 = none */
-	uint64_t epoch;     /* wall clock - CLOCK_MONOTONIC at the start: times never run backwards */
+	uint64_t deadline; /* CLOCK_MONOTONIC ns after which nothing is written any more, 0 = none */
+	uint64_t epoch;    /* wall clock - CLOCK_MONOTONIC at the start: times never run backwards */
 	uint64_t captured, dropped, written;
 	int error;
 	pthread_t thread;
@@ -99,7 +99,7 @@ void mic_pcap_frame(struct mic_pcap *p, const struct iovec *iov, unsigned n, uin
 		return;
 	}
 	uint64_t now = p->epoch + monotonic_ns();
-	struct record rec = { (uint32_t)(now / NSEC), (uint32_t)(now % NSEC), (uint32_t)cap, (uint32_t)len };
+	struct record rec = {(uint32_t)(now / NSEC), (uint32_t)(now % NSEC), (uint32_t)cap, (uint32_t)len};
 
 	ring_put(p, head, &rec, sizeof rec);
 	ring_put_iov(p, head + sizeof rec, iov, n, skip, cap);
@@ -126,8 +126,8 @@ static int wait_writable(struct mic_pcap *p)
 {
 	for (;;) {
 		/* Once the end is near, wake_fd stays readable: no need to be told again. */
-		struct pollfd f[2] = { { .fd = p->fd, .events = POLLOUT },
-				       { .fd = mic_load_acquire(&p->stop) ? -1 : p->wake_fd, .events = POLLIN } };
+		struct pollfd f[2] = {{.fd = p->fd, .events = POLLOUT},
+				      {.fd = mic_load_acquire(&p->stop) ? -1 : p->wake_fd, .events = POLLIN}};
 		eventfd_t drop;
 		int timeout = time_left_ms(p);
 
@@ -220,7 +220,7 @@ static void drain(struct mic_pcap *p, uint64_t head)
 static void *writer(void *arg)
 {
 	struct mic_pcap *p = arg;
-	const struct file_header h = { PCAP_MAGIC_NS, 2, 4, 0, 0, PCAP_SNAPLEN, PCAP_ETHERNET };
+	const struct file_header h = {PCAP_MAGIC_NS, 2, 4, 0, 0, PCAP_SNAPLEN, PCAP_ETHERNET};
 	int rc = write_all(p, (const uint8_t *)&h, sizeof h);
 
 	if (rc < 0)
@@ -229,7 +229,7 @@ static void *writer(void *arg)
 		/* stop before head: what was captured before the stop is still written. */
 		uint32_t stop = mic_load_acquire(&p->stop);
 		uint64_t head = mic_load_acquire(&p->head);
-		struct pollfd f = { .fd = p->wake_fd, .events = POLLIN };
+		struct pollfd f = {.fd = p->wake_fd, .events = POLLIN};
 		eventfd_t drop;
 
 		drain(p, head);

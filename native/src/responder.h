@@ -9,18 +9,18 @@
 
 #include "mic/net.h"
 
-#define ETH_LEN 14u
-#define IP_LEN 20u
-#define TCP_LEN 20u
-#define UDP_LEN 8u
+#define ETH_LEN       14u
+#define IP_LEN        20u
+#define TCP_LEN       20u
+#define UDP_LEN       8u
 #define FRAME_OUT_MAX 1514u
-#define MTU 1500u
-#define OUT_SLOTS 64u
-#define ARP_SLOTS 16u
-#define ECHO_PORT 7u
-#define TCP_CONNS 16u
-#define TCP_BUF 16384u
-#define TCP_MSS (MTU - IP_LEN - TCP_LEN)
+#define MTU           1500u
+#define OUT_SLOTS     64u
+#define ARP_SLOTS     16u
+#define ECHO_PORT     7u
+#define TCP_CONNS     16u
+#define TCP_BUF       16384u
+#define TCP_MSS       (MTU - IP_LEN - TCP_LEN)
 
 enum { PROTO_ICMP = 1, PROTO_TCP = 6, PROTO_UDP = 17 };
 
@@ -33,7 +33,7 @@ struct tcp_conn {
 	uint32_t snd_una, snd_nxt, snd_wnd, rcv_nxt, adv_wnd;
 	uint32_t snd_max; /* highest number ever sent; snd_nxt goes back on a time-out */
 	uint16_t mss;
-	bool fin_rcvd;     /* the peer has finished; so do we after the last echoed byte */
+	bool fin_rcvd; /* the peer has finished; so do we after the last echoed byte */
 	bool ack_now;
 	unsigned retries;
 	uint64_t rto, deadline; /* ns; deadline 0 = timer off */
@@ -61,7 +61,7 @@ struct mic_resp {
 	uint8_t mac[6];
 	uint32_t ip, netmask, lease_ip;
 	uint16_t ip_id;
-	uint32_t secret;                /* initial sequence numbers */
+	uint32_t secret; /* initial sequence numbers */
 	struct {
 		uint32_t ip;
 		uint8_t mac[6];

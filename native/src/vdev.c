@@ -16,14 +16,14 @@
 
 #include "mic/barrier.h"
 
-#define MAX_EXTRA 5u
-#define SPIN_STEP 32u             /* looks between two questions to the clock */
-#define CENSUS_NS 2000000u        /* how old the count of runnable threads may be ... */
-#define CENSUS_MAX_NS 64000000u   /* ... and up to this after counts that found too many */
-#define SPIN_FIRST_NS 8000u       /* the window after the first short sleep; it doubles from there */
+#define MAX_EXTRA       5u
+#define SPIN_STEP       32u       /* looks between two questions to the clock */
+#define CENSUS_NS       2000000u  /* how old the count of runnable threads may be ... */
+#define CENSUS_MAX_NS   64000000u /* ... and up to this after counts that found too many */
+#define SPIN_FIRST_NS   8000u     /* the window after the first short sleep; it doubles from there */
 #define SPINS_PER_CHECK 16u       /* successful spins between two looks at the preemption count */
-#define PENALTY_MIN_NS 1000000u   /* closed for this long after the first preemption ... */
-#define PENALTY_MAX_NS 64000000u  /* ... doubling up to this */
+#define PENALTY_MIN_NS  1000000u  /* closed for this long after the first preemption ... */
+#define PENALTY_MAX_NS  64000000u /* ... doubling up to this */
 
 uint64_t mic_now_ns(void)
 {
@@ -159,7 +159,7 @@ int mic_line_open(int fd)
 
 	if (ep < 0)
 		return -errno;
-	struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
+	struct epoll_event ev = {.events = EPOLLIN | EPOLLET};
 
 	if (epoll_ctl(ep, EPOLL_CTL_ADD, fd, &ev) < 0) {
 		int err = errno;
@@ -179,7 +179,7 @@ void mic_line_take(int line_fd)
 
 void mic_drain_fd(int fd)
 {
-	struct pollfd p = { .fd = fd, .events = POLLIN };
+	struct pollfd p = {.fd = fd, .events = POLLIN};
 	eventfd_t drop;
 
 	if (poll(&p, 1, 0) == 1)
@@ -194,7 +194,7 @@ int mic_wait_fds(const int *fds, unsigned n, int timeout_ms)
 	if (n > 8)
 		return -EINVAL;
 	for (unsigned i = 0; i < n; i++)
-		p[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
+		p[i] = (struct pollfd){.fd = fds[i], .events = POLLIN};
 	int rc = poll(p, n, timeout_ms);
 
 	if (rc < 0)
@@ -208,7 +208,7 @@ int mic_wait_fds(const int *fds, unsigned n, int timeout_ms)
 /* Sleep on a line, a control descriptor and others; the line's edge is taken. */
 static int sleep_on(int line_fd, int control_fd, const int *extra, unsigned n, int timeout_ms)
 {
-	int fds[2 + MAX_EXTRA] = { line_fd, control_fd };
+	int fds[2 + MAX_EXTRA] = {line_fd, control_fd};
 
 	if (n > MAX_EXTRA)
 		return -EINVAL;
@@ -232,7 +232,8 @@ int mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, 
 	dev->line_fd = -1;
 	if (num_vq > MIC_MAX_VRINGS)
 		return -EINVAL;
-	if (slot_off > size - sizeof(struct mic_device_desc) || ctrl_off > size - sizeof(struct mic_device_ctrl))
+	if (slot_off > size - sizeof(struct mic_device_desc) ||
+	    ctrl_off > size - sizeof(struct mic_device_ctrl))
 		return -EFAULT;
 	dev->bus = bus;
 	dev->desc = mic_bus_host(bus) + slot_off;
@@ -242,7 +243,7 @@ int mic_vdev_init(struct mic_vdev *dev, struct mic_bus *bus, uint64_t slot_off, 
 	dev->num_vq = num_vq;
 	dev->spin_us = MIC_SPIN_US;
 	for (unsigned i = 0; i < MIC_MAX_VRINGS; i++)
-		dev->vq[i] = (struct mic_vq){ .bus = bus, .broken = true, .error = ENXIO };
+		dev->vq[i] = (struct mic_vq){.bus = bus, .broken = true, .error = ENXIO};
 	dev->line_fd = mic_line_open(kick_fd);
 	return dev->line_fd < 0 ? dev->line_fd : 0;
 }

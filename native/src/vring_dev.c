@@ -7,7 +7,7 @@
 #include "mic/barrier.h"
 
 #define FEATURE(bit) (1ull << (bit))
-#define PAGE_SIZE 4096u
+#define PAGE_SIZE    4096u
 
 /* Offsets inside the ring block and the used ring (VOP-3). */
 static uint32_t avail_off(unsigned num)
@@ -52,8 +52,8 @@ static int break_ring(struct mic_vq *vq, int error)
 	return -error;
 }
 
-int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint64_t used_addr,
-		uint16_t num, uint64_t features)
+int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint64_t used_addr, uint16_t num,
+		uint64_t features)
 {
 	uint64_t host_size = mic_bus_host_size(bus);
 
@@ -87,7 +87,7 @@ int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint
 static struct mic_vring_desc read_desc(const uint8_t *table, unsigned i)
 {
 	const uint64_t *p = (const uint64_t *)(const void *)(table + 16 * i);
-	uint64_t word[2] = { mic_load_relaxed(&p[0]), mic_load_relaxed(&p[1]) };
+	uint64_t word[2] = {mic_load_relaxed(&p[0]), mic_load_relaxed(&p[1])};
 	struct mic_vring_desc d;
 
 	memcpy(&d, word, sizeof d);
@@ -117,7 +117,7 @@ static int add_segment(struct mic_vq *vq, struct walk *w, const struct mic_vring
 		return EFAULT;
 	if (w->n == w->max)
 		return ENOSPC;
-	w->iov[w->n++] = (struct iovec){ .iov_base = p, .iov_len = d->len };
+	w->iov[w->n++] = (struct iovec){.iov_base = p, .iov_len = d->len};
 	if (writable) {
 		c->in_num++;
 		c->in_len += d->len;
@@ -199,9 +199,9 @@ int mic_vq_pop(struct mic_vq *vq, struct mic_chain *chain, struct iovec *iov, un
 	if ((uint16_t)(idx - vq->last_avail) > vq->num)
 		return break_ring(vq, EPROTO);
 	uint16_t head = mic_load_relaxed(u16_at(vq->avail, 4 + 2u * (vq->last_avail & (vq->num - 1u))));
-	struct walk w = { .chain = chain, .iov = iov, .max = max };
+	struct walk w = {.chain = chain, .iov = iov, .max = max};
 
-	*chain = (struct mic_chain){ .head = head };
+	*chain = (struct mic_chain){.head = head};
 	int err = walk_chain(vq, &w, head);
 
 	if (err)

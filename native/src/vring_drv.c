@@ -11,15 +11,15 @@
 #include "mic/barrier.h"
 
 #define FEATURE(bit) (1ull << (bit))
-#define NO_CHAIN 0 /* chain_len of a head that is not in flight */
+#define NO_CHAIN     0 /* chain_len of a head that is not in flight */
 
 static uint16_t *u16_at(uint8_t *base, uint32_t off)
 {
 	return (uint16_t *)(void *)(base + off);
 }
 
-int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint64_t used_addr,
-		uint16_t num, uint64_t features, uint64_t indirect_addr)
+int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint64_t used_addr, uint16_t num,
+		uint64_t features, uint64_t indirect_addr)
 {
 	memset(dq, 0, sizeof *dq);
 	dq->broken = true; /* until it is complete, nobody can use it */
@@ -51,7 +51,7 @@ int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint
 
 static void write_desc(uint8_t *table, unsigned i, const struct mic_seg *seg, uint16_t flags, uint16_t next)
 {
-	struct mic_vring_desc d = { .addr = seg->addr, .len = seg->len, .flags = flags, .next = next };
+	struct mic_vring_desc d = {.addr = seg->addr, .len = seg->len, .flags = flags, .next = next};
 
 	memcpy(table + 16 * i, &d, sizeof d);
 }
@@ -83,7 +83,7 @@ static uint16_t add_indirect(struct mic_dq *dq, const struct mic_seg *seg, unsig
 	uint16_t head = dq->free_head;
 	uint64_t addr = dq->indirect + 16ull * MIC_DQ_TABLE * head;
 	uint8_t *table = mic_gddr_at(dq->bus, addr, 16ull * n);
-	const struct mic_seg self = { .addr = addr, .len = 16 * n };
+	const struct mic_seg self = {.addr = addr, .len = 16 * n};
 
 	for (unsigned i = 0; i < n; i++)
 		write_desc(table, i, &seg[i], seg_flags(i, n, out_num), (uint16_t)(i + 1));
@@ -123,7 +123,8 @@ void mic_dq_publish(struct mic_dq *dq)
 	mic_store_release(u16_at(dq->avail, 2), dq->avail_idx);
 }
 
-int mic_dq_add(struct mic_dq *dq, const struct mic_seg *seg, unsigned out_num, unsigned in_num, uint64_t token)
+int mic_dq_add(struct mic_dq *dq, const struct mic_seg *seg, unsigned out_num, unsigned in_num,
+	       uint64_t token)
 {
 	int rc = mic_dq_stage(dq, seg, out_num, in_num, token);
 
@@ -174,7 +175,8 @@ int mic_dq_get(struct mic_dq *dq, uint64_t *token, uint32_t *len)
 
 	if (idx == dq->last_used)
 		return 0;
-	const uint32_t *elem = (const uint32_t *)(void *)(dq->used + 4 + 8u * (dq->last_used & (dq->num - 1u)));
+	const uint32_t *elem =
+		(const uint32_t *)(void *)(dq->used + 4 + 8u * (dq->last_used & (dq->num - 1u)));
 	uint32_t id = mic_load_relaxed(&elem[0]), got = mic_load_relaxed(&elem[1]);
 
 	if ((uint16_t)(idx - dq->last_used) > dq->num || id >= dq->num || dq->chain_len[id] == NO_CHAIN) {

@@ -174,7 +174,7 @@ def test_hw_05_mbus_identity() -> None:
         "modalias": "mbus:d00000002vFFFFFFFF",
     }
     assert mbus.host_id(3).name == "mbus-dev3"
-    assert mbus.CARD_ID == MbusId("mbus-dev0", 3)
+    assert MbusId("mbus-dev0", 3) == mbus.CARD_ID
     assert mbus.CARD_ID.matches(3)
     assert mbus.CARD_ID.matches(mbus.ANY_ID)
     assert not mbus.CARD_ID.matches(2)

@@ -93,6 +93,8 @@ def settled(server: Server) -> object:
 @pytest.mark.parametrize(("program", "test", "route"), list(cases()))
 def test_c(server: Server, programs: dict[str, Path], program: str, test: str, route: str) -> None:
     """The C test passes, and afterwards the nodes hold nothing."""
-    done = subprocess.run([programs[program], test], env=server.env(route), timeout=58, capture_output=True, text=True)
+    done = subprocess.run(
+        [programs[program], test], env=server.env(route), timeout=58, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{done.stdout}{done.stderr}(status {done.returncode})"
     assert settled(server) == server.idle

@@ -37,7 +37,9 @@ def arp(op: int = 1, target: str = PEER_IP, sender: str = MY_IP, dst: str = "ff:
     return eth(body, 0x0806, dst)
 
 
-def ipv4(proto: int, payload: bytes, *, src: str = MY_IP, dst: str = PEER_IP, frag: int = 0, dst_mac: str = PEER) -> bytes:
+def ipv4(
+    proto: int, payload: bytes, *, src: str = MY_IP, dst: str = PEER_IP, frag: int = 0, dst_mac: str = PEER
+) -> bytes:
     head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, frag, 64, proto, 0, ip(src), ip(dst))
     head = head[:10] + struct.pack(">H", checksum(head)) + head[12:]
     return eth(head + payload, 0x0800, dst_mac)
@@ -52,20 +54,41 @@ def pseudo(proto: int, length: int, src: str, dst: str) -> bytes:
     return ip(src) + ip(dst) + struct.pack(">BBH", 0, proto, length)
 
 
-def udp(sport: int, dport: int, data: bytes, *, src: str = MY_IP, dst: str = PEER_IP, dst_mac: str = PEER) -> bytes:
+def udp(
+    sport: int, dport: int, data: bytes, *, src: str = MY_IP, dst: str = PEER_IP, dst_mac: str = PEER
+) -> bytes:
     body = struct.pack(">HHHH", sport, dport, 8 + len(data), 0) + data
     body = body[:6] + struct.pack(">H", checksum(pseudo(17, len(body), src, dst) + body)) + body[8:]
     return ipv4(17, body, src=src, dst=dst, dst_mac=dst_mac)
 
 
 def tcp(
-    sport: int, seq: int, ack: int, flags: int, data: bytes = b"", *, dport: int = 7, wnd: int = 65535, opts: bytes = b""
+    sport: int,
+    seq: int,
+    ack: int,
+    flags: int,
+    data: bytes = b"",
+    *,
+    dport: int = 7,
+    wnd: int = 65535,
+    opts: bytes = b"",
 ) -> bytes:
     body = struct.pack(
-        ">HHIIBBHHH", sport, dport, seq & 0xFFFFFFFF, ack & 0xFFFFFFFF, (20 + len(opts)) // 4 << 4, flags, wnd, 0, 0
+        ">HHIIBBHHH",
+        sport,
+        dport,
+        seq & 0xFFFFFFFF,
+        ack & 0xFFFFFFFF,
+        (20 + len(opts)) // 4 << 4,
+        flags,
+        wnd,
+        0,
+        0,
     )
     body += opts + data
-    return ipv4(6, body[:16] + struct.pack(">H", checksum(pseudo(6, len(body), MY_IP, PEER_IP) + body)) + body[18:])
+    return ipv4(
+        6, body[:16] + struct.pack(">H", checksum(pseudo(6, len(body), MY_IP, PEER_IP) + body)) + body[18:]
+    )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class NbdClient:
         assert magic == 0x668E33EF
         return Chunk(flags, kind, cookie, self.recv(length))
 
-    def call(self, kind: int, off: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> tuple[int, bytes]:
+    def call(
+        self, kind: int, off: int = 0, length: int = 0, data: bytes = b"", flags: int = 0
+    ) -> tuple[int, bytes]:
         """One request with a simple reply: (error, data)."""
         cookie = self.request(kind, off, length, data, flags)
         error, back, got = self.simple(length if kind == READ else 0)

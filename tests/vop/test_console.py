@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import select
@@ -31,7 +32,14 @@ class Line:
     ``driver=False`` leaves the card half to the test (``fake``).
     """
 
-    def __init__(self, tmp: Path, *, features: int = console.MODERN_FEATURES, card_pty: bool = False, driver: bool = True) -> None:
+    def __init__(
+        self,
+        tmp: Path,
+        *,
+        features: int = console.MODERN_FEATURES,
+        card_pty: bool = False,
+        driver: bool = True,
+    ) -> None:
         self.rig = Rig(128, num_vq=2, features=features, device_type=3, config=console.pack_config())
         self.fds = [eventfd(), eventfd()]
         self.fake = FakeDriver(self.rig, stop_fd=self.fds[1])
@@ -308,7 +316,9 @@ def test_window_size_comes_back_to_the_caller(line: Line) -> None:
     c.close()
 
 
-@pytest.mark.parametrize("bad", [b"\x00\x00\x00", b"\x63\x05\x00hello", b"\x02\x03\x00abc", b"\x02\xff\xffabcd"])
+@pytest.mark.parametrize(
+    "bad", [b"\x00\x00\x00", b"\x63\x05\x00hello", b"\x02\x03\x00abc", b"\x02\xff\xffabcd"]
+)
 def test_malformed_client_messages_end_that_client(line: Line, bad: bytes) -> None:
     """An unknown type or a size message of another length ends the connection, and no other."""
     other, c = line.client(), line.client()
@@ -373,7 +383,7 @@ def test_large_chain_is_handed_out_in_pieces(tmp_path: Path) -> None:
         buf = line.rig.alloc(len(data))
         line.rig.bus.gddr.write(buf, data)
         cuts = [0, 1, 7, 4096, 50_000, 120_001, len(data)]
-        line.fake.add([(buf + a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)], [], token=3, i=1)
+        line.fake.add([(buf + a, b - a) for a, b in itertools.pairwise(cuts)], [], token=3, i=1)
         line.fake.kick(1)
         assert eventually(lambda: line.fake.get(1), "the completion") == (3, 0)
         assert line.logged() == data

@@ -44,7 +44,9 @@ class Copier:
         assert self.ptr != ffi.NULL
         self.base = self.rig.alloc(4 << 20)
 
-    def chain(self, readable: list[bytes], writable: list[int], token: int = 0, lead: int = 0, gap: int = 128) -> list[Seg]:
+    def chain(
+        self, readable: list[bytes], writable: list[int], token: int = 0, lead: int = 0, gap: int = 128
+    ) -> list[Seg]:
         """Offer one chain; returns its writable segments. ``lead`` shifts every address."""
         at, out, back = self.base + lead, [], []
         for data in readable:
@@ -73,7 +75,9 @@ class Copier:
     @property
     def published(self) -> tuple[int, int]:
         """(used.idx, info.avail_idx)."""
-        return self.rig.bus.gddr.load(self.rig.used[0] + 2, 2), self.rig.bus.host.load(self.rig.blocks[0] + INFO, 2)
+        return self.rig.bus.gddr.load(self.rig.used[0] + 2, 2), self.rig.bus.host.load(
+            self.rig.blocks[0] + INFO, 2
+        )
 
     @property
     def stats(self) -> Any:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 import nbdwire as w
+import pytest
+from nbdwire import NbdClient
+
 from mic_emu._native import lib
 from mic_emu.testing.disk import BLK_FEATURES, Disk, NbdServer
 from mic_emu.testing.machine import eventually
-from nbdwire import NbdClient
 
 SIZE = 16 << 20
 POOL = 4 << 20
@@ -93,7 +93,9 @@ def test_nbdinfo_sees_the_export(served: Served) -> None:
 
 
 @pytest.mark.peer("nbdcopy")
-@pytest.mark.parametrize("options", [[], ["--synchronous"], ["--connections=4", "--requests=64"], ["--request-size=33554432"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--synchronous"], ["--connections=4", "--requests=64"], ["--request-size=33554432"]]
+)
 def test_nbdcopy_both_ways(served: Served, tmp_path: Path, options: list[str]) -> None:
     """nbdcopy out and in: checksums agree, at any number of connections and request size."""
     out = tmp_path / "out.img"
@@ -218,7 +220,12 @@ def test_writes_of_every_size(served: Served) -> None:
     with NbdClient(served.path) as c:
         c.go()
         assert c.call(w.WRITE) == (0, b"")
-        for off, n, flags in ((0, 512, 0), (SIZE - 512, 512, w.FUA), (1024, (2 << 20) + 512, 0), (0, SIZE, w.FUA)):
+        for off, n, flags in (
+            (0, 512, 0),
+            (SIZE - 512, 512, w.FUA),
+            (1024, (2 << 20) + 512, 0),
+            (0, SIZE, w.FUA),
+        ):
             data = random.Random(n).randbytes(n)
             assert c.call(w.WRITE, off, data=data, flags=flags)[0] == 0
             assert os.pread(served.fd, n, off) == data
@@ -407,13 +414,18 @@ def test_random_bytes(served: Served) -> None:
                 bad.go(structured=rng.random() < 0.5)
                 try:
                     for _ in range(rng.randrange(1, 20)):
-                        kind, length = rng.randrange(0, 8), rng.choice([0, 1, 512, 4096, 70000, 1 << 21, 1 << 31])
+                        kind, length = (
+                            rng.randrange(0, 8),
+                            rng.choice([0, 1, 512, 4096, 70000, 1 << 21, 1 << 31]),
+                        )
                         off = rng.choice([0, 512, 1, SIZE - 512, SIZE, rng.getrandbits(64)])
                         if kind == w.WRITE:
                             off, length = SIZE - 65536, min(length, 4096)
                         if kind in (w.TRIM, w.ZEROES):
                             off = SIZE - 65536
-                        head = struct.pack(">IHHQQI", 0x25609513, rng.randrange(0, 8), kind, rng.getrandbits(64), off, length)
+                        head = struct.pack(
+                            ">IHHQQI", 0x25609513, rng.randrange(0, 8), kind, rng.getrandbits(64), off, length
+                        )
                         bad.sock.sendall(head + rng.randbytes(rng.choice([0, 0, 512, 4096])))
                 except ConnectionError:
                     pass

@@ -63,7 +63,9 @@ def test_arp_request_is_answered(resp: Responder) -> None:
     """An ARP request for its address gets a reply with its MAC; one for another address gets none."""
     (reply,) = ask(resp, arp())
     assert reply[:14] == mac(ME) + mac(PEER) + b"\x08\x06"
-    assert reply[14:42] == struct.pack(">HHBBH", 1, 0x0800, 6, 4, 2) + mac(PEER) + ip(PEER_IP) + mac(ME) + ip(MY_IP)
+    assert reply[14:42] == struct.pack(">HHBBH", 1, 0x0800, 6, 4, 2) + mac(PEER) + ip(PEER_IP) + mac(ME) + ip(
+        MY_IP
+    )
     assert len(reply) == 60
     assert ask(resp, arp(target="172.31.1.7")) == []
 
@@ -91,7 +93,13 @@ def test_udp_echo(resp: Responder) -> None:
 
 
 def dhcp(kind: int, *, wanted: str | None = None, server: str | None = None, flags: int = 0) -> bytes:
-    body = struct.pack(">BBBBIHH", 1, 1, 6, 0, 0xABCD1234, 0, flags) + bytes(16) + mac(ME) + bytes(10) + bytes(192)
+    body = (
+        struct.pack(">BBBBIHH", 1, 1, 6, 0, 0xABCD1234, 0, flags)
+        + bytes(16)
+        + mac(ME)
+        + bytes(10)
+        + bytes(192)
+    )
     body += b"\x63\x82\x53\x63" + bytes([53, 1, kind])
     if wanted:
         body += bytes([50, 4]) + ip(wanted)
@@ -144,7 +152,15 @@ class Client:
         self.nxt = s.seq + 1 & 0xFFFFFFFF
         assert self.say(ACK, wnd=wnd) == []
 
-    def say(self, flags: int, data: bytes = b"", *, wnd: int = 65535, seq: int | None = None, ack: int | None = None) -> list[Seg]:
+    def say(
+        self,
+        flags: int,
+        data: bytes = b"",
+        *,
+        wnd: int = 65535,
+        seq: int | None = None,
+        ack: int | None = None,
+    ) -> list[Seg]:
         at = self.seq if seq is None else seq
         out = ask(self.resp, tcp(self.port, at, self.nxt if ack is None else ack, flags, data, wnd=wnd))
         return [seg_of(f) for f in out]

@@ -51,7 +51,9 @@ def test_modern_driver_respects_feature_dependencies() -> None:
 def test_vop_59_frames_pass_unchanged_both_ways(features: int) -> None:
     """VOP-59: frames of every size up to what the features allow arrive unchanged, in order, both ways."""
     top = 1514 if features == net.bit("F_VERSION_1") else BIG
-    sizes = [s for s in (14, 60, 61, 1514, 1518, 4095, 4096, 16371, 16372, 16373, 32768, 65000, BIG) if s <= top]
+    sizes = [
+        s for s in (14, 60, 61, 1514, 1518, 4095, 4096, 16371, 16372, 16373, 32768, 65000, BIG) if s <= top
+    ]
     with Wire(features) as w:
         for side, other in (("host", "card"), ("card", "host")):
             for frame in frames(sizes):

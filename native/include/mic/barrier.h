@@ -11,15 +11,15 @@
 
 #define mic_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 /* For "I published, now does the other side sleep?": ordered after an earlier read-modify-write. */
-#define mic_load_seq_cst(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
-#define mic_load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define mic_load_seq_cst(p)     __atomic_load_n((p), __ATOMIC_SEQ_CST)
+#define mic_load_relaxed(p)     __atomic_load_n((p), __ATOMIC_RELAXED)
 #define mic_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 #define mic_store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
-#define mic_fetch_or(p, v) __atomic_fetch_or((p), (v), __ATOMIC_SEQ_CST)
-#define mic_fetch_and(p, v) __atomic_fetch_and((p), (v), __ATOMIC_SEQ_CST)
-#define mic_fetch_add(p, v) __atomic_fetch_add((p), (v), __ATOMIC_SEQ_CST)
-#define mic_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
-#define mic_cas(p, old, v) __atomic_compare_exchange_n((p), (old), (v), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+#define mic_fetch_or(p, v)      __atomic_fetch_or((p), (v), __ATOMIC_SEQ_CST)
+#define mic_fetch_and(p, v)     __atomic_fetch_and((p), (v), __ATOMIC_SEQ_CST)
+#define mic_fetch_add(p, v)     __atomic_fetch_add((p), (v), __ATOMIC_SEQ_CST)
+#define mic_exchange(p, v)      __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
+#define mic_cas(p, old, v)      __atomic_compare_exchange_n((p), (old), (v), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 /* Orders an earlier store before a later load: needed before "does the peer sleep?" is asked. */
 #define mic_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 

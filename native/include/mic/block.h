@@ -16,10 +16,10 @@
 
 #define MIC_BLK_SECTOR 512
 /* What our device says in its configuration space. */
-#define MIC_BLK_SEG_MAX 126
-#define MIC_BLK_MAX_RANGES 16           /* segments of one DISCARD or WRITE_ZEROES */
-#define MIC_BLK_MAX_DISCARD 0x400000    /* sectors (2 GiB) */
-#define MIC_BLK_MAX_ZEROES 0x8000       /* sectors (16 MiB): written by hand in the worst case */
+#define MIC_BLK_SEG_MAX     126
+#define MIC_BLK_MAX_RANGES  16       /* segments of one DISCARD or WRITE_ZEROES */
+#define MIC_BLK_MAX_DISCARD 0x400000 /* sectors (2 GiB) */
+#define MIC_BLK_MAX_ZEROES  0x8000   /* sectors (16 MiB): written by hand in the worst case */
 
 struct mic_blk_stats {
 	uint64_t reads, writes, flushes, discards, zeroes, others, errors;
@@ -49,8 +49,8 @@ struct mic_blk_user;
 
 /* One request. The caller fills the first part and keeps it alive until it comes back. */
 struct mic_blk_req {
-	uint32_t type;   /* MIC_VIRTIO_BLK_T_* */
-	uint32_t len;    /* bytes of data at addr */
+	uint32_t type; /* MIC_VIRTIO_BLK_T_* */
+	uint32_t len;  /* bytes of data at addr */
 	uint64_t sector;
 	uint64_t addr;   /* GDDR: mic_blk_alloc() */
 	uint64_t cookie; /* the caller's own */
@@ -108,11 +108,11 @@ void mic_blk_wake_fds(const struct mic_blk_user *user, int fds[2]);
 int mic_blk_execute(struct mic_blk_user *user, uint32_t type, uint64_t sector, uint64_t addr, uint32_t len);
 
 struct mic_blk_bench {
-	uint32_t block;   /* bytes of one request */
-	uint32_t depth;   /* requests in flight, 1..64 */
+	uint32_t block; /* bytes of one request */
+	uint32_t depth; /* requests in flight, 1..64 */
 	uint32_t runtime_ms;
 	bool random, write;
-	uint64_t done;    /* results from here on */
+	uint64_t done; /* results from here on */
 	double iops, mb_per_s, p50_us, p99_us;
 };
 

@@ -18,16 +18,13 @@ enum mic_con_run {
 	MIC_RUN_RESIZE = 5 /* a client sent a window size: mic_con_dev_size() */
 };
 
-enum mic_con_msg {
-	MIC_CON_MSG_INPUT = 1,
-	MIC_CON_MSG_SIZE = 2
-};
+enum mic_con_msg { MIC_CON_MSG_INPUT = 1, MIC_CON_MSG_SIZE = 2 };
 
 struct mic_con_stats {
 	uint64_t to_card_bytes, from_card_bytes;
-	uint64_t log_errors;     /* failed writes; last_log_errno says why */
-	uint64_t pty_lost;       /* bytes that no reader of the pty took in time */
-	uint64_t client_lost;    /* bytes that slow clients missed */
+	uint64_t log_errors;  /* failed writes; last_log_errno says why */
+	uint64_t pty_lost;    /* bytes that no reader of the pty took in time */
+	uint64_t client_lost; /* bytes that slow clients missed */
 	uint64_t clients_seen, clients_refused;
 	uint32_t clients;
 	int last_log_errno;

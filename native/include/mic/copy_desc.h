@@ -17,7 +17,7 @@
 
 /* Bytes moved by one ring (VOP 7): in = card to host. */
 struct mic_copy_stats {
-	uint64_t in_bytes, in_bytes_dma;   /* the second includes what alignment fetched in front */
+	uint64_t in_bytes, in_bytes_dma; /* the second includes what alignment fetched in front */
 	uint64_t out_bytes, out_bytes_dma;
 	uint64_t tx_dst_unaligned, tx_len_unaligned; /* bytes that the CPU had to copy, and why */
 	uint64_t dma_errors;

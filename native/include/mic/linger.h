@@ -19,7 +19,7 @@
 #include "mic/vring.h"
 
 #define MIC_LINGER_TOKENS_MAX 2000000u /* ns */
-#define MIC_LINGER_YIELD_NS 40000u     /* a yield that takes longer has met a thread that computes */
+#define MIC_LINGER_YIELD_NS   40000u   /* a yield that takes longer has met a thread that computes */
 #define MIC_LINGER_BACKOFF_NS 5000000u
 
 struct mic_linger {
@@ -32,7 +32,7 @@ struct mic_linger {
 
 static inline void mic_linger_init(struct mic_linger *s, unsigned spin_us)
 {
-	*s = (struct mic_linger){ .slice = spin_us * 1000ull, .tokens = MIC_LINGER_TOKENS_MAX };
+	*s = (struct mic_linger){.slice = spin_us * 1000ull, .tokens = MIC_LINGER_TOKENS_MAX};
 	cpu_set_t set;
 
 	if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < 2)

@@ -11,7 +11,7 @@
 #include "mic/block.h"
 
 /* cffi-begin */
-#define MIC_NBD_CLIENTS 16          /* at once; more wait in the listen queue */
+#define MIC_NBD_CLIENTS     16        /* at once; more wait in the listen queue */
 #define MIC_NBD_MAX_PAYLOAD 0x2000000 /* 32 MiB: the largest READ or WRITE */
 
 struct mic_nbd_stats {

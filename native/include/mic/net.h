@@ -49,8 +49,8 @@ int mic_resp_poll_fd(const struct mic_resp *r);
  * the last. Blocks the calling thread; the loop must run in another. rtts_ns[i] is 0 for a lost one.
  * Returns the number of answers, -EBUSY when another ping runs, -EINVAL (count 1..65535, payload
  * <= 1472). */
-int mic_resp_ping(struct mic_resp *r, uint32_t ip, unsigned count, unsigned interval_ms,
-		  unsigned timeout_ms, unsigned payload, uint64_t *rtts_ns);
+int mic_resp_ping(struct mic_resp *r, uint32_t ip, unsigned count, unsigned interval_ms, unsigned timeout_ms,
+		  unsigned payload, uint64_t *rtts_ns);
 void mic_resp_stats(struct mic_resp *r, struct mic_resp_stats *out);
 
 /* --- device half ------------------------------------------------------------------------------ */

@@ -18,7 +18,7 @@ enum mic_netns_step {
  * /proc/PID/uid_map, deny_setgroups is needed for an unprivileged gid_map. The namespaces live as
  * long as the two descriptors (close-on-exec). Returns 0 or -errno with *step set. */
 int mic_netns_create(const char *uid_map, const char *gid_map, int deny_setgroups, int *user_fd, int *net_fd,
-		  int *step);
+		     int *step);
 /* Enter; user_fd -1 = stay in the user namespace. The process must have one thread when user_fd is
  * another user namespace (-EINVAL otherwise). Returns 0 or -errno. */
 int mic_netns_enter(int user_fd, int net_fd);

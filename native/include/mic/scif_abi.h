@@ -136,6 +136,7 @@ _Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
 enum mic_scif_op {
 	MIC_SCIF_OPEN = 1,   /* a0 cookie of the socket -> v0 sid */
 	MIC_SCIF_HELLO,      /* a0 unique number of the process */
+	MIC_SCIF_MEMORY,     /* from the host's node to a card's: a0 node, a1 size; descriptor: its memory */
 	MIC_SCIF_BIND,       /* a0 port -> v0 port */
 	MIC_SCIF_LISTEN,     /* a0 backlog */
 	MIC_SCIF_CONNECT,    /* a0 node, a1 port, a2 non-blocking -> v0 port */

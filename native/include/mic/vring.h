@@ -62,38 +62,38 @@ uint32_t mic_vring_block_size(unsigned num);
 
 struct mic_vq {
 	struct mic_bus *bus;
-	uint8_t *desc;    /* descriptor table, host memory */
-	uint8_t *avail;   /* available ring, host memory */
-	uint8_t *info;    /* mic_vring_info: the index published for observers */
-	uint8_t *used;    /* used ring, GDDR; NULL until the card handed it over */
+	uint8_t *desc;  /* descriptor table, host memory */
+	uint8_t *avail; /* available ring, host memory */
+	uint8_t *info;  /* mic_vring_info: the index published for observers */
+	uint8_t *used;  /* used ring, GDDR; NULL until the card handed it over */
 	uint64_t features;
 	uint16_t num;
-	uint16_t last_avail;   /* next available entry to take */
-	uint16_t used_idx;     /* next used entry to write */
-	uint16_t signalled;    /* used_idx at the last interrupt (EVENT_IDX) */
+	uint16_t last_avail; /* next available entry to take */
+	uint16_t used_idx;   /* next used entry to write */
+	uint16_t signalled;  /* used_idx at the last interrupt (EVENT_IDX) */
 	bool broken;
-	int error;             /* the errno that broke it, positive */
+	int error;                                    /* the errno that broke it, positive */
 	uint64_t popped, pushed, bytes_in, bytes_out; /* counters; in = from the card */
 };
 
 /* One chain: readable segments first (card -> host), then writable ones. */
 struct mic_chain {
 	uint16_t head;
-	unsigned out_num; /* readable segments: iov[0 .. out_num) */
-	unsigned in_num;  /* writable segments: iov[out_num .. out_num + in_num) */
+	unsigned out_num;         /* readable segments: iov[0 .. out_num) */
+	unsigned in_num;          /* writable segments: iov[out_num .. out_num + in_num) */
 	uint64_t out_len, in_len; /* bytes */
 };
 
 /* block_off: offset of the ring block in host memory (VOP-3). used_addr: card physical address of
  * the used ring, 0 = not yet. features: bit numbers as in layout.py, EVENT_IDX and INDIRECT_DESC
  * matter here. Returns 0, -EINVAL (num, alignment), -EFAULT (outside the memories, VOP-47). */
-int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint64_t used_addr,
-		uint16_t num, uint64_t features);
-/* Take the next chain. Zero-length descriptors leave no segment behind (VOP-48). iov holds up to max segments, already translated and bounds-checked.
- * Returns 1, 0 (nothing available), or breaks the ring and returns -EINVAL (head or next out of
- * range, readable after writable, INDIRECT not negotiated or malformed; VOP-45, 48), -ELOOP
- * (VOP-44), -EFAULT (address outside GDDR, VOP-46), -EPROTO (avail.idx jumped by more than num,
- * VOP-49), -ENXIO (work, but no used ring; VOP-47), -ENOSPC (more than max segments). A broken ring
+int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint64_t used_addr, uint16_t num,
+		uint64_t features);
+/* Take the next chain. Zero-length descriptors leave no segment behind (VOP-48). iov holds up to max
+ * segments, already translated and bounds-checked. Returns 1, 0 (nothing available), or breaks the ring and
+ * returns -EINVAL (head or next out of range, readable after writable, INDIRECT not negotiated or malformed;
+ * VOP-45, 48), -ELOOP (VOP-44), -EFAULT (address outside GDDR, VOP-46), -EPROTO (avail.idx jumped by more
+ * than num, VOP-49), -ENXIO (work, but no used ring; VOP-47), -ENOSPC (more than max segments). A broken ring
  * returns its errno again. */
 int mic_vq_pop(struct mic_vq *vq, struct mic_chain *chain, struct iovec *iov, unsigned max);
 /* Put back the last n chains popped and not completed (a packet found too few receive buffers). */
@@ -115,16 +115,16 @@ bool mic_vq_has_work(const struct mic_vq *vq);
 /* A device as its backend process sees it: slot in the device page, rings, lines. */
 struct mic_vdev {
 	struct mic_bus *bus;
-	uint8_t *desc;      /* mic_device_desc in the device page */
-	uint8_t *ctrl;      /* mic_device_ctrl in the device page */
-	int kick_fd;        /* eventfd of this device's MSI-X vector, perhaps shared with other devices */
-	int line_fd;        /* private edge-triggered view of kick_fd: readable = rung since the last sleep */
-	int control_fd;     /* socket to the host process; readable = leave the loop */
+	uint8_t *desc;  /* mic_device_desc in the device page */
+	uint8_t *ctrl;  /* mic_device_ctrl in the device page */
+	int kick_fd;    /* eventfd of this device's MSI-X vector, perhaps shared with other devices */
+	int line_fd;    /* private edge-triggered view of kick_fd: readable = rung since the last sleep */
+	int control_fd; /* socket to the host process; readable = leave the loop */
 	unsigned num_vq;
 	struct mic_vq vq[4];
-	uint8_t status;     /* as last seen by mic_vdev_handshake() */
+	uint8_t status; /* as last seen by mic_vdev_handshake() */
 	uint64_t wakeups, interrupts;
-	unsigned spin_us;   /* the longest look before sleeping; 0 = never spin */
+	unsigned spin_us; /* the longest look before sleeping; 0 = never spin */
 	struct mic_spin spin;
 };
 
@@ -171,16 +171,16 @@ int mic_vdev_sleep(struct mic_vdev *dev, const int *extra, unsigned n, int timeo
 
 struct mic_dq {
 	struct mic_bus *bus;
-	uint8_t *desc;  /* host memory through the SMPT */
+	uint8_t *desc; /* host memory through the SMPT */
 	uint8_t *avail;
-	uint8_t *used;  /* GDDR */
+	uint8_t *used; /* GDDR */
 	uint64_t features;
 	uint16_t num;
 	uint16_t free_head, free_num;
 	uint16_t avail_idx, last_used;
-	uint16_t kicked;       /* avail_idx at the last kick (EVENT_IDX) */
+	uint16_t kicked; /* avail_idx at the last kick (EVENT_IDX) */
 	bool broken;
-	uint64_t token[128];   /* by head */
+	uint64_t token[128];       /* by head */
 	uint32_t in_len[128];      /* writable bytes of the chain, the most that used.len can mean */
 	uint16_t chain_len[128];   /* ring descriptors of the chain; 0 = this head is not in flight */
 	uint16_t shadow_next[128]; /* the free list and chain links, never read back from the ring */
@@ -197,8 +197,8 @@ struct mic_seg {
  * indirect_addr: GDDR area for indirect tables (num tables of MIC_DQ_TABLE descriptors), 0 = never
  * use them. Zeroes the ring block up to its info (VOP 3.2) and the used ring; call it before
  * used_address is handed over. Returns 0, -EINVAL, -EFAULT. */
-int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint64_t used_addr,
-		uint16_t num, uint64_t features, uint64_t indirect_addr);
+int mic_dq_init(struct mic_dq *dq, struct mic_bus *bus, uint64_t desc_addr, uint64_t used_addr, uint16_t num,
+		uint64_t features, uint64_t indirect_addr);
 /* Make out_num readable then in_num writable segments available as one chain.
  * Returns 0, -ENOSPC (ring full), -EINVAL (no segments), -EIO (broken). token comes back from get. */
 int mic_dq_add(struct mic_dq *dq, const struct mic_seg *seg, unsigned out_num, unsigned in_num,
@@ -219,10 +219,10 @@ bool mic_dq_has_completion(const struct mic_dq *dq);
 /* A device as its card driver sees it. */
 struct mic_vdrv {
 	struct mic_bus *bus;
-	int irq_fd;    /* eventfd of the card interrupt line of this device, perhaps shared */
-	int line_fd;   /* private edge-triggered view of irq_fd */
-	int stop_fd;   /* eventfd; readable = leave the loop */
-	int c2h_db;    /* host doorbell to kick */
+	int irq_fd;  /* eventfd of the card interrupt line of this device, perhaps shared */
+	int line_fd; /* private edge-triggered view of irq_fd */
+	int stop_fd; /* eventfd; readable = leave the loop */
+	int c2h_db;  /* host doorbell to kick */
 	unsigned num_vq;
 	struct mic_dq dq[4];
 	uint64_t kicks, wakeups;

@@ -109,6 +109,7 @@ static void read_write_peer(int ep)
 	OK(scif_vreadfrom(ep, in, 5, off + 5000, SCIF_RMA_SYNC));
 	CHECK(!memcmp(in, "peer!", 5));
 	meet(ep);
+	FAILS(scif_recv(ep, in, 1, SCIF_RECV_BLOCK), ECONNRESET);
 }
 
 TEST(scif_84_86_87_109_111_window_is_live_and_survives_munmap)

@@ -1,0 +1,150 @@
+"""The whole machine: crashes, hangs, shutdowns from both sides, the log, several cards (COSM 2 to 9)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+QUICK = ("--disk", "none", "--net", "none")
+
+
+def words(machine: Machine, card: str = "mic0") -> list[str]:
+    """States and shutdown statuses of a card, in order, from the log."""
+    out = []
+    for line in (machine.run_dir / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record.get("card") == card and record.get("event") in ("state", "shutdown_status"):
+            out.append(record["state" if record["event"] == "state" else "status"])
+    return out
+
+
+def seen(machine: Machine, card: str = "mic0") -> tuple[str, str]:
+    row = machine.card(card)
+    return row["state"], row["shutdown_status"]
+
+
+@pytest.mark.parametrize(("command", "status"), [("poweroff", "poweroff"), ("halt", "halted")])
+def test_cosm_32_64_card_goes_down_by_itself_and_is_reset(machine: Machine, command: str, status: str) -> None:
+    """`poweroff` and `halt` on the card: shutting_down, the status, then the daemon's reset; no boot."""
+    machine.boot(*QUICK)
+    assert machine.on_card(command).returncode == 0
+    machine.micemu("wait", "ready", "--timeout", "20")
+    assert words(machine) == ["booting", "online", "shutting_down", status, "resetting", "nop", "ready"]
+
+
+def test_cosm_32_64_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
+    """`reboot` from a shell: restart, reset, and only then a new boot; the board is the same."""
+    before = machine.boot(*QUICK)["cards"][0]["pids"]
+    machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 60", check=False)
+    eventually(lambda: machine.card()["boots"] == 2 and seen(machine) == ("online", "nop"), 20, "the second boot")
+    after = machine.card()["pids"]
+    assert (before["board"], before["os"] != after["os"]) == (after["board"], True)
+    assert words(machine)[2:] == ["shutting_down", "restart", "resetting", "nop", "ready", "booting", "online"]
+
+
+def test_cosm_32_plain_processes_power_off_only_their_card(machine: Machine, tmp_path: Path) -> None:
+    """Without namespaces the card's own `poweroff` comes first too; the host's is never reached by name."""
+    config = tmp_path / "plain.toml"
+    config.write_text('[[card]]\nnamespaces = false\ndisk = "none"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    found = machine.shell("command -v poweroff halt reboot shutdown").split()
+    assert {os.path.dirname(p) for p in found} == {str(machine.run_dir / "mic0" / "bin")}
+    assert machine.on_card("shutdown", "-h", "now").returncode == 0
+    machine.micemu("wait", "ready", "--timeout", "20")
+    assert "poweroff" in words(machine)
+
+
+
+def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
+    """SIGSTOP of the card OS: no process ends, only the heartbeat; after the window crashed; reset needs no help."""
+    pids = machine.boot(*QUICK)["cards"][0]["pids"]
+    signal_tree(pids["os"], signal.SIGSTOP)
+    machine.micemu("wait", "crashed", "--timeout", "20")
+    assert seen(machine) == ("shutting_down", "crashed")
+    machine.micemu("reset")
+    assert seen(machine) == ("ready", "nop")
+    assert machine.boot(*QUICK)["cards"][0]["state"] == "online"
+
+
+def signal_tree(pid: int, number: int) -> None:
+    """Signal a process and its descendants: all stopped is what a hung kernel looks like."""
+    try:
+        os.kill(pid, number)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            signal_tree(int(child), number)
+    except (ProcessLookupError, FileNotFoundError):
+        pass  # a program ended meanwhile
+
+
+def test_cosm_51_heartbeat_off_keeps_a_hung_card_online(machine: Machine, tmp_path: Path) -> None:
+    """heartbeat = false: longer than the watchdog's window nothing happens; a reset works."""
+    config = tmp_path / "mic.toml"
+    config.write_text('[[card]]\nheartbeat = false\ndisk = "none"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
+    assert machine.micemu("wait", "crashed", "--timeout", "2", check=False).returncode == 5
+    assert seen(machine) == ("online", "nop")
+    machine.micemu("reset")
+    assert seen(machine) == ("ready", "nop")
+
+
+def test_cosm_60_one_failing_card_does_not_disturb_others(machine: Machine) -> None:
+    """mic0 hangs in the middle and is reset; mic1 goes on and can be used meanwhile."""
+    cards = machine.boot("-n", "2", *QUICK)["cards"]
+    signal_tree(cards[0]["pids"]["os"], signal.SIGSTOP)
+    reset = machine.popen("reset", "mic0", stdout=subprocess.DEVNULL)
+    eventually(lambda: seen(machine)[0] == "resetting", 10, "the reset")
+    assert machine.on_card("echo", "here", card="mic1").stdout == "here\n"
+    signal_tree(cards[0]["pids"]["os"], signal.SIGCONT)
+    assert reset.wait(timeout=30) == 0
+    assert [c["state"] for c in machine.status()["cards"]] == ["ready", "online"]
+    assert words(machine, "mic1") == ["booting", "online"]
+
+
+def test_cosm_58_stop_with_cards_online_leaves_nothing(machine: Machine) -> None:
+    """Each card is stopped and reset; the directories are gone (also: what ``machine`` checks)."""
+    machine.boot("-n", "2", *QUICK)
+    machine.micemu("stop")
+    assert not machine.run_dir.exists()
+    machine.check_clean()
+
+
+def test_cosm_64_crash_policy_reset_leaves_the_card_ready(machine: Machine, tmp_path: Path) -> None:
+    """on_crash = "reset": crashed, reset, not booted."""
+    config = tmp_path / "mic.toml"
+    config.write_text('[[card]]\non_crash = "reset"\ndisk = "none"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
+    machine.micemu("wait", "ready", "--timeout", "20")
+    assert words(machine)[2:] == ["crashed", "shutting_down", "resetting", "nop", "ready"]
+    assert machine.card()["boots"] == 1
+
+
+def test_cosm_64_crash_policy_reboot_gives_up_after_its_limit(machine: Machine, tmp_path: Path) -> None:
+    """on_crash = "reboot", max_reboots = 1: the first crash boots it again, the second leaves it ready."""
+    config = tmp_path / "mic.toml"
+    config.write_text('[[card]]\non_crash = "reboot"\nmax_reboots = 1\ndisk = "none"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
+    eventually(lambda: machine.card()["boots"] == 2 and seen(machine)[0] == "online", 20, "the second boot")
+    os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
+    eventually(lambda: "left in ready" in (machine.run_dir / "log.jsonl").read_text(), 20, "the end of its patience")
+    assert seen(machine) == ("ready", "nop")
+
+
+def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: Machine) -> None:
+    """The kernel log lies in GDDR: it outlives the card OS and goes with the reset."""
+    pids = machine.boot(*QUICK)["cards"][0]["pids"]
+    os.kill(pids["os"], signal.SIGKILL)
+    machine.micemu("wait", "crashed", "--timeout", "5")
+    assert "card is up" in machine.micemu("dump", "log", "mic0").stdout
+    machine.micemu("reset")
+    assert "card is up" not in machine.micemu("dump", "log", "mic0").stdout

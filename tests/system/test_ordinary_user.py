@@ -1,0 +1,154 @@
+"""The whole machine for somebody who is not root, and what becomes of programs when levels are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import cardlab
+import pytest
+from cardlab import eventually
+
+from mic_emu import namespaces
+from mic_emu.testing.machine import Machine
+
+MAIN = "from mic_emu.cli import main; main()"
+
+
+class Person:
+    """Somebody without root, at home."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        exe, env = cardlab.userland()
+        self.argv = [*cardlab.as_user(), exe, "-c", MAIN]
+        self.env = {**env, "HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run"), "TERM": "xterm"}
+
+    def micemu(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*self.argv, *args], env=self.env, cwd=self.home, capture_output=True, text=True, timeout=60
+        )
+        assert not check or done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
+        return done
+
+
+@pytest.fixture
+def person() -> Iterator[Person]:
+    home = Path(tempfile.mkdtemp(prefix="mu-", dir="/tmp"))
+    (home / "run").mkdir()
+    if os.geteuid() == 0:
+        for p in (home, home / "run"):
+            os.chown(p, cardlab.USER, cardlab.USER)
+    (home / "run").chmod(0o700)
+    before = cardlab.mounts()
+    p = Person(home)
+    try:
+        yield p
+    finally:
+        p.micemu("stop", "--force", check=False)
+        shutil.rmtree(home)
+        cardlab.forget_userland()
+    assert cardlab.mounts() == before
+
+
+@pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
+def test_an_ordinary_user_boots_runs_and_leaves_nothing(person: Person) -> None:
+    """Boot, a program with its own names and writable folder, shutdown, stop: all without root."""
+    status = json.loads(person.micemu("boot", "--json").stdout)
+    assert status["cards"][0]["state"] == "online"
+    script = "hostname; id -u; echo $$; pwd; echo mine > file; touch /usr/x 2>&1; exit 9"
+    done = person.micemu("run", "mic0", "--", "sh", "-c", script, check=False)
+    assert done.returncode == 9, done.stderr
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[1], lines[3]) == ("mic0", "0", str(person.home))
+    assert int(lines[2]) < 1000
+    assert lines[4].endswith("Read-only file system")
+    assert (person.home / "file").stat().st_uid == person.home.stat().st_uid
+    assert person.micemu("run", "host", "--", "id", "-u").returncode == 0
+    person.micemu("shutdown")
+    person.micemu("stop")
+    eventually(lambda: not cardlab.marked(str(person.home / "run")), 5, "all processes gone")
+    assert not (person.home / "run/micemu/default").exists()
+
+
+@pytest.mark.parametrize("victim", ["shim", "os", "init"])
+def test_programs_end_with_the_level_that_is_killed(machine: Machine, victim: str) -> None:
+    """kill -9 of shim, card OS or the card's init: programs and their daemons go, the card is crashed."""
+    machine.boot("--disk", "none", "--net", "none")
+    script = "setsid sleep 100011 & echo go; sleep 100012"
+    program = machine.popen("run", "mic0", "--", "sh", "-c", script, stdout=subprocess.PIPE)
+    assert program.stdout
+    assert program.stdout.readline() == b"go\n"
+    shim = machine.card()["pids"]["os"]
+    inside = _children(shim)
+    os_pid = inside[0] if _name(shim).startswith("micos-shim") else shim
+    pid = {"shim": shim, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[
+        victim
+    ]
+    os.kill(pid, signal.SIGKILL)
+    program.stdout.close()
+    assert program.wait(10) == 1
+    for argv in ("sleep\0100011\0", "sleep\0100012\0"):
+        eventually(lambda argv=argv: not _anywhere(argv), 5, f"{argv!r} gone")
+    eventually(lambda: machine.card()["shutdown_status"] == "crashed", 5, "the card crashed")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _anywhere(argv: str) -> bool:
+    for p in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if p.read_text() == argv:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+INITCTL = (
+    'python3 -c "import struct; '
+    "open('/run/initctl', 'wb').write(struct.pack('=4i368x', 0x03091969, 1, 48, 0))\""
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("poweroff", "poweroff"),
+        ("halt", "halted"),
+        ("shutdown -h now", "poweroff"),
+        ("shutdown -H", "halted"),
+        (INITCTL, "poweroff"),
+    ],
+)
+def test_cosm_32_programs_take_the_card_down(machine: Machine, command: str, status: str) -> None:
+    """COSM-32: poweroff, halt, shutdown on the card end it in order, with their own shutdown status."""
+    if "initctl" in command and namespaces.refusals():
+        pytest.skip("; ".join(namespaces.refusals()))
+    machine.boot("--disk", "none", "--net", "none")
+    machine.micemu("run", "mic0", "--", "sh", "-c", f"{command}; sleep 20", check=False)
+    eventually(lambda: machine.card()["state"] == "ready", 10, "the card is down")
+    # The policy has reset the card since; the log keeps what was.
+    assert f"shutdown status {status}" in machine.micemu("log").stdout
+
+
+def test_cosm_32_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
+    """COSM-32: reboot on the card gives restart, and the policy boots the card again."""
+    machine.boot("--disk", "none", "--net", "none")
+    before = machine.card()["pids"]["os"]
+    machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 20", check=False)
+    eventually(
+        lambda: machine.card()["state"] == "online" and machine.card()["pids"]["os"] != before, 10, "again"
+    )

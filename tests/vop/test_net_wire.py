@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 
@@ -397,3 +399,54 @@ def test_idle_pair_uses_no_cpu() -> None:
         select.select([], [], [], 0.5)
         assert w.stats().sleeps == before
         assert time.process_time() - cpu < 0.02
+
+
+def test_signal_returns_to_the_caller() -> None:
+    """A signal while the loop sleeps ends the C call with MIC_RUN_SIGNAL, so that Python's handler runs."""
+    seen: list[int] = []
+    old = signal.signal(signal.SIGUSR1, lambda n, f: seen.append(n))
+    main = threading.main_thread().ident
+    assert main
+    try:
+        with Wire(MODERN, host=False) as w:
+
+            def poke() -> None:
+                eventually(lambda: w.stats().sleeps, "the loop asleep")
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+            t = threading.Thread(target=poke, daemon=True)
+            t.start()
+            assert w.nd.run() == lib.MIC_RUN_SIGNAL
+            t.join(5)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_control_is_seen_under_load() -> None:
+    """While frames pour in both directions a readable control descriptor ends the run within a second."""
+    with Wire(MODERN) as w:
+        stop = threading.Event()
+
+        def bounce(side: str) -> None:
+            sock = w.host if side == "host" else w.card
+            while not stop.is_set():
+                try:
+                    sock.send(sock.recv(BIG + 64))
+                except TimeoutError:
+                    return
+
+        w.host.settimeout(0.5)
+        w.card.settimeout(0.5)
+        for frame in frames([200] * 40):  # they go round and round
+            w.send("host", frame)
+        threads = [threading.Thread(target=bounce, args=(s,), daemon=True) for s in ("host", "card")]
+        for t in threads:
+            t.start()
+        eventually(lambda: w.stats().to_card_packets > 2000, "the traffic")
+        os.write(w.stop_fds[0], (1).to_bytes(8, "little"))
+        w.host_loop.join(1.0)
+        assert w.host_loop.results[-1] == lib.MIC_RUN_CONTROL
+        stop.set()
+        for t in threads:
+            t.join(5)

@@ -129,6 +129,22 @@ def test_vop_64_blocked_direction_does_not_stop_the_other(features: int) -> None
         assert (token, length) == (7, w.hdr + 1000)
 
 
+def test_device_follows_what_the_card_accepted() -> None:
+    """VOP 4.4: offered is not accepted. A card that took no feature gets 10-byte headers, one buffer per
+    frame and no DATA_VALID, although the host offered everything."""
+    with Wire(MODERN, card=False, host=False) as w:
+        w.nd.accepted(0)
+        w.loops.append(Loop(w.nd.run, w.stop_fds[0], Wire._again))
+        bufs = _post(w, [2048] * 4)
+        big, small = frames([4000, 1400])
+        w.host.send(bytes(10) + big)
+        w.host.send(bytes(10) + small)
+        token, length = eventually(lambda: w.fake.get(0), "the small frame")
+        assert (token, length) == (0, 1410)
+        assert w.rig.rig.bus.gddr.read(bufs[0][0], length) == bytes(10) + small
+        assert w.stats().to_card_drops == 1
+
+
 def _post(w: Wire, sizes: list[int]) -> list[tuple[int, int]]:
     """Post receive buffers of these sizes, by token their index."""
     out = []

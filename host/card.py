@@ -65,7 +65,7 @@ class Card:
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
         self.network: Network | None = None
-        self.changed = asyncio.Condition()
+        self._waiters: set[asyncio.Event] = set()
         self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._closing = False
@@ -215,23 +215,26 @@ class Card:
 
     def notify(self) -> None:
         """Something that ``wait`` or ``boot`` looks at has changed."""
-        asyncio.ensure_future(self._notify())
-
-    async def _notify(self) -> None:
-        async with self.changed:
-            self.changed.notify_all()
+        for waiter in self._waiters:
+            waiter.set()
 
     async def until(self, condition: Callable[[], bool], limit_s: float | None, what: str) -> None:
         """Wait for a condition on this card. Raises TimeoutError with ``what``."""
 
-        async def watch() -> None:
-            async with self.changed:
-                await self.changed.wait_for(condition)
+        woken = asyncio.Event()
 
+        async def watch() -> None:
+            while not condition():
+                woken.clear()
+                await woken.wait()
+
+        self._waiters.add(woken)
         try:
             await asyncio.wait_for(watch(), limit_s)
         except asyncio.TimeoutError:
             raise TimeoutError(f"{self.name}: {what}: not within {limit_s:g} s") from None
+        finally:
+            self._waiters.discard(woken)
 
     @property
     def is_ready(self) -> bool:

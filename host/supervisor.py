@@ -100,6 +100,7 @@ class Supervisor:
         self.on_change = on_change
         self.backends: list[Backend] = []
         self.stopping = False
+        self._changes: set[asyncio.Task[None]] = set()  # configuration changes under way
         self._tasks: dict[Backend, asyncio.Task[None]] = {}
 
     def add(self, backend: Backend) -> None:
@@ -192,7 +193,9 @@ class Supervisor:
         elif op == "guest_ack" and backend.device:
             backend.device.acknowledged()
         elif op == "config" and backend.device:
-            asyncio.ensure_future(self._config(backend.device, bytes.fromhex(msg["config"])))
+            task = asyncio.ensure_future(self._config(backend.device, bytes.fromhex(msg["config"])))
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
         elif op == "event":
             self.log.info(msg["message"], device=backend.kind, **msg.get("fields", {}))
 

@@ -97,7 +97,7 @@ def test_a_closed_standard_descriptor_is_dev_null_on_the_card(machine: Machine, 
     """Closed stdin, stdout or stderr never become a socket of ours: the program finds /dev/null there."""
     machine.boot("--disk", "none", "--net", "none")
     shown = 1 if closed == 2 else 2
-    script = f"readlink /proc/$$/fd/{closed} >&{shown}"
+    script = f'link=$(readlink /proc/$$/fd/{closed}); echo "$link" >&{shown}'
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *MICEMU, "run", "mic0", "--", "sh", "-c", script],
         env=machine.env, capture_output=True, text=True, timeout=30,

@@ -19,6 +19,7 @@ from mic_emu.config import CardConfig, Config
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.host import inspection
+from mic_emu.host.admin import Admin
 from mic_emu.wire import WireError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -48,16 +49,20 @@ class Control:
             "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "pcap": self._pcap,
             "backend": self._backend,
         }  # fmt: skip
+        self._admin = Admin(instance)
+        self._requests |= self._admin.requests
 
     async def open(self) -> None:
         """Listen."""
         self.instance.log.set_hook(self.publish)
+        await self._admin.open()
         self._server = await serve_unix(str(self.instance.rundir.control), self._serve)
 
     async def close(self) -> None:
         """Stop listening; requests in work are cut off."""
         if self._server:
             await self._server.close()
+        await self._admin.close()
 
     def publish(self, record: dict[str, Any]) -> None:
         """A log record that is an event goes to every listener."""

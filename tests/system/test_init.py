@@ -93,6 +93,8 @@ def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
         ({"run": 1, "argv": ["x"], "tty": True}, 1),
         ({"run": 1, "argv": ["x"], "rows": -1}, 3),
         ({"run": 1, "argv": ["x"], "umask": 512}, 3),
+        ({"run": 1, "argv": ["x"], "limits": {"nice": 1}}, 3),
+        ({"run": 1, "argv": ["x"], "limits": {"core": "1"}}, 3),
         ({"run": 1, "argv": ["x"], "cwd": "\ud800"}, 3),
     ],
 )
@@ -242,6 +244,15 @@ def test_many_at_once(card: Card) -> None:
     for n, p in enumerate(ps):
         out, _ = p.communicate(timeout=30)
         assert (out, p.returncode) == (f"{n}\n".encode(), n)
+
+
+def test_resource_limits_are_the_callers(card: Card) -> None:
+    """Soft limits of the caller hold for the program."""
+    script = 'ulimit -S -s 4096; ulimit -S -n 77; ulimit -S -c 1234; exec "$@"'
+    argv = ["bash", "-c", "ulimit -s; ulimit -n; ulimit -c"]
+    run = ["bash", "-c", script, "bash", sys.executable, "-c", CLIENT, str(card.path), *argv]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["4096", "77", "1234"], done.stderr
 
 
 def test_init_survives_running_out_of_descriptors() -> None:

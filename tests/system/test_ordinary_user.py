@@ -89,7 +89,9 @@ def test_programs_end_with_the_level_that_is_killed(machine: Machine, victim: st
     above = int(Path(f"/proc/{os_pid}/stat").read_text().rpartition(")")[2].split()[1])
     if victim == "shim" and not _name(above).startswith("micos-shim"):
         pytest.skip("; ".join(namespaces.refusals()))
-    pid = {"shim": above, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[victim]
+    pid = {"shim": above, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[
+        victim
+    ]
     os.kill(pid, signal.SIGKILL)
     program.stdout.close()
     assert program.wait(10) == 1

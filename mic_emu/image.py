@@ -291,5 +291,6 @@ def start_command(
     import _cffi_backend
 
     extensions = os.path.dirname(os.path.abspath(_cffi_backend.__file__))
-    argv = [sys.executable, "-I", "-S", "-B", "-c", _STUB, str(payload_fd), extensions, *args]
+    installed = os.pathsep.join((os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.prefix))
+    argv = [sys.executable, "-I", "-S", "-B", "-c", _STUB, str(payload_fd), extensions, installed, *args]
     return sys.executable, argv, dict(os.environ if env is None else env)

@@ -15,7 +15,6 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import NoReturn
 from zipimport import zipimporter
 
-
 # Descriptor of the zip that modules are imported from, -1 when this is no started image.
 archive_fd = -1
 # Folders of the host with this package and its interpreter: programs use libscif and the Python API.

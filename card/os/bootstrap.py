@@ -1,6 +1,6 @@
 """First code of a started image: finds its own extension module, then the card OS's ``main``.
 
-``sys.argv`` is ``[..., payload descriptor, folder of _cffi_backend, installed, arguments of main...]``. The zip
+``sys.argv`` is ``[..., payload descriptor, folders of extensions, installed, arguments of main...]``. The zip
 is ``sys.path[0]`` already; the native module is loaded from the downloaded bytes, not from the
 host's installation.
 """
@@ -50,6 +50,6 @@ def start() -> NoReturn:
     os.set_inheritable(archive_fd, False)
     installed = sys.argv[3].split(os.pathsep)
     sys.argv = ["micos", *sys.argv[4:]]
-    sys.path.append(extensions)
+    sys.path += extensions.split(os.pathsep)
     load_native(archive)
     sys.exit(import_module("mic_emu.card.os.main").main())

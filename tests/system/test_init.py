@@ -22,6 +22,8 @@ import cardlab
 import pytest
 from cardlab import eventually
 from cardrun import CLIENT, Card, booted
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mic_emu import namespaces, wire
 from mic_emu.cli.terminal import set_window_size
@@ -114,6 +116,37 @@ def test_malformed_requests_are_refused(card: Card, msg: dict[str, Any], nfds: i
         s.sendall(b"garbage\n")
         assert s.recv(1) == b""
     assert card.run(["true"])[0] == 0
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.text(max_size=5)
+    | st.floats(allow_nan=False),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
+)
+KEYS = ("run", "argv", "env", "cwd", "tty", "rows", "cols", "umask", "limits", "signal")
+
+
+@settings(max_examples=150, deadline=None)
+@given(noise=st.dictionaries(st.sampled_from(KEYS), JSON), nfds=st.integers(0, 4), second=JSON)
+def test_any_request_gets_an_answer_or_the_end(
+    card: Card, noise: dict[str, Any], nfds: int, second: Any
+) -> None:
+    """Whatever a client sends, init answers or hangs up within a moment, and lives."""
+    good = RunRequest(["true"], "/").message()
+    with card.raw() as ch, open("/dev/null") as null:
+        ch.send({**good, **noise}, [null.fileno()] * nfds)
+        try:
+            ch.send({"signal": second})
+            while True:
+                for fd in ch.recv(5, "an answer or the end")[1]:
+                    os.close(fd)
+        except PeerClosed:
+            pass
+    assert Path(f"/proc/{card.board.os_pid}").exists()
 
 
 def test_100_mb_through_stdin_to_stdout(card: Card) -> None:

@@ -21,7 +21,9 @@ struct mic_scif_qpage {
 	uint32_t tx_asleep;   /* it sleeps on tx_seq of its own page until there is room */
 	uint32_t tx_native;   /* it wants its descriptor writable again when there is room */
 	uint32_t told;        /* 1 + rx_epoch when it last had a token put on our descriptor */
-	uint8_t reserved1[48];
+	uint32_t inline_at;   /* read index at which the bytes below begin, MIC_SCIF_NOT_INLINE: none */
+	uint32_t inline_len;
+	uint8_t inline_data[40]; /* a copy of its last message, if short: it comes with the index */
 	/* 192: written by the peer as receiver */
 	uint32_t local_read;  /* its read index */
 	uint32_t reserved2;
@@ -76,6 +78,7 @@ struct mic_scif_ctl {
 	uint8_t reserved3[56];
 };
 
+#define MIC_SCIF_NOT_INLINE 0xffffffff
 #define MIC_SCIF_SLOTS 15872
 struct mic_scif_notify {
 	uint32_t seq;          /* futex of the notifier thread */

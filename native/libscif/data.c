@@ -256,7 +256,9 @@ static int wait_bytes(struct ep *ep)
 {
 	int rc;
 
-	mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
+	/* While a token is out the sender does not ask: leave its cache line alone. */
+	if (mic_load_relaxed(&ep->qp->told) != ep->ctl->epoch + 1)
+		mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
 	if (spin_for(ep, rx_ready))
 		return 0;
 	rc = sleep_until(ep, &ep->qp->rx_seq, &ep->peer->rx_asleep, rx_ready);
@@ -277,9 +279,12 @@ static int wait_bytes(struct ep *ep)
 static void put_inline(struct ep *ep, const uint8_t *p, uint32_t n)
 {
 	struct mic_scif_qpage *q = ep->peer;
+	bool fits = n <= sizeof q->inline_data;
 
-	mic_store_release(&q->inline_at, MIC_SCIF_NOT_INLINE);
-	if (n > sizeof q->inline_data)
+	if (ep->ctl->tx_inline)
+		mic_store_release(&q->inline_at, MIC_SCIF_NOT_INLINE);
+	ep->ctl->tx_inline = fits;
+	if (!fits)
 		return;
 	memcpy(q->inline_data, p, n);
 	mic_store_relaxed(&q->inline_len, n);

@@ -209,7 +209,8 @@ static bool spin_for(struct ep *ep, bool (*ready)(struct ep *))
 		for (int i = 0; i < 32; i++) {
 			if (ready(ep))
 				return true;
-			mic_cpu_relax();
+			if (now != start) /* a pause is as long as a cache miss */
+				mic_cpu_relax();
 		}
 		now = mic_timestamp();
 		if (now - start > alone && now - start < ep->spin)
@@ -310,47 +311,51 @@ static void put(struct ep *ep, const uint8_t *p, uint32_t n)
 	publish_write(ep, before);
 }
 
+/* How much to put now: 0 none, -errno. In pieces, so that the reader copies while we do; whole ones when
+ * waiting for a moment gives that, since the ends of pieces then keep to their own cache lines. */
+static int next_piece(struct ep *ep, uint32_t left, bool block)
+{
+	uint32_t want = left < PIECE ? left : PIECE;
+	int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
+
+	/* A stale view of the reader is good enough while it shows room for a piece. */
+	if ((uint32_t)n < (block ? want : left))
+		n = room(ep);
+	if (n >= 0 && block && (uint32_t)n < want) {
+		ep->want = want;
+		spin_for(ep, tx_roomy);
+		n = room(ep);
+	}
+	if (n < 0)
+		return -ECONNRESET; /* the peer damaged its index: it is as good as gone */
+	uint32_t most = block ? want : left;
+
+	return (uint32_t)n < most ? n : (int)most;
+}
+
 /* tx_lock is held. Bytes sent, or -errno when none. */
 static int send_some(struct ep *ep, int fd, const uint8_t *p, uint32_t len, bool block)
 {
 	uint32_t done = 0;
 	int rc = 0;
 
-	while (done < len) {
+	while (done < len && rc >= 0) {
 		if (state(ep) != MIC_SCIF_EP_CONNECTED) {
 			rc = -ECONNRESET;
 			break;
 		}
-		int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
-
-		/* A stale view of the reader is good enough while it shows room for a message. */
-		if ((uint32_t)n < len - done && (uint32_t)n < PIECE)
-			n = room(ep);
-		if (n < 0) {
-			rc = -ECONNRESET; /* the peer damaged its index: it is as good as gone */
-			break;
-		}
-		if (n > 0) {
-			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
-
-			if (block && k > PIECE)
-				k = PIECE;
-			put(ep, p + done, k);
-			done += k;
-			continue;
-		}
-		if (!block) {
+		rc = next_piece(ep, len - done, block);
+		if (rc > 0) {
+			put(ep, p + done, (uint32_t)rc);
+			done += (uint32_t)rc;
+		} else if (rc == 0 && block) {
+			rc = sleep_until(ep, &ep->qp->tx_seq, &ep->peer->tx_asleep, tx_ready);
+		} else if (rc == 0) {
 			want_room(ep, fd);
 			break;
 		}
-		ep->want = len - done < PIECE ? len - done : PIECE;
-		if (spin_for(ep, tx_roomy))
-			continue;
-		rc = sleep_until(ep, &ep->qp->tx_seq, &ep->peer->tx_asleep, tx_ready);
-		if (rc < 0)
-			break;
 	}
-	return done ? (int)done : rc;
+	return done || rc >= 0 ? (int)done : rc;
 }
 
 /* Checks that come before the state (SCIF 2.7). 1: go on. */

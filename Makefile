@@ -51,8 +51,8 @@ lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layerin
 	sh native/lint.sh
 
 fmt: build $(VENV)/.dev ## format everything
-	$(BIN)/ruff format -q $(PY)
 	$(BIN)/ruff check -q --fix --exit-zero $(PY)
+	$(BIN)/ruff format -q $(PY)
 	$(BIN)/clang-format -i $(C_FILES)
 
 asan: build ## C tests and ring tests under ASan and UBSan

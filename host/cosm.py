@@ -117,7 +117,9 @@ class CosmDevice:
         old, self.state = self.state, new
         self.changes += 1
         if old is not new:
-            self.log.info(f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value)
+            self.log.info(
+                f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value
+            )
         self._notify([*self.on_state, *self.on_change])
 
     def _publish(self, status: Status, notify: bool = True) -> None:
@@ -160,15 +162,20 @@ class CosmDevice:
                 raise
             self._move(Event.BOOT if self.bootmode == "linux" else Event.BOOT_BARE)
 
+    @property
+    def resetting(self) -> bool:
+        """Is a reset requested or running?"""
+        return self.state is State.RESETTING
+
     async def reset(self) -> None:
         """T18 to T20: returns once the state is resetting, the work runs in the background (COSM-37).
 
         Waits for a boot in progress only. Raises StateError EINVAL in ``ready``.
         """
-        if self.state is State.RESETTING:
+        if self.resetting:
             return
         async with self._lock:
-            if self.state is State.RESETTING:
+            if self.resetting:
                 return
             previous = self.state
             self._move(Event.RESET)

@@ -171,6 +171,7 @@ enum mic_scif_op {
 	MIC_SCIF_DROP,       /* data: struct mic_scif_seg: pages that this process no longer maps */
 	MIC_SCIF_FENCE_MARK, /* peer's mark -> v0 */
 	MIC_SCIF_FENCE_WAIT, /* a0 peer's mark */
+	MIC_SCIF_TABLES,     /* -> data: JSON of endpoints and windows, for people */
 	MIC_SCIF_FENCE_SIGNAL, /* peer executes: a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
 };
 

@@ -18,7 +18,6 @@ from mic_emu.errors import MicemuError
 if TYPE_CHECKING:
     from mic_emu.scif.api import Endpoint
 
-PACKAGE = Path(mic_emu.__file__).resolve().parent
 CHUNK = 65536
 POLLIN = 1
 
@@ -40,34 +39,38 @@ def _tables(node: str) -> dict[str, Any]:
         raise MicemuError(f"the SCIF node of {node} does not answer: {e.strerror or e}", e.errno or 0) from e
 
 
-def _print_flags(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if not value:
-        return
-    flags = {
-        "cflags": f"-I{PACKAGE / 'include'}",
-        "libs": f"-L{PACKAGE / 'lib'} -Wl,-rpath,{PACKAGE / 'lib'} -lscif",
-    }
-    click.echo(flags[str(param.name)])
-    ctx.exit()
+def _package_folder(name: str) -> Path:
+    """``include`` or ``lib`` of the installed package. Raises MicemuError when it was not built."""
+    path = Path(mic_emu.__file__).resolve().parent / name
+    if not path.is_dir():
+        raise MicemuError(f"{path} is missing: build the package (make build)")
+    return path
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--cflags", is_flag=True, is_eager=True, expose_value=False, callback=_print_flags, help="Compiler flags."
-)
-@click.option(
-    "--libs", is_flag=True, is_eager=True, expose_value=False, callback=_print_flags, help="Linker flags."
-)
-def command() -> None:
-    """SCIF: who is there, what is open, a netcat and a speed test.
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--cflags", is_flag=True, help="Compiler flags for programs that include <scif.h>.")
+@click.option("--libs", is_flag=True, help="Linker flags for libscif; the program finds it where it is now.")
+@click.pass_context
+def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
+    """SCIF: build programs, see who is there and what is open, netcat, a speed test.
 
     \b
     Examples:
-      cc prog.c $(micemu scif --cflags --libs) -o prog      (one flag at a time)
+      gcc $(micemu scif --cflags) prog.c -o prog $(micemu scif --libs)
       micemu scif endpoints mic0
       micemu scif cat -l 3000                 on one node, and on another
       echo hello | micemu scif cat 0 3000
     """
+    words = []
+    if cflags:
+        words.append(f"-I{_package_folder('include')}")
+    if libs:
+        folder = _package_folder("lib")
+        words += [f"-L{folder}", "-lscif", f"-Wl,-rpath,{folder}"]
+    if words:
+        click.echo(" ".join(words))
+    elif ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @command.command()
@@ -75,11 +78,15 @@ def command() -> None:
 def nodes(as_json: bool) -> None:
     """List the online nodes as this process sees them."""
     table = _tables("host")
+    rows = [
+        {"node": n, "name": "host" if n == 0 else f"mic{n - 1}", "self": n == table["node"]}
+        for n in table["online"]
+    ]
     if as_json:
-        client.emit({"self": table["node"], "nodes": table["online"]})
+        client.emit(rows)
         return
-    for n in table["online"]:
-        click.echo(f"{n:4d}  {'host' if n == 0 else f'mic{n - 1}'}{'  (here)' if n == table['node'] else ''}")
+    for row in rows:
+        click.echo(f"{row['node']:4d}  {row['name']}{'  (here)' if row['self'] else ''}")
 
 
 def _peer(ep: dict[str, Any]) -> str:

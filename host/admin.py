@@ -12,6 +12,7 @@ from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host import metrics
 from mic_emu.host.sysfs import Sysfs, watch_states
+from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
 from mic_emu.wire_aio import AsyncChannel
 
@@ -35,6 +36,7 @@ class Admin:
             "sysfs_list": self._sysfs_list, "sysfs_read": self._sysfs_read, "sysfs_write": self._sysfs_write,
             "sysfs_watch": self._sysfs_watch, "suspend": self._suspend, "resume": self._resume,
             "force_reset": self._force_reset, "metrics": self._metrics_text,
+            "scif_ask": self._scif_ask,
         }  # fmt: skip
 
     async def open(self) -> None:
@@ -112,6 +114,41 @@ class Admin:
         if failed:
             raise StateError(f"{', '.join(failed)}: the firmware did not become ready", errno.EIO)
         return {"status": self.instance.status()}
+
+    # --- a card's services ----------------------------------------------------------------------------
+
+    async def _scif_ask(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Send ``data`` (hex) to ``port`` of a card from a privileged port; the answer as hex: ``head``
+        bytes, and as many more as the 16-bit word at ``length_at`` says."""
+        (card,) = self.instance.select([msg["card"]])
+        ep = self.instance.node.open()
+        try:
+            return await asyncio.wait_for(self._ask(ep, card.index + 1, msg), 5.0)
+        except ScifError as e:
+            raise MicemuError(f"{card.name}: port {msg['port']}: {e}", e.errno or errno.EIO) from e
+        except asyncio.TimeoutError:
+            raise MicemuError(f"{card.name}: port {msg['port']}: no answer", errno.ETIMEDOUT) from None
+        finally:
+            await ep.close()
+
+    async def _ask(self, ep: Endpoint, node: int, msg: dict[str, Any]) -> Reply:
+        self._bind_privileged(ep)
+        await ep.connect((node, msg["port"]))
+        await ep.send(bytes.fromhex(msg["data"]))
+        head = await ep.recv(msg["head"])
+        at = msg["length_at"]
+        rest = await ep.recv(int.from_bytes(head[at : at + 2], "little")) if len(head) == msg["head"] else b""
+        return {"data": (head + rest).hex()}
+
+    def _bind_privileged(self, ep: Endpoint) -> None:
+        """A free port from 1023 downwards: the proof of root that the services look at."""
+        for port in range(1023, 900, -1):
+            try:
+                ep.bind(port)
+                return
+            except ScifError:
+                continue
+        raise MicemuError("no privileged SCIF port is free", errno.ENOSPC)
 
     # --- metrics ------------------------------------------------------------------------------------
 

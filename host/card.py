@@ -80,6 +80,7 @@ class Card:
         self.dir.mkdir(mode=0o700, exist_ok=True)
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
+        self.bus.set_over_pci()
         build(self.bus, PciIdentity(device=self.config.device_id, revision=revision_of(self.config.stepping)))
         await self._power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)

@@ -196,7 +196,7 @@ class Control:
         return {"status": self.instance.status()}
 
     async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        for card in self.instance.cards.values():
+        for card in list(self.instance.cards.values()):
             if msg.get("orderly") and card.cosm.state is State.ONLINE:
                 try:
                     await card.shutdown(msg.get("timeout"))
@@ -210,7 +210,7 @@ class Control:
     async def _events(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if msg.get("recent"):
-            for event in self._recent:
+            for event in list(self._recent):  # it grows while we send
                 await channel.send(event)
         self._listeners.add(queue)
         gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))

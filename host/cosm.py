@@ -162,15 +162,20 @@ class CosmDevice:
                 raise
             self._move(Event.BOOT if self.bootmode == "linux" else Event.BOOT_BARE)
 
+    @property
+    def resetting(self) -> bool:
+        """Is a reset requested or running?"""
+        return self.state is State.RESETTING
+
     async def reset(self) -> None:
         """T18 to T20: returns once the state is resetting, the work runs in the background (COSM-37).
 
         Waits for a boot in progress only. Raises StateError EINVAL in ``ready``.
         """
-        if self.state is State.RESETTING:
+        if self.resetting:
             return
         async with self._lock:
-            if self.state is State.RESETTING:
+            if self.resetting:
                 return
             previous = self.state
             self._move(Event.RESET)

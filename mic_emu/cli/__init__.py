@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -82,8 +83,16 @@ def cli(ctx: click.Context, instance: str | None) -> None:
     ctx.obj = instance
 
 
+def _occupy_standard() -> None:
+    """Open /dev/null in place of a closed stdin, stdout or stderr, so that no socket of ours gets its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
 def main() -> None:
     """Entry point: errors are one sentence and an exit status, never a traceback."""
+    _occupy_standard()
     try:
         status = cli.main(prog_name="micemu", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -251,21 +251,24 @@ class Capture:
 
     def __init__(self, fd: int, buffer: int = 8 << 20) -> None:
         self.ptr = _created(lib.mic_pcap_create(fd, buffer), "capture")
+        self._last = ffi.new("struct mic_pcap_stats *")
 
     def stats(self) -> dict[str, int]:
         """``captured``, ``written``, ``dropped`` records, and ``error`` (errno, 0 = none)."""
-        s = ffi.new("struct mic_pcap_stats *")
-        lib.mic_pcap_stats(self.ptr, s)
+        s = self._last
+        if self.ptr:
+            lib.mic_pcap_stats(self.ptr, s)
         return {"captured": s.captured, "written": s.written, "dropped": s.dropped, "error": s.error}
 
-    def close(self, flush_s: float = 2.0) -> None:
-        """Write what is buffered, for at most ``flush_s`` seconds. Raises OSError of the file."""
-        if not self.ptr:
-            return
-        ptr, self.ptr = self.ptr, ffi.NULL
-        rc = lib.mic_pcap_destroy(ptr, int(flush_s * 1000))
-        if rc < 0:
-            raise OSError(-rc, f"capture: {os.strerror(-rc)}")
+    def close(self, flush_s: float = 2.0) -> dict[str, int]:
+        """Write what is buffered, for at most ``flush_s`` seconds; returns the final ``stats``.
+
+        What went wrong with the file is in ``error`` (ETIMEDOUT: not all of it in time). Never raises.
+        """
+        if self.ptr:
+            ptr, self.ptr = self.ptr, ffi.NULL
+            lib.mic_pcap_destroy(ptr, int(flush_s * 1000), self._last)
+        return self.stats()
 
 
 class NetDevice(_Native):

@@ -231,14 +231,14 @@ void *mic_blk_at(struct mic_blk_drv *drv, uint64_t addr, uint32_t len)
 
 /* --- completions (all under the lock) --------------------------------------------------------- */
 
+/* Whoever reaps is awake: nobody signals himself. */
 static void wake(struct mic_blk_user *u)
 {
 	if (u->asleep)
 		(void)!eventfd_write(u->wake_fd, 1);
 }
 
-static void hand_back(struct mic_blk_drv *drv, struct mic_blk_req *req, int error,
-		      const struct mic_blk_user *self)
+static void hand_back(struct mic_blk_drv *drv, struct mic_blk_req *req, int error)
 {
 	struct mic_blk_user *u = req->user;
 
@@ -248,8 +248,7 @@ static void hand_back(struct mic_blk_drv *drv, struct mic_blk_req *req, int erro
 	req->next = NULL;
 	*u->tail = req;
 	u->tail = &req->next;
-	if (u != self)
-		wake(u);
+	wake(u);
 }
 
 static void fail_all(struct mic_blk_drv *drv, int error)
@@ -257,7 +256,7 @@ static void fail_all(struct mic_blk_drv *drv, int error)
 	mic_store_release(&drv->error, error);
 	for (unsigned i = 0; i < MIC_MAX_VRING_ENTRIES; i++)
 		if (drv->inflight[i])
-			hand_back(drv, drv->inflight[i], error, NULL);
+			hand_back(drv, drv->inflight[i], error);
 	for (struct mic_blk_user *u = drv->users; u; u = u->next)
 		wake(u);
 }
@@ -283,12 +282,12 @@ static bool device_needs_reset(const struct mic_blk_drv *drv)
 }
 
 /* Move everything the device has finished to its users. */
-static void collect(struct mic_blk_drv *drv, const struct mic_blk_user *self)
+static void collect(struct mic_blk_drv *drv)
 {
 	uint64_t token;
 	uint32_t len;
 	bool any = false;
-	int rc;
+	int rc = 0;
 
 	if (drv->error)
 		return;
@@ -296,7 +295,7 @@ static void collect(struct mic_blk_drv *drv, const struct mic_blk_user *self)
 		while ((rc = mic_dq_get(drv->dq, &token, &len)) > 0) {
 			struct mic_blk_req *req = drv->inflight[token];
 
-			hand_back(drv, req, status_errno(drv->slots[token * SLOT_BYTES + STATUS_OFF]), self);
+			hand_back(drv, req, status_errno(drv->slots[token * SLOT_BYTES + STATUS_OFF]));
 			any = true;
 		}
 		/* While somebody sleeps the device must go on interrupting. */
@@ -320,7 +319,7 @@ unsigned mic_blk_reap(struct mic_blk_user *user, struct mic_blk_req **out, unsig
 	unsigned n = 0;
 
 	pthread_mutex_lock(&drv->lock);
-	collect(drv, user);
+	collect(drv);
 	for (; n < max && user->done; n++) {
 		out[n] = user->done;
 		mic_store_relaxed(&user->done, out[n]->next);

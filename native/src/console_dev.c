@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "mic/barrier.h"
 #include "mic/console.h"
 #include "mic/iov.h"
 
@@ -105,7 +106,7 @@ static void drop_client(struct mic_con_dev *cd, struct client *c)
 	close(c->fd); /* leaves the epoll set by itself */
 	free(c->out);
 	*c = (struct client){.fd = -1};
-	cd->stats.clients--;
+	mic_store_relaxed(&cd->stats.clients, cd->stats.clients - 1u);
 }
 
 void mic_con_dev_destroy(struct mic_con_dev *cd)
@@ -127,7 +128,19 @@ uint32_t mic_con_dev_size(const struct mic_con_dev *cd)
 
 void mic_con_dev_stats(const struct mic_con_dev *cd, struct mic_con_stats *out)
 {
-	*out = cd->stats;
+	const struct mic_con_stats *s = &cd->stats;
+
+	*out = (struct mic_con_stats){
+		.to_card_bytes = mic_load_relaxed(&s->to_card_bytes),
+		.from_card_bytes = mic_load_relaxed(&s->from_card_bytes),
+		.log_errors = mic_load_relaxed(&s->log_errors),
+		.pty_lost = mic_load_relaxed(&s->pty_lost),
+		.client_lost = mic_load_relaxed(&s->client_lost),
+		.clients_seen = mic_load_relaxed(&s->clients_seen),
+		.clients_refused = mic_load_relaxed(&s->clients_refused),
+		.clients = mic_load_relaxed(&s->clients),
+		.last_log_errno = mic_load_relaxed(&s->last_log_errno),
+	};
 }
 
 /* --- output: log, pty, clients ---------------------------------------------------------------- */
@@ -143,8 +156,8 @@ static void write_log(struct mic_con_dev *cd)
 			continue;
 		if (n < 0) {
 			/* A full disk must not stop the console: count it and go on. */
-			cd->stats.log_errors++;
-			cd->stats.last_log_errno = errno;
+			mic_count(&cd->stats.log_errors, 1u);
+			mic_store_relaxed(&cd->stats.last_log_errno, errno);
 			return;
 		}
 		at += (uint32_t)n;
@@ -185,7 +198,7 @@ static void show_client(struct mic_con_dev *cd, struct client *c, const uint8_t 
 	/* Once it lags, a client gets nothing until half of its buffer is free: one gap, not many. */
 	if (len + note > CLIENT_OUT - c->out_len || (c->gap && c->out_len > CLIENT_OUT / 2)) {
 		c->gap = true;
-		cd->stats.client_lost += len;
+		mic_count(&cd->stats.client_lost, len);
 		return;
 	}
 	if (c->gap)
@@ -241,7 +254,7 @@ static bool pty_has_reader(const struct mic_con_dev *cd)
 
 static void forget_pty_rest(struct mic_con_dev *cd)
 {
-	cd->stats.pty_lost += cd->piece_len - cd->pty_at;
+	mic_count(&cd->stats.pty_lost, cd->piece_len - cd->pty_at);
 	cd->pty_at = cd->piece_len;
 	cd->stalled_at = 0;
 }
@@ -305,7 +318,7 @@ static int from_card(struct mic_con_dev *cd)
 	cd->piece_len = (uint32_t)mic_iov_read(cd->iov, cd->chain.out_num, cd->chain_at, cd->piece, PIECE);
 	cd->pty_at = 0;
 	cd->chain_at += cd->piece_len;
-	cd->stats.from_card_bytes += cd->piece_len;
+	mic_count(&cd->stats.from_card_bytes, cd->piece_len);
 	write_log(cd);
 	remember(cd);
 	for (unsigned i = 0; i < CLIENTS; i++)
@@ -419,7 +432,7 @@ static int to_card(struct mic_con_dev *cd)
 	n += mic_iov_write(in, chain.in_num, n, cd->input, cd->in_len - part);
 	cd->in_first = (cd->in_first + (uint32_t)n) % INPUT;
 	cd->in_len -= (uint32_t)n;
-	cd->stats.to_card_bytes += n;
+	mic_count(&cd->stats.to_card_bytes, n);
 	mic_vq_push(vq, chain.head, (uint32_t)n);
 	mic_vdev_complete(cd->dev, vq);
 	return 1;
@@ -463,14 +476,14 @@ static int accept_client(struct mic_con_dev *cd)
 	uint8_t *out = c && welcome(fd) ? malloc(CLIENT_OUT) : NULL;
 
 	if (!out || watch(cd, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0) {
-		cd->stats.clients_refused++;
+		mic_count(&cd->stats.clients_refused, 1u);
 		free(out);
 		close(fd);
 		return 1;
 	}
 	*c = (struct client){.fd = fd, .out = out};
-	cd->stats.clients++;
-	cd->stats.clients_seen++;
+	mic_count(&cd->stats.clients, 1u);
+	mic_count(&cd->stats.clients_seen, 1u);
 	show_history(cd, c);
 	return 1;
 }

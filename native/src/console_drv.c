@@ -5,6 +5,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "mic/barrier.h"
 #include "mic/console.h"
 
 enum { RX = 0, TX = 1 };
@@ -107,7 +108,10 @@ void mic_con_drv_destroy(struct mic_con_drv *cd)
 
 void mic_con_drv_stats(const struct mic_con_drv *cd, struct mic_con_stats *out)
 {
-	*out = cd->stats;
+	*out = (struct mic_con_stats){
+		.to_card_bytes = mic_load_relaxed(&cd->stats.to_card_bytes),
+		.from_card_bytes = mic_load_relaxed(&cd->stats.from_card_bytes),
+	};
 }
 
 /* Host -> card. 1 progress, 0 nothing or the pty is full, -1 the ring is broken. */
@@ -134,7 +138,7 @@ static int receive(struct mic_con_drv *cd)
 		if (n <= 0)
 			return 0;
 		cd->rx_at += (uint32_t)n;
-		cd->stats.to_card_bytes += (uint64_t)n;
+		mic_count(&cd->stats.to_card_bytes, (uint64_t)n);
 	}
 	cd->busy = false;
 	if (post_rx(cd, cd->rx_buf) < 0)
@@ -177,7 +181,7 @@ static int transmit(struct mic_con_drv *cd)
 	if (mic_dq_add(&cd->drv->dq[TX], &seg, 1, 0, buf) < 0)
 		return -1;
 	cd->tx_nfree--;
-	cd->stats.from_card_bytes += (uint64_t)n;
+	mic_count(&cd->stats.from_card_bytes, (uint64_t)n);
 	mic_vdrv_kick(cd->drv, &cd->drv->dq[TX]);
 	return 1;
 }

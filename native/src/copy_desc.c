@@ -273,7 +273,7 @@ static int run_locked(struct mic_copy *c, const struct mic_copy_desc *d, uint64_
 int mic_copy_desc_run(struct mic_copy *c, void *arg)
 {
 	uint64_t user = (uint64_t)(uintptr_t)arg, moved = 0;
-	struct mic_copy_desc d;
+	struct mic_copy_desc d = {0};
 
 	if (user_copy(user, &d, sizeof d, false) < 0)
 		return -EFAULT;

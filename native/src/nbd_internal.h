@@ -76,7 +76,8 @@ struct nbd_client {
 struct mic_nbd {
 	struct mic_blk_drv *drv;
 	struct mic_blk_user *user;
-	int listen_fd, ep;
+	int listen_fd, ep, line_fd;
+	bool line_watched;
 	bool read_only, listening;
 	bool freed; /* pool pages came back since the last round */
 	unsigned spin_us;

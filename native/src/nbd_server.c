@@ -48,10 +48,9 @@ static int open_parts(struct mic_nbd *nbd)
 	if (flags < 0 || fcntl(nbd->listen_fd, F_SETFL, flags | O_NONBLOCK) < 0)
 		return -errno;
 	mic_blk_wake_fds(nbd->user, fds);
+	nbd->line_fd = fds[0];
 	int rc = watch(nbd, nbd->listen_fd, EPOLLIN, tag(TAG_LISTEN));
 
-	if (!rc)
-		rc = watch(nbd, fds[0], EPOLLIN, tag(TAG_LINE));
 	if (!rc)
 		rc = watch(nbd, fds[1], EPOLLIN, tag(TAG_WAKE));
 	nbd->listening = true;
@@ -485,6 +484,18 @@ static void disconnect_all(struct mic_nbd *nbd)
 			disconnect(nbd->client[i]);
 }
 
+/* Other users of the disk ring the line as well: it is watched only while something of ours is there. */
+static void watch_line(struct mic_nbd *nbd, bool on)
+{
+	if (on == nbd->line_watched)
+		return;
+	if (on)
+		watch(nbd, nbd->line_fd, EPOLLIN, tag(TAG_LINE));
+	else
+		epoll_ctl(nbd->ep, EPOLL_CTL_DEL, nbd->line_fd, NULL);
+	nbd->line_watched = on;
+}
+
 /* Returns how many events there were, or -errno; *stop when stop_fd is one of them. */
 static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 {
@@ -498,6 +509,8 @@ static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 
 		if (t == TAG_STOP)
 			*stop = true;
+		else if (t == TAG_LINE && !nbd->inflight)
+			watch_line(nbd, false);
 		else if (t == TAG_LISTEN)
 			accept_clients(nbd);
 		else if (t > TAG_WAKE)
@@ -532,6 +545,8 @@ static int sleep_until_event(struct mic_nbd *nbd, unsigned stalled, bool *stop)
 	/* Pool pages that other users of the driver give back ring no bell. */
 	int timeout_ms = stalled ? STALL_MS : -1;
 
+	if (nbd->inflight)
+		watch_line(nbd, true);
 	if (!mic_blk_arm(nbd->user, nbd->queue != NULL))
 		return 0;
 	mic_spin_sleeping(&nbd->spin);

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "mic/barrier.h"
 #include "mic/iov.h"
 #include "mic/linger.h"
 #include "mic/net.h"
@@ -87,7 +88,7 @@ void mic_net_dev_capture(struct mic_net_dev *nd, struct mic_pcap *cap)
 
 void mic_net_dev_stats(const struct mic_net_dev *nd, struct mic_net_stats *out)
 {
-	*out = nd->stats;
+	mic_net_stats_read(&nd->stats, out);
 }
 
 static void capture(struct mic_net_dev *nd, const struct iovec *iov, unsigned n, uint64_t len)
@@ -213,8 +214,8 @@ static void deliver(struct mic_net_dev *nd, uint64_t len)
 		mic_iov_write(iov, s->iov_count, 10, merged, 2);
 	}
 	capture(nd, iov, s->iov_count, len);
-	nd->stats.to_card_packets++;
-	nd->stats.to_card_bytes += len - nd->end.hdr_len;
+	mic_count(&nd->stats.to_card_packets, 1u);
+	mic_count(&nd->stats.to_card_bytes, len - nd->end.hdr_len);
 	stash_use(nd, n, len);
 }
 
@@ -225,7 +226,7 @@ static int deliver_held(struct mic_net_dev *nd)
 
 	if (!nd->mergeable) {
 		nd->held = 0; /* one chain per frame, and it is too short: drop, keep the chain */
-		nd->stats.to_card_drops++;
+		mic_count(&nd->stats.to_card_drops, 1u);
 		return 1;
 	}
 	for (unsigned i = 0; s->bytes < nd->held; i++) {
@@ -237,7 +238,7 @@ static int deliver_held(struct mic_net_dev *nd)
 			return 0; /* more may be posted */
 		if (rc == 0 || i > MAX_RING) {
 			nd->held = 0; /* every buffer of the ring is here and it is not enough */
-			nd->stats.to_card_drops++;
+			mic_count(&nd->stats.to_card_drops, 1u);
 			return 1;
 		}
 	}
@@ -275,7 +276,7 @@ receive:;
 	if (got <= 0)
 		return (int)got;
 	if ((uint64_t)got <= nd->end.hdr_len) {
-		nd->stats.to_card_drops++;
+		mic_count(&nd->stats.to_card_drops, 1u);
 	} else if ((uint64_t)got > room) {
 		nd->held = (uint64_t)got;
 		nd->held_at = room;
@@ -302,10 +303,10 @@ static int from_card_one(struct mic_net_dev *nd)
 	rc = mic_net_end_send(&nd->end, nd->tx, chain.out_num, chain.out_len);
 	if (rc == 0) {
 		capture(nd, nd->tx, chain.out_num, chain.out_len);
-		nd->stats.from_card_packets++;
-		nd->stats.from_card_bytes += chain.out_len - nd->end.hdr_len;
+		mic_count(&nd->stats.from_card_packets, 1u);
+		mic_count(&nd->stats.from_card_bytes, chain.out_len - nd->end.hdr_len);
 	} else {
-		nd->stats.from_card_drops++;
+		mic_count(&nd->stats.from_card_drops, 1u);
 	}
 	mic_vq_push(vq, chain.head, 0);
 	mic_vdev_complete(nd->dev, vq);
@@ -420,7 +421,7 @@ int mic_net_dev_run(struct mic_net_dev *nd)
 				why = MIC_RUN_SIGNAL;
 		} else if (!serving || !mic_linger_again(&nd->linger)) {
 			if (!arm(nd)) {
-				nd->stats.sleeps++;
+				mic_count(&nd->stats.sleeps, 1u);
 				why = look(nd, serving, -1);
 				began = mic_now_ns();
 			}

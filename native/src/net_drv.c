@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "mic/barrier.h"
 #include "mic/linger.h"
 #include "mic/net.h"
 #include "net_end.h"
@@ -174,7 +175,7 @@ int mic_net_drv_error(const struct mic_net_drv *nd)
 
 void mic_net_drv_stats(const struct mic_net_drv *nd, struct mic_net_stats *out)
 {
-	*out = nd->stats;
+	mic_net_stats_read(&nd->stats, out);
 }
 
 /* --- receive ---------------------------------------------------------------------------------- */
@@ -209,10 +210,10 @@ static int finish_frame(struct mic_net_drv *nd)
 	if (!nd->part_bad)
 		rc = mic_net_end_send(&nd->end, nd->part, nd->parts, nd->part_len);
 	if (rc == 0) {
-		nd->stats.to_card_packets++;
-		nd->stats.to_card_bytes += nd->part_len - nd->end.hdr_len;
+		mic_count(&nd->stats.to_card_packets, 1u);
+		mic_count(&nd->stats.to_card_bytes, nd->part_len - nd->end.hdr_len);
 	} else {
-		nd->stats.to_card_drops++;
+		mic_count(&nd->stats.to_card_drops, 1u);
 	}
 	int again = recycle(nd);
 
@@ -275,7 +276,7 @@ static int transmit_one(struct mic_net_drv *nd)
 	if (got <= 0)
 		return (int)got;
 	if ((uint64_t)got < nd->end.hdr_len + MIC_NET_ETH) {
-		nd->stats.from_card_drops++;
+		mic_count(&nd->stats.from_card_drops, 1u);
 		return 1;
 	}
 	if (nd->end.hdr_len == MIC_NET_HDR_FULL)
@@ -286,8 +287,8 @@ static int transmit_one(struct mic_net_drv *nd)
 	if (mic_dq_add(&nd->drv->dq[TX], seg, n, 0, buf) < 0)
 		return -1;
 	nd->tx_nfree--;
-	nd->stats.from_card_packets++;
-	nd->stats.from_card_bytes += (uint64_t)got - nd->end.hdr_len;
+	mic_count(&nd->stats.from_card_packets, 1u);
+	mic_count(&nd->stats.from_card_bytes, (uint64_t)got - nd->end.hdr_len);
 	mic_vdrv_kick(nd->drv, &nd->drv->dq[TX]);
 	return 1;
 }
@@ -355,7 +356,7 @@ int mic_net_drv_run(struct mic_net_drv *nd)
 				why = look(nd, 0);
 		} else if (!mic_linger_again(&nd->linger)) {
 			if (!arm(nd)) {
-				nd->stats.sleeps++;
+				mic_count(&nd->stats.sleeps, 1u);
 				why = look(nd, -1);
 			}
 			mic_dq_disable_interrupt(&nd->drv->dq[RX]);

@@ -7,6 +7,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "mic/barrier.h"
 #include "mic/iov.h"
 
 /* A view of fd that is readable only when it has failed or hung up. The kernel reports the end of a TAP
@@ -119,4 +120,17 @@ int mic_net_end_send(struct mic_net_end *end, const struct iovec *iov, unsigned 
 		return -1;
 	}
 	return 1;
+}
+
+void mic_net_stats_read(const struct mic_net_stats *s, struct mic_net_stats *out)
+{
+	*out = (struct mic_net_stats){
+		.to_card_packets = mic_load_relaxed(&s->to_card_packets),
+		.to_card_bytes = mic_load_relaxed(&s->to_card_bytes),
+		.to_card_drops = mic_load_relaxed(&s->to_card_drops),
+		.from_card_packets = mic_load_relaxed(&s->from_card_packets),
+		.from_card_bytes = mic_load_relaxed(&s->from_card_bytes),
+		.from_card_drops = mic_load_relaxed(&s->from_card_drops),
+		.sleeps = mic_load_relaxed(&s->sleeps),
+	};
 }

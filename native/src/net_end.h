@@ -34,6 +34,9 @@ long mic_net_end_recv(struct mic_net_end *end, const struct iovec *iov, unsigned
 /* 0 sent, 1 dropped, -1 the end is gone. len = bytes in iov, header included. */
 int mic_net_end_send(struct mic_net_end *end, const struct iovec *iov, unsigned n, uint64_t len);
 
+/* A snapshot for another thread. */
+void mic_net_stats_read(const struct mic_net_stats *s, struct mic_net_stats *out);
+
 /* Length of the vnet header with these features (VOP 9.2). */
 static inline unsigned mic_net_hdr_len(uint64_t features)
 {

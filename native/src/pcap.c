@@ -288,20 +288,19 @@ struct mic_pcap *mic_pcap_create(int fd, uint64_t buffer)
 	return NULL;
 }
 
-int mic_pcap_destroy(struct mic_pcap *p, unsigned flush_ms)
+void mic_pcap_destroy(struct mic_pcap *p, unsigned flush_ms, struct mic_pcap_stats *last)
 {
 	if (!p)
-		return 0;
+		return;
 	mic_store_relaxed(&p->deadline, monotonic_ns() + flush_ms * 1000000ull);
 	mic_store_release(&p->stop, 1); /* pairs with the acquire loads of the thread */
 	(void)!eventfd_write(p->wake_fd, 1);
 	pthread_join(p->thread, NULL);
-	int rc = -p->error;
-
+	if (last)
+		mic_pcap_stats(p, last);
 	close(p->wake_fd);
 	free(p->ring);
 	free(p);
-	return rc;
 }
 
 void mic_pcap_stats(const struct mic_pcap *p, struct mic_pcap_stats *out)

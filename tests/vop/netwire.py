@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -63,8 +64,6 @@ class Loop:
 
     def stop(self) -> None:
         """Make stop_fd readable and wait."""
-        import os
-
         os.write(self.stop_fd, (1).to_bytes(8, "little"))
         self.join()
         os.close(self.stop_fd)
@@ -113,6 +112,16 @@ class Wire:
     def recv(self, side: str) -> bytes:
         """Next frame that arrived at ``host`` or ``card``, without its header."""
         return (self.host if side == "host" else self.card).recv(BIG + 64)[self.hdr :]
+
+    def capture(self, cap: net.Capture | None) -> None:
+        """Attach or detach a capture as a backend does: the loop comes back, and runs again."""
+        os.write(self.stop_fds[0], (1).to_bytes(8, "little"))
+        self.host_loop.join()
+        os.read(self.stop_fds[0], 8)
+        self.nd.capture(cap)
+        self.loops.remove(self.host_loop)
+        self.host_loop = Loop(self.nd.run, self.stop_fds[0], self._again)
+        self.loops.append(self.host_loop)
 
     def stats(self) -> net.NetStats:
         """The device's counters."""

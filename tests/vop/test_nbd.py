@@ -23,6 +23,7 @@ from mic_emu.testing.disk import BLK_FEATURES, Disk, NbdServer
 from mic_emu.testing.machine import eventually
 
 SIZE = 16 << 20
+NOISE = random.Random(1).randbytes(SIZE)
 POOL = 4 << 20
 FREE = (POOL - 8192) // 4096
 
@@ -49,7 +50,7 @@ class Served:
 def serve(tmp_path: Path, *, read_only: bool = False, spin_us: int = 50) -> Iterator[Served]:
     image, path = tmp_path / "disk.img", str(tmp_path / "nbd.sock")
     fd = os.open(image, os.O_RDWR | os.O_CREAT, 0o600)
-    os.pwrite(fd, random.Random(1).randbytes(SIZE), 0)
+    os.pwrite(fd, NOISE, 0)
     with (
         Disk(fd, SIZE // 512, pool=POOL, read_only=read_only, spin_us=spin_us) as disk,
         NbdServer(disk, path, read_only=read_only, spin_us=spin_us) as nbd,
@@ -325,6 +326,7 @@ OPT = struct.pack(">Q", w.IHAVEOPT)
         GREETING + OPT + struct.pack(">II", 3, 0xFFFFFFFF),
         GREETING + OPT + struct.pack(">II", 1, 5) + b"wrong",
     ],
+    ids=["flags", "http", "magic", "length", "name"],
 )
 def test_bad_negotiation_hangs_up(served: Served, junk: bytes) -> None:
     """Bytes that are no NBD end the connection at once; others are served."""
@@ -343,6 +345,7 @@ def test_bad_negotiation_hangs_up(served: Served, junk: bytes) -> None:
         struct.pack(">IHHQQI", 0x25609513, 0, w.WRITE, 1, 0, (32 << 20) + 1),
         struct.pack(">IHHQQI", 0x25609513, 0, w.WRITE, 1, 0, 0xFFFFFFFF),
     ],
+    ids=["magic", "large", "largest"],
 )
 def test_bad_request_hangs_up(served: Served, junk: bytes) -> None:
     """A wrong magic, or a payload beyond 32 MiB, ends the connection."""

@@ -20,6 +20,8 @@
 #define mic_fetch_add(p, v)     __atomic_fetch_add((p), (v), __ATOMIC_SEQ_CST)
 #define mic_exchange(p, v)      __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
 #define mic_cas(p, old, v)      __atomic_compare_exchange_n((p), (old), (v), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+/* A counter with one writer, whom other threads may watch. */
+#define mic_count(p, n) mic_store_relaxed((p), *(p) + (n))
 /* Orders an earlier store before a later load: needed before "does the peer sleep?" is asked. */
 #define mic_full_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 

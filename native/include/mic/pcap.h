@@ -19,8 +19,9 @@ struct mic_pcap_stats {
 /* fd stays the caller's and stays open until mic_pcap_destroy(). buffer: bytes, rounded up to a power
  * of two, at least 1 MiB. NULL with errno set on failure. */
 struct mic_pcap *mic_pcap_create(int fd, uint64_t buffer);
-/* Write out what is buffered, for at most flush_ms, and end. Returns 0 or the -errno of the file. */
-int mic_pcap_destroy(struct mic_pcap *p, unsigned flush_ms);
+/* Write out what is buffered, for at most flush_ms, and end; the final counters go to *last unless it is
+ * NULL (error ETIMEDOUT: not everything could be written in time). */
+void mic_pcap_destroy(struct mic_pcap *p, unsigned flush_ms, struct mic_pcap_stats *last);
 void mic_pcap_stats(const struct mic_pcap *p, struct mic_pcap_stats *out);
 /* cffi-end */
 

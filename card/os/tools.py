@@ -126,11 +126,15 @@ class Systools:
         )
 
     def _processor(self) -> bytes:
-        return P.PROCESSOR_BODY.pack(3, 1, 11, 0, self.facts.threads_per_core, P.text(self.facts.stepping, 16))
+        return P.PROCESSOR_BODY.pack(
+            3, 1, 11, 0, self.facts.threads_per_core, P.text(self.facts.stepping, 16)
+        )
 
     def _cores(self) -> bytes:
         f = self.facts
-        return P.CORES_BODY.pack(f.cores, f.frequency_khz // 1000, os.sysconf("SC_CLK_TCK"), f.threads_per_core, 0)
+        return P.CORES_BODY.pack(
+            f.cores, f.frequency_khz // 1000, os.sysconf("SC_CLK_TCK"), f.threads_per_core, 0
+        )
 
     def _core_use(self) -> bytes:
         f, hz = self.facts, os.sysconf("SC_CLK_TCK")
@@ -186,20 +190,34 @@ class Ras:
         raise Refused(P.RAS_NO_VALUE if op in P.RAS_OPS else P.RAS_BAD_OP)
 
     def _hardware(self) -> bytes:
-        return P.RAS_HARDWARE_BODY.pack(bytes(16), 0, 0, 0, 0, 0, 3, 0, self.facts.serial.encode()[:12].ljust(12))
+        return P.RAS_HARDWARE_BODY.pack(
+            bytes(16), 0, 0, 0, 0, 0, 3, 0, self.facts.serial.encode()[:12].ljust(12)
+        )
 
     def _versions(self) -> bytes:
         f = self.facts
-        words = (f.flash_version, f.flash_version, f.flash_version, f.flash_version, f.flash_version, f.os_version, "")
+        words = (
+            f.flash_version,
+            f.flash_version,
+            f.flash_version,
+            f.flash_version,
+            f.flash_version,
+            f.os_version,
+            "",
+        )
         return b"".join(bytes((len(w),)) + P.text(w, 119) for w in words)
 
     def _memory_device(self) -> bytes:
         f = self.facts
-        return struct.pack("<16sHxxII", P.text(f.memory_vendor, 16), 1, f.memory_bytes >> 17, f.memory_kt_per_s)
+        return struct.pack(
+            "<16sHxxII", P.text(f.memory_vendor, 16), 1, f.memory_bytes >> 17, f.memory_kt_per_s
+        )
 
     def _memory(self) -> bytes:
         m = meminfo()
-        return struct.pack("<3I", *(min(v, 0xFFFFFFFF) for v in (m["MemTotal"], m["MemFree"], m.get("Buffers", 0))))
+        return struct.pack(
+            "<3I", *(min(v, 0xFFFFFFFF) for v in (m["MemTotal"], m["MemFree"], m.get("Buffers", 0)))
+        )
 
 
 class ToolServers:

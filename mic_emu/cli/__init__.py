@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reboot": ("reboot", "Shut cards down and boot them again."),
     "suspend": ("suspend", "Shut cards down before the host sleeps."),
     "resume": ("resume", "Boot the cards that a suspend took down."),
+    "host": ("host", "Run the emulator as a service."),
     "stop": ("stop", "Stop the whole emulator."),
     "clean": ("clean", "Remove what a crash left behind."),
     "log": ("log", "Show the log."),

@@ -45,7 +45,9 @@ def _word(card: str, name: str) -> int:
 
 
 def pci_functions(cards: list[Card]) -> None:
-    found = [c for c in cards if _word(c["name"], "vendor") == 0x8086 and _word(c["name"], "device") in X100_IDS]
+    found = [
+        c for c in cards if _word(c["name"], "vendor") == 0x8086 and _word(c["name"], "device") in X100_IDS
+    ]
     if not found:
         raise Failed("no devices detected")
     if len(found) != len(cards):
@@ -162,7 +164,9 @@ class Report:
 
 
 @click.command()
-@click.option("-d", "--device", "device", default="all", metavar="LIST", help="mic0, mic0,mic2, mic0-mic3 or all.")
+@click.option(
+    "-d", "--device", "device", default="all", metavar="LIST", help="mic0, mic0,mic2, mic0-mic3 or all."
+)
 @click.option("-p", "--ping", "with_ping", is_flag=True, help="Also let each card ping the host.")
 @click.option("-v", "--verbose", is_flag=True, help="Accepted for miccheck's sake.")
 @client.json_option
@@ -179,8 +183,9 @@ def command(device: str, with_ping: bool, verbose: bool, as_json: bool) -> None:
     try:
         cards = client.ask("status")["status"]["cards"]
     except NotRunning as e:
-        report.run(0, HOST_TESTS[0][0], "", lambda: (_ for _ in ()).throw(e), as_json)
+        why = str(e)
         cards, names = [], []
+        report.run(0, HOST_TESTS[0][0], "", lambda: _not_running(why), as_json)
     else:
         unknown = [n for n in names if n not in [c["name"] for c in cards]]
         if unknown:
@@ -196,6 +201,10 @@ def command(device: str, with_ping: bool, verbose: bool, as_json: bool) -> None:
     raise click.exceptions.Exit(1 if report.failures else 0)
 
 
+def _not_running(why: str) -> None:
+    raise Failed(why)
+
+
 def _run(report: Report, cards: list[Card], names: list[str], with_ping: bool, quiet: bool) -> None:
     """Host tests up to the first failure, then each card's up to its first failure."""
     say = (lambda text: None) if quiet else click.echo
@@ -207,7 +216,5 @@ def _run(report: Report, cards: list[Card], names: list[str], with_ping: bool, q
     for card in [c for c in cards if not names or c["name"] in names]:
         say(f"Executing default tests for device: {card['name']}")
         for number, (line, test) in enumerate(tests, len(HOST_TESTS)):
-            if not report.run(number, line, card["name"], lambda t=test: t(card), quiet):  # type: ignore[misc]
+            if not report.run(number, line, card["name"], lambda t=test, c=card: t(c), quiet):  # type: ignore[misc]
                 break
-
-

@@ -136,7 +136,9 @@ def section(title: str, rows: Rows, depth: int) -> None:
 
 @click.command()
 @client.cards_argument
-@click.option("-g", "--group", "groups", multiple=True, type=click.Choice(GROUPS), help="Only these sections.")
+@click.option(
+    "-g", "--group", "groups", multiple=True, type=click.Choice(GROUPS), help="Only these sections."
+)
 @client.json_option
 def command(cards: tuple[str, ...], groups: tuple[str, ...], as_json: bool) -> None:
     """Show the inventory of host and cards, in the manner of micinfo.
@@ -167,5 +169,3 @@ def command(cards: tuple[str, ...], groups: tuple[str, ...], as_json: bool) -> N
             if group != "system":
                 title, make = SECTIONS[group]
                 section(title, make(f), 1)
-
-

@@ -37,11 +37,13 @@ MAX_TIMEOUT_S = 30 * 60
 _WORDS = {"shutting_down": "shutdown", "reset_failed": "reset failed"}
 _ENDED = ("ready", "online", "reset_failed")
 _REFUSED = (
-    "--resetdefaults --resetconfig --cleanconfig --addbridge --modbridge --delbridge --mac --hostkeys --sshkeys --useradd "
-    "--adduser --userdel --deluser --userupdate --passwd --groupadd --addgroup --groupdel --delgroup --ldap --nis --rootdev "
-    "--updateramfs --updatenfs --updateusr --addnfs --remnfs --base --commondir --micdir --overlay --rpmdir --osimage --pm "
-    "--cgroup --syslog --service"
-).split()
+    "--resetdefaults", "--resetconfig", "--cleanconfig", "--addbridge", "--modbridge", "--delbridge",
+    "--mac", "--hostkeys", "--sshkeys", "--useradd", "--adduser", "--userdel", "--deluser",
+    "--userupdate", "--passwd", "--groupadd", "--addgroup", "--groupdel", "--delgroup", "--ldap",
+    "--nis", "--rootdev", "--updateramfs", "--updatenfs", "--updateusr", "--addnfs", "--remnfs",
+    "--base", "--commondir", "--micdir", "--overlay", "--rpmdir", "--osimage", "--pm", "--cgroup",
+    "--syslog", "--service",
+)  # fmt: skip
 
 
 def cards() -> list[Card]:
@@ -173,7 +175,9 @@ class Mpss:
             elif name in ("-v", "-vv", "-vvv", "-i"):
                 continue
             elif name in ("-c", "--configdir", "-d", "--destdir"):
-                raise Refused("  [Error] the configuration is the emulator's: see micemu config show", BAD_OPTION)
+                raise Refused(
+                    "  [Error] the configuration is the emulator's: see micemu config show", BAD_OPTION
+                )
             elif name in _REFUSED or (name in ("--autoboot", "--network") and value):
                 raise Refused(f"  [Error] {name} cannot be emulated; see micemu --help for what can", EPERM)
             elif name in self.commands and not self.command:
@@ -187,7 +191,12 @@ class Mpss:
             raise Refused(f"  [Error] no command\n{HELP}", BAD_OPTION)
 
     def _name(self, word: str) -> str:
-        if word.startswith("mic") and word[3:].isdigit() and int(word[3:]) < 256 and word == f"mic{int(word[3:])}":
+        if (
+            word.startswith("mic")
+            and word[3:].isdigit()
+            and int(word[3:]) < 256
+            and word == f"mic{int(word[3:])}"
+        ):
             return word
         raise Refused(f"  [Error] Invalid card name '{word}'\n  [Error] cards are mic0 to mic255", BAD_CARD)
 
@@ -211,7 +220,11 @@ class Mpss:
         if not known and not self.names:
             print("[Warning] No Mic cards found or specified on command line")
             return 0
-        rows = [known.get(n) or {"name": n, "state": None} for n in self.names] if self.names else list(known.values())
+        rows = (
+            [known.get(n) or {"name": n, "state": None} for n in self.names]
+            if self.names
+            else list(known.values())
+        )
         failed = self.commands[self.command](rows)
         if self.wait and not failed and self.command in ("--boot", "--reset", "--shutdown", "--reboot"):
             return self.wait_only(rows)
@@ -229,7 +242,11 @@ class Mpss:
             try:
                 print(f"{name}: {act(name)}")
             except MicemuError as e:
-                text = f"{name} {verb} failed - card state {self._word(name)}" if e.code == 4 else f"{name}: {verb} aborted - {e}"
+                text = (
+                    f"{name} {verb} failed - card state {self._word(name)}"
+                    if e.code == 4
+                    else f"{name}: {verb} aborted - {e}"
+                )
                 print(f"  [Error] {text}")
                 failed += 1
         return failed
@@ -326,7 +343,9 @@ class Mpss:
                 "CrashDump": "Not configured",
             }  # fmt: skip
             for name, value in lines.items():
-                pad = "        " if name in ("Hostname", "MIC IP", "Host IP", "Net Bits", "NetMask") else "    "
+                pad = (
+                    "        " if name in ("Hostname", "MIC IP", "Host IP", "Net Bits", "NetMask") else "    "
+                )
                 print(f"{pad}{name + ':':<20} {value}")
         return len(rows) - len(self._configs(rows))
 
@@ -338,7 +357,10 @@ class Mpss:
     def network(self, rows: list[Card]) -> int:
         for row, _ in self._configs(rows):
             address = row["addresses"]
-            print(f"{row['name']}: StaticPair\n    Hostname: {row['name']}\n    Mic ({address['card']})\n    Host ({address['host']})")
+            print(
+                f"{row['name']}: StaticPair\n    Hostname: {row['name']}\n"
+                f"    Mic ({address['card']})\n    Host ({address['host']})"
+            )
         return 0
 
 
@@ -349,7 +371,9 @@ def run(argv: list[str]) -> int:
         return 0
     if argv and argv[0] in SCRIPT and len(argv) <= 2 and all(a.startswith("mic") for a in argv[1:]):
         return script(argv[0], argv[1:])
-    if not any(a.startswith("-") and len(a) > 1 for a in argv) or (len(argv) == 1 and len(argv[0]) == 2 and argv[0] not in ("-R",)):
+    if not any(a.startswith("-") and len(a) > 1 for a in argv) or (
+        len(argv) == 1 and len(argv[0]) == 2 and argv[0] not in ("-R",)
+    ):
         print(USAGE)
         return 2
     try:

@@ -120,4 +120,7 @@ def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) 
     assert done.returncode == 1
     assert "Test 4 (mic1)" in done.stdout
     assert "Test 5 (mic1)" not in done.stdout
-    assert "Failure: mic1: Check device state and POST code: the device is in state shutting_down (crashed), not online" in done.stderr
+    assert (
+        "Failure: mic1: Check device state and POST code: the device is in state shutting_down (crashed), not online"
+        in done.stderr
+    )

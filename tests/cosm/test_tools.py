@@ -13,7 +13,9 @@ FACTS = P.Facts(8 << 30, 60, "micos 1", "MICEMU000001")
 USER, ROOT = 1088, 1023
 
 
-def systools(request: bytes, port: int = USER, settings: Settings | None = None) -> tuple[tuple[int, ...], bytes]:
+def systools(
+    request: bytes, port: int = USER, settings: Settings | None = None
+) -> tuple[tuple[int, ...], bytes]:
     got = Systools(FACTS, settings or Settings()).answer(request, port)
     return P.SYSTOOLS_HEADER.unpack_from(got)[:3], got[26:]
 
@@ -75,7 +77,9 @@ def test_cosm_75_flash_and_register_writes_change_nothing(kind: int) -> None:
     assert systools(request(kind, 1), ROOT)[0][2] == 2
 
 
-def ras(op: int, parm: int = 0, port: int = USER, settings: Settings | None = None) -> tuple[tuple[int, ...], bytes]:
+def ras(
+    op: int, parm: int = 0, port: int = USER, settings: Settings | None = None
+) -> tuple[tuple[int, ...], bytes]:
     got = Ras(FACTS, settings or Settings()).answer(P.RAS_HEADER.pack(op, 0, parm, 77, 0), port)
     return P.RAS_HEADER.unpack_from(got)[:4], got[24:]
 
@@ -110,6 +114,13 @@ def test_cosm_72_setting_needs_a_privileged_port() -> None:
 
 def test_every_fixed_structure_has_the_specifications_size() -> None:
     """Packed, little endian."""
-    sizes = [P.DEVICE_INFO_BODY, P.MEMORY_INFO_BODY, P.PROCESSOR_BODY, P.CORES_BODY, P.RAS_HEADER, P.RAS_HARDWARE_BODY]
+    sizes = [
+        P.DEVICE_INFO_BODY,
+        P.MEMORY_INFO_BODY,
+        P.PROCESSOR_BODY,
+        P.CORES_BODY,
+        P.RAS_HEADER,
+        P.RAS_HARDWARE_BODY,
+    ]
     assert [s.size for s in sizes] == [278, 83, 27, 17, 24, 35]
     assert P.CORE_USE_HEAD.size + P.CORE_USE_ROW.size == 66

@@ -8,6 +8,7 @@ or restarts are off, it is started again after a growing pause.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -200,6 +201,9 @@ class Supervisor:
             self.log.info(msg["message"], device=backend.kind, **msg.get("fields", {}))
 
     async def _add_device(self, backend: Backend, channel: AsyncChannel, msg: dict[str, Any]) -> None:
+        if backend.device is not None:  # VOP-38
+            await channel.send({"error": f"{backend.name} has its device already", "errno": errno.EBUSY})
+            return
         try:
             device = await self.vop.add(
                 msg["type"], msg["num_vq"], msg["num"], msg["features"], bytes.fromhex(msg["config"]),

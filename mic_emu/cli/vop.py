@@ -37,18 +37,27 @@ def list_devices(cards: tuple[str, ...], as_json: bool) -> None:
 
 @command.command("add")
 @client.card_argument
-@click.argument("kind", metavar="KIND")
-@click.argument("options", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("words", nargs=-1, metavar="[KIND] [KEY=VALUE]...")
+@click.option("--backend", metavar="MODULE:CLASS", help="Your own device: a subclass of mic_emu.vop.backend.Backend.")
 @client.json_option
-def add(card: str, kind: str, options: tuple[str, ...], as_json: bool) -> None:
+def add(card: str, words: tuple[str, ...], backend: str | None, as_json: bool) -> None:
     """Add a device to a running card and wait until the card drives it.
 
     \b
     Examples:
       micemu vop add mic0 block path=/tmp/second.img size=16M
       micemu vop add mic0 block path=/tmp/tools.img read_only=true
+      micemu vop add mic0 rng
+      micemu vop add mic0 --backend echo:Echo name=echo
     """
     parsed: dict[str, Any] = {}
+    if backend:
+        kind, options = "python", words
+        parsed.update(backend=backend, folder=os.getcwd())
+    elif words and "=" not in words[0]:
+        kind, options = words[0], words[1:]
+    else:
+        raise UsageError("name the kind of device (block, rng), or --backend MODULE:CLASS")
     for option in options:
         key, sep, value = option.partition("=")
         if not sep:

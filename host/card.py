@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mic_emu import image
 from mic_emu import layout as L
 from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
@@ -34,6 +36,7 @@ from mic_emu.wire_aio import AsyncChannel
 C = L.CONSTANTS
 POWER_ON_LIMIT_S = 10.0
 BOOT_LIMIT = 240.0  # the specification's seconds until `boot` gives up; the state machine itself never does
+DEFAULT_FIRMWARE = "mic/uos.img"
 STATE_WORDS = {s.word: s for s in State}
 
 
@@ -77,11 +80,13 @@ class Card:
         self.dir.mkdir(mode=0o700, exist_ok=True)
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
+        self.bus.set_over_pci()
         build(self.bus, PciIdentity(device=self.config.device_id, revision=revision_of(self.config.stepping)))
         await self._power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
         self.driver.bring_up = self._bring_up
         self.driver.tear_down = self._tear_down
+        self.driver.find = self.firmware_path
         self.cosm = CosmDevice(self.index, self.driver, self.clock, self.log)
         self.cosm.heartbeat_enable = self.config.heartbeat
         self.cosm.on_change.append(self.notify)
@@ -255,9 +260,9 @@ class Card:
         self.policy.config = config
         self.cosm.set_heartbeat(config.heartbeat)
 
-    def prepare(self, image: str) -> None:
+    def prepare(self, firmware: str) -> None:
         """Look at what a boot needs before anything is touched. Raises MicemuError with the fix."""
-        for path, what in ((image, "card image"), (self.config.ramdisk, "ramdisk")):
+        for path, what in ((firmware, "card image"), (self.config.ramdisk, "ramdisk")):
             if path:
                 check_file(path, what, self.name)
         if self.supervisor is None:  # else the devices of a crashed boot still hold what they need
@@ -300,7 +305,6 @@ class Card:
         """Shut down (or reset) and boot again as configured."""
         if self.is_online:
             await self.shutdown()
-        await self._make_ready()
         await self.boot(image, self.config.ramdisk, self.config.cmdline)
 
     def _words(self) -> str:
@@ -308,7 +312,7 @@ class Card:
         status = self.cosm.shutdown_status
         return self.cosm.state.word + ("" if status is Status.NOP else f" ({status.word})")
 
-    async def boot(self, image: str, ramdisk: str, cmdline: str) -> None:
+    async def boot(self, firmware: str, ramdisk: str, cmdline: str) -> None:
         """Boot and wait until the card is online and its devices run.
 
         A crashed card is reset first. When the boot fails, the card is back in the state in which it
@@ -316,9 +320,23 @@ class Card:
         """
         await self._make_ready()
         self.cosm.bootmode = "linux"
-        self.cosm.firmware, self.cosm.ramdisk = image, ramdisk or None
+        self.cosm.firmware, self.cosm.ramdisk = firmware, ramdisk or None
         self.cosm.cmdline = self.kernel_command_line(cmdline)
         await self.boot_stored()
+
+    def firmware_path(self, name: str) -> str:
+        """The file that a firmware name means: an absolute path, or a file in the run directory's
+        ``firmware`` or in /lib/firmware. ``mic/uos.img`` is otherwise the built-in card OS, and
+        ``mic/micN.image`` the configured ramdisk, or none.
+        """
+        name = name.partition("\0")[0]
+        places = [str(self.dir.parent / "firmware" / name), f"/lib/firmware/{name}"]
+        found = next((p for p in places if name and os.path.isfile(p)), None)
+        if found or not name or name.startswith("/"):
+            return found or name
+        if name == DEFAULT_FIRMWARE:
+            return self.config.image or str(image.built_in())
+        return self.config.ramdisk if name == f"mic/{self.name}.image" else places[0]
 
     async def _make_ready(self) -> None:
         """A card that is down is reset; one that is up stays, and the error says what to do."""

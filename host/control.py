@@ -19,6 +19,7 @@ from mic_emu.config import CardConfig, Config
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.host import inspection
+from mic_emu.host.admin import Admin
 from mic_emu.wire import WireError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -48,16 +49,20 @@ class Control:
             "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "pcap": self._pcap,
             "backend": self._backend,
         }  # fmt: skip
+        self._admin = Admin(instance)
+        self._requests |= self._admin.requests
 
     async def open(self) -> None:
         """Listen."""
         self.instance.log.set_hook(self.publish)
+        await self._admin.open()
         self._server = await serve_unix(str(self.instance.rundir.control), self._serve)
 
     async def close(self) -> None:
         """Stop listening; requests in work are cut off."""
         if self._server:
             await self._server.close()
+        await self._admin.close()
 
     def publish(self, record: dict[str, Any]) -> None:
         """A log record that is an event goes to every listener."""
@@ -191,7 +196,7 @@ class Control:
         return {"status": self.instance.status()}
 
     async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        for card in self.instance.cards.values():
+        for card in list(self.instance.cards.values()):
             if msg.get("orderly") and card.cosm.state is State.ONLINE:
                 try:
                     await card.shutdown(msg.get("timeout"))
@@ -205,7 +210,7 @@ class Control:
     async def _events(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if msg.get("recent"):
-            for event in self._recent:
+            for event in list(self._recent):  # it grows while we send
                 await channel.send(event)
         self._listeners.add(queue)
         gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))

@@ -117,7 +117,9 @@ class CosmDevice:
         old, self.state = self.state, new
         self.changes += 1
         if old is not new:
-            self.log.info(f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value)
+            self.log.info(
+                f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value
+            )
         self._notify([*self.on_state, *self.on_change])
 
     def _publish(self, status: Status, notify: bool = True) -> None:

@@ -41,6 +41,7 @@ class Instance:
         self.clock = Clock(config.timing)
         self.started = time.time()
         self.cards: dict[str, Card] = {}
+        self.card_watchers: set[asyncio.Event] = set()  # set when a card is plugged in or removed
         self.stopping = asyncio.Event()
         self.host_fd = create_shm("host", config.host_memory)
         self.memory_view = Mapping(self.host_fd, config.host_memory)
@@ -80,6 +81,12 @@ class Instance:
                     raise MicemuError(f"{name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO) from e
                 card.network = self.network
                 self.cards[name] = card
+                self.tell_watchers()
+
+    def tell_watchers(self) -> None:
+        """The set of cards has changed."""
+        for watcher in self.card_watchers:
+            watcher.set()
 
     async def _reconfigure(self, card: Card, config: CardConfig) -> None:
         if not card.is_ready or card.config == config:
@@ -94,12 +101,14 @@ class Instance:
             await fresh.open(self.host_fd)
             fresh.network = self.network
             self.cards[card.name] = fresh
+            self.tell_watchers()
         else:
             card.reconfigure(config)
 
     async def unplug(self, card: Card) -> None:
         """Remove a card for good."""
         self.cards.pop(card.name, None)
+        self.tell_watchers()
         await card.close()
 
     def select(self, names: list[str]) -> list[Card]:

@@ -202,7 +202,7 @@ class Driver:
         text = f" mem={self.bus.gddr.size >> 20}M"
         if self.cmdline:
             text += " " + self.cmdline
-        raw = text.encode()[: C["CMDLINE_MAX"] - 1] + b"\0"
+        raw = text.encode(errors="surrogateescape")[: C["CMDLINE_MAX"] - 1] + b"\0"
         self._check_room(at, len(raw), "the command line behind the image")
         self._copy(at, raw)
 

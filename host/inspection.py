@@ -6,20 +6,25 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mic_emu import dma_dump
 from mic_emu import layout as L
 from mic_emu.errors import UsageError
+from mic_emu.host import debugfs
 from mic_emu.pciconfig import ConfigSpace
 from mic_emu.vop import device_page as dp
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
 
-WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "dma", "debugfs", "log", "pci")
 
 
 def dump(card: Card, what: str, device: str | None) -> Any:
     """Plain data of one thing. Raises UsageError for an unknown one."""
-    views: dict[str, Callable[[Card], Any]] = {"registers": registers, "page": page, "vring": vrings, "smpt": smpt, "log": log, "pci": pci}
+    views: dict[str, Callable[[Card], Any]] = {
+        "registers": registers, "page": page, "vring": vrings, "smpt": smpt, "interrupts": interrupts,
+        "dma": dma, "debugfs": debug_files, "log": log, "pci": pci,
+    }  # fmt: skip
     if what not in views:
         raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
     rows = views[what](card)
@@ -93,6 +98,35 @@ def _chain(host: Any, block: int, num: int, head: int) -> list[dict[str, int]]:
 def smpt(card: Card) -> list[dict[str, int]]:
     """The software table, as the real driver's debug file shows it."""
     return [dataclasses.asdict(row) for row in card.driver.smpt.rows()]
+
+
+def interrupts(card: Card) -> list[dict[str, Any]]:
+    """Vectors with the sources mapped to them and who asked for them."""
+    irq = card.driver.irq
+    return [
+        {"mode": irq.mode.value, "vector": v, "mxar": mxar, "masked": card.bus.read("msix_ctrl", v), "users": users}
+        for v, mxar, users in irq.rows()
+    ]
+
+
+def dma(card: Card) -> list[dict[str, Any]]:
+    """Every DMA channel: registers, waiting descriptors, and the host driver's counters for its own."""
+    own = {ch.index: dataclasses.asdict(ch.counters()) for ch in card.driver.dma.channels} if card.driver.dma else {}
+    return [{**row, "driver": own.get(row["channel"])} for row in dma_dump.channels(card.bus)]
+
+
+def debug_files(card: Card) -> str:
+    """The hardware's debug files of the real drivers, one after the other."""
+    host = f"mic_host/mic{card.index}"
+    files = {
+        f"{host}/smpt": debugfs.smpt(card.index, card.driver.smpt),
+        f"{host}/post_code": debugfs.post_code(card.bus) + "\n",
+        f"{host}/msi_irq_info": debugfs.msi_irq_info(card.driver.irq, card.bus),
+        f"mic_x100_dma/mbus-dev{card.index}/mic_dma_reg": debugfs.mic_dma_reg(
+            f"mbus-dev{card.index}", card.bus, range(L.CONSTANTS["DMA_HOST_CHANNELS"])
+        ),
+    }
+    return "".join(f"==> {name} <==\n{text}\n" for name, text in files.items())
 
 
 def pci(card: Card) -> str:

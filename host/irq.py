@@ -286,6 +286,11 @@ class Interrupts:
                 irq.callback()
         return causes
 
+    def software_map(self, vector: int) -> int:
+        """Bitmap of the sources that this driver mapped to a vector."""
+        with self._lock:
+            return self._map[vector]
+
     def rows(self) -> list[tuple[int, int, list[str]]]:
         """Per vector in use: number, MXAR register, names of its requests (HW 9)."""
         with self._lock:

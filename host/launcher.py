@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -194,6 +195,8 @@ def _daemon(rundir: RunDir, args: dict[str, Any], ready_w: int) -> None:
     lib.mic_proc_set_name(b"micemu-init")
     lib.mic_proc_adopt_orphans()
     lib.mic_proc_no_core()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a card takes some 60 descriptors
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from mic_emu.host.daemon import main as host_main

@@ -65,7 +65,9 @@ class Policy:
 
     async def _shutting_down(self) -> None:
         try:
-            await self.clock.within(self._until(self._status_known), STATUS_LIMIT, "the card's shutdown status")
+            await self.clock.within(
+                self._until(self._status_known), STATUS_LIMIT, "the card's shutdown status"
+            )
         except TimeoutError:
             self.log.warning("no shutdown status: resetting the card")
         status = self.cosm.shutdown_status
@@ -87,7 +89,9 @@ class Policy:
     async def _os_ended(self) -> None:
         """The status comes before the card has taken its devices down: let it finish (VOP-18)."""
         try:
-            await self.clock.within(self._until(lambda: not self._os_runs()), OS_END_LIMIT, "the end of the card OS")
+            await self.clock.within(
+                self._until(lambda: not self._os_runs()), OS_END_LIMIT, "the end of the card OS"
+            )
         except TimeoutError:
             self.log.warning("the card OS does not end: resetting the card")
 

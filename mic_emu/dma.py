@@ -160,7 +160,7 @@ class DmaChannel:
             status = (self._addr + self._ring_bytes + 63) & ~63
             setup = ffi.new(
                 "struct mic_dma_setup *",
-                (self._addr, self._block, status, ring_size, self.max_bytes, self.index),
+                (self._addr, self._block, status, ring_size, self.max_bytes, self.index, 0),
             )
             self._ptr = lib.mic_dma_chan_create(self._bus.ptr, setup)
             if self._ptr == ffi.NULL:

@@ -29,9 +29,9 @@ def headers() -> list[Path]:
 
 
 def sources() -> list[str]:
-    """C files of the module, relative to the project's root (libscif is a library of its own)."""
+    """C files of the module, relative to the project's root (libscif too: the Python API calls it)."""
     root = NATIVE.parent
-    return [str(p.relative_to(root)) for p in sorted((NATIVE / "src").glob("*.c"))]
+    return [str(p.relative_to(root)) for p in [*sorted((NATIVE / "src").glob("*.c")), *sorted((NATIVE / "libscif").glob("*.c"))]]
 
 
 ffi = FFI()

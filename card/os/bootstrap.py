@@ -16,6 +16,10 @@ from typing import NoReturn
 from zipimport import zipimporter
 
 
+# Descriptor of the zip that modules are imported from, -1 when this is no started image.
+archive_fd = -1
+
+
 def load_native(archive: str) -> None:
     """Make ``mic_emu._native`` importable from the image's bytes. Raises OSError, ImportError."""
     content = zipimporter(archive).get_data("mic_emu/_native.abi3.so")
@@ -39,8 +43,10 @@ def load_native(archive: str) -> None:
 
 def start() -> NoReturn:
     """Set up what ``start_command`` promised and run ``main``; its result is the exit status."""
-    archive, extensions = f"/proc/self/fd/{sys.argv[1]}", sys.argv[2]
-    os.set_inheritable(int(sys.argv[1]), False)
+    global archive_fd
+    archive_fd = int(sys.argv[1])
+    archive, extensions = f"/proc/self/fd/{archive_fd}", sys.argv[2]
+    os.set_inheritable(archive_fd, False)
     sys.argv = ["micos", *sys.argv[3:]]
     sys.path.append(extensions)
     load_native(archive)

@@ -9,10 +9,7 @@ the card OS is gone.
 from __future__ import annotations
 
 import errno
-import heapq
-import itertools
 import os
-import select
 import signal
 import socket
 import time
@@ -20,17 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from mic_emu._native import lib
-from mic_emu.card.os import power, program
-from mic_emu.card.os.program import Command, Root, Started, kill_all
-
 from mic_emu import runproto
+from mic_emu._native import lib
+from mic_emu.card.os import bootstrap, power, program
+from mic_emu.card.os.console_shell import ConsoleShell
+from mic_emu.card.os.loop import EventLoop
+from mic_emu.card.os.program import Command, Root, Started, kill_all
 from mic_emu.runproto import BadRequest
 from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout, peer_credentials
 
-_SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
-_BACKOFF_S = (0.1, 10.0)
-_STEADY_S = 5.0
 _ACCEPT_PAUSE_S = 0.2
 
 MakeRoot = Callable[[], tuple[Root, list[str]]]
@@ -125,6 +120,7 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
     try:
         lib.mic_proc_set_name(b"init")
         lib.mic_proc_adopt_orphans()
+        _close_all_but({listener.fileno(), control.fileno(), bootstrap.archive_fd})
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(sig, signal.SIG_IGN)
         try:
@@ -143,6 +139,15 @@ def _main(config: InitConfig, listener: socket.socket, control: Channel, make_ro
         os._exit(status)
 
 
+def _close_all_but(keep: set[int]) -> None:
+    """Let go of the card OS's descriptors: doorbells, memories, logs. 0, 1 and 2 are kept."""
+    last = 2
+    for fd in sorted(fd for fd in keep if fd > last):
+        os.closerange(last + 1, fd)  # never (0, 0): Python would close everything
+        last = fd
+    os.closerange(last + 1, max(last, 4096) + 4096)
+
+
 class _Client:
     """One ``micemu run`` and its program."""
 
@@ -159,20 +164,17 @@ class _Client:
         return self.started.pid if self.started else 0
 
 
-class _Loop:
+class _Loop(EventLoop):
     def __init__(self, config: InitConfig, listener: socket.socket, control: Channel, root: Root) -> None:
+        super().__init__()
         self.config = config
         self.listener = listener
         self.control = control
         self.root = root
-        self.epoll = select.epoll()
-        self.handlers: dict[int, Callable[[], None]] = {}
         self.clients: dict[int, _Client] = {}  # by pid
-        self.timers: list[tuple[float, int, Callable[[], None]]] = []
-        self.sequence = itertools.count()
         self.ending = False
         self.going_down = False
-        self.console: _Console | None = None
+        self.console: ConsoleShell | None = None
 
     # --- the loop ---
 
@@ -187,35 +189,13 @@ class _Loop:
         self.watch_power()
         fds = []
         if self.config.console:
-            self.console = _Console(self)
+            self.console = ConsoleShell(self, self.root, self.config.cwd, self.shell_environment)
             fds = [self.console.master]
         self.control.send({"ready": True, "notes": notes}, fds)
         if self.console:
             self.console.opened()
         while not self.ending:
             self.turn()
-
-    def turn(self, until: float | None = None) -> None:
-        """Handle what is ready, or wait for the next event or timer."""
-        ends = [t for t in (self.timers[0][0] if self.timers else None, until) if t is not None]
-        timeout = max(0.0, min(ends) - time.monotonic()) if ends else -1
-        for fd, _ in self.epoll.poll(timeout):
-            handler = self.handlers.get(fd)
-            if handler:
-                handler()
-        while self.timers and self.timers[0][0] <= time.monotonic():
-            heapq.heappop(self.timers)[2]()
-
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        self.handlers[fd] = handler
-        self.epoll.register(fd, select.EPOLLIN)
-
-    def unwatch(self, fd: int) -> None:
-        if self.handlers.pop(fd, None):
-            self.epoll.unregister(fd)
-
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.sequence), action))
 
     def reap(self, wake_r: int) -> None:
         try:
@@ -267,6 +247,11 @@ class _Loop:
         if self.config.folder:
             env["PATH"] = power.search_path(self.config.folder, env["PATH"])
         return env
+
+    def shell_environment(self, shell: str) -> dict[str, str]:
+        """Variables of the console's shell."""
+        caller = {"TERM": self.config.term, "SHELL": shell, "HOME": os.environ.get("HOME", "/")}
+        return self.environment(caller)
 
     def on_control(self) -> None:
         try:
@@ -435,56 +420,3 @@ class _Loop:
         """Processes of a program's session, while its number cannot be somebody else's."""
         members = program.session_members(client.pid)
         return members if client.status is None or client.pid not in members else []
-
-
-class _Console:
-    """A shell on the card's console, started again when it ends."""
-
-    def __init__(self, loop: _Loop) -> None:
-        self.loop = loop
-        self.master, self.slave = loop.root.open_terminal()
-        self.pid = 0
-        self.delay_s = _BACKOFF_S[0]
-        self.since = 0.0
-        self.stopped = False
-
-    def opened(self) -> None:
-        """The card OS has the master; keep none here, so that a hang-up is one."""
-        self.keep = program.keep_open(self.master)
-        os.close(self.master)
-        self.spawn()
-
-    def spawn(self) -> None:
-        if self.stopped:
-            return
-        shell = next((s for s in _SHELLS if os.path.exists(s)), "/bin/sh")
-        env = self.loop.environment({"TERM": self.loop.config.term, "SHELL": shell})
-        env["HOME"] = os.environ.get("HOME", "/")
-        self.since = time.monotonic()
-        try:
-            # No login shell: /etc/profile would drop the card's own commands from PATH.
-            command = Command([shell, "-i"], env, self.loop.config.cwd, terminal=self.slave)
-            started = program.start(self.loop.root, command)
-        except OSError:
-            self.retry()
-            return
-        self.pid = started.pid
-        self.loop.watch(started.ready_fd, lambda: self.check(started))
-
-    def check(self, started: Started) -> None:
-        """A shell that could not be executed is tried again like one that ended."""
-        self.loop.unwatch(started.ready_fd)
-        started.result()
-
-    def ended(self) -> None:
-        self.pid = 0
-        if time.monotonic() - self.since > _STEADY_S:
-            self.delay_s = _BACKOFF_S[0]
-        self.retry()
-
-    def retry(self) -> None:
-        self.loop.after(self.delay_s, self.spawn)
-        self.delay_s = min(self.delay_s * 2, _BACKOFF_S[1])
-
-    def stop(self) -> None:
-        self.stopped = True

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mic_emu._native import lib
-
 from mic_emu import namespaces
+from mic_emu._native import lib
 from mic_emu.namespaces import NamespaceError, mount
 
 _FORWARDED = (
@@ -139,7 +138,8 @@ def _shim(pid: int, alive_w: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         lib.mic_proc_set_name(b"micos-shim")
         lib.mic_proc_no_core()
-        os.closerange(0, alive_w)
+        if alive_w:  # (0, 0) would close everything
+            os.closerange(0, alive_w)
         os.closerange(alive_w + 1, os.sysconf("SC_OPEN_MAX") if alive_w > 4096 else 4096)
         while True:
             sig = signal.sigwait({*_FORWARDED, signal.SIGCHLD})

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
-from mic_emu._native import lib
-
 from mic_emu import namespaces
+from mic_emu._native import lib
 
 _TIOCGPTN = 0x80045430
 _TIOCSPTLCK = 0x40045431

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -19,10 +20,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shutdown": ("shutdown", "Power cards off in order."),
     "reset": ("reset", "Reset cards."),
     "reboot": ("reboot", "Shut cards down and boot them again."),
+    "suspend": ("suspend", "Shut cards down before the host sleeps."),
+    "resume": ("resume", "Boot the cards that a suspend took down."),
     "stop": ("stop", "Stop the whole emulator."),
     "clean": ("clean", "Remove what a crash left behind."),
     "log": ("log", "Show the log."),
     "events": ("events", "Follow events as JSON lines."),
+    "metrics": ("metrics", "Print Prometheus metrics."),
+    "sysfs": ("sysfs", "The cards' sysfs files: read, write, mount."),
     "vop": ("vop", "List, add and remove virtio devices."),
     "ping": ("ping", "Ping a card, or the host from a card."),
     "pcap": ("pcap", "Capture a card's network traffic."),
@@ -74,8 +79,16 @@ def cli(ctx: click.Context, instance: str | None) -> None:
     ctx.obj = instance
 
 
+def _occupy_standard() -> None:
+    """Open /dev/null in place of a closed stdin, stdout or stderr, so that no socket of ours gets its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
 def main() -> None:
     """Entry point: errors are one sentence and an exit status, never a traceback."""
+    _occupy_standard()
     try:
         status = cli.main(prog_name="micemu", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

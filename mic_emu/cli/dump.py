@@ -9,7 +9,7 @@ import click
 
 from mic_emu.cli import client
 
-WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "dma", "debugfs", "log", "pci")
 
 
 @click.command()
@@ -19,7 +19,8 @@ WHAT = ("registers", "page", "vring", "smpt", "log", "pci")
 @click.option("--all", "everything", is_flag=True, help="Registers that are 0 too.")
 @client.json_option
 def command(what: str, card: str, device: str | None, everything: bool, as_json: bool) -> None:
-    """Look into a card: registers, device page, vrings, address map, kernel log, PCI configuration.
+    """Look into a card: registers, device page, vrings, address map, interrupt vectors, DMA channels, the
+    real drivers' debug files, kernel log, PCI configuration.
 
     Works in every state; the log of a dead card stays readable until its reset.
 
@@ -36,7 +37,10 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
     elif isinstance(data, str):
         click.echo(data, nl=False)
     else:
-        views: dict[str, Callable[[Any, bool], None]] = {"registers": registers, "page": page, "vring": vrings, "smpt": table}
+        views: dict[str, Callable[[Any, bool], None]] = {
+            "registers": registers, "page": page, "vring": vrings, "smpt": table,
+            "interrupts": interrupts, "dma": channels,
+        }  # fmt: skip
         views[what](data, everything)
 
 
@@ -70,6 +74,31 @@ def vrings(rows: list[dict[str, Any]], everything: bool) -> None:
         for chain in r["pending"] if everything else r["pending"][:4]:
             text = " -> ".join(f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & 2 else ''}" for d in chain)
             click.echo(f"    {text}")
+
+
+def interrupts(rows: list[dict[str, Any]], everything: bool) -> None:
+    """One vector a line."""
+    for r in rows:
+        if r["mxar"] or everything:
+            sources = [str(bit) for bit in range(32) if r["mxar"] >> bit & 1]
+            masked = ", masked" if r["masked"] and r["mode"] == "msix" else ""
+            click.echo(f"{r['mode']} {r['vector']}: sources {' '.join(sources) or '-'}{masked}  {', '.join(r['users'])}")
+
+
+def channels(rows: list[dict[str, Any]], everything: bool) -> None:
+    """A DMA channel a line, its waiting descriptors below."""
+    for r in rows:
+        if not (r["enabled"] or r["error"] or everything):
+            continue
+        flags = [w for w in ("enabled", "masked", "active", "halted") if r[w]] + r["error"]
+        click.echo(
+            f"channel {r['channel']} ({r['owner']}): head {r['head']}, tail {r['tail']}, count {r['count']} of "
+            f"{r['size']} at {r['ring']:#x}  {' '.join(flags)}"
+        )
+        if r["driver"]:
+            click.echo("    " + "  ".join(f"{k} {v}" for k, v in r["driver"].items()))
+        for d in r["waiting"]:
+            click.echo("    " + " ".join(f"{k} {v:#x}" if k in ("src", "dst", "value") else f"{v}" for k, v in d.items()))
 
 
 def table(rows: list[dict[str, Any]], everything: bool) -> None:

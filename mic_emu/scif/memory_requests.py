@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import struct
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from mic_emu.scif.session import Answer, Control, Reply, Session
 
 if TYPE_CHECKING:
     from mic_emu.scif.service import ScifService
+    from mic_emu.scif.windows import Windows
 
 _SEG = struct.Struct("<2Q")
 _WIN = struct.Struct("<3Q2I")
@@ -33,6 +35,7 @@ class Ticket:
     window: Window
     run: int | None
     pid: int
+    sid: int
 
 
 class MemoryRequests:
@@ -64,7 +67,7 @@ class MemoryRequests:
         except BaseException:
             session.ep.windows.abandon(window)
             raise
-        self._tickets[window.id] = Ticket(window, run, control.pid)
+        self._tickets[window.id] = Ticket(window, run, control.pid, session.sid)
         return Reply([window.id, run or 0], [self.node.memory_fd])
 
     def _commit(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
@@ -75,6 +78,11 @@ class MemoryRequests:
             control.pid, session, ticket, [_SEG.unpack_from(data, o) for o in range(0, len(data) & -16, 16)]
         )
 
+    def forget(self, sid: int) -> None:
+        """The endpoint is released: its unfinished registrations are over."""
+        for key in [k for k, t in self._tickets.items() if t.sid == sid]:
+            del self._tickets[key]
+
     async def _announce(self, pid: int, session: Session, ticket: Ticket, segments: list[Segment]) -> Reply:
         windows, window = session.ep.windows, ticket.window
         held: list[Segment] = []
@@ -82,12 +90,21 @@ class MemoryRequests:
             if sum(n for _, n in segments) != window.length:
                 raise ScifError(errno.EINVAL, "wrong number of pages")
             held = self.node.pages.hold(pid, segments)
-            await windows.announce(window, held)
         except BaseException:
             windows.abandon(window)
-            self.node.pages.release(held)
             raise
+        # Once the peer may know of it, the announcement runs to its end whatever becomes of the caller.
+        await asyncio.shield(self.node.spawn(self._finish(windows, window, held), "announce a window"))
         return Reply([window.offset & (1 << 64) - 1])
+
+    async def _finish(self, windows: Windows, window: Window, held: list[Segment]) -> None:
+        try:
+            await windows.announce(window, held)
+        except BaseException:
+            if window.id in self.node.windows.own:  # else it was destroyed already, pages and all
+                windows.abandon(window)
+                self.node.pages.release(held)
+            raise
 
     def _abort(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         ticket = self._tickets.pop(args[0], None)

@@ -182,7 +182,7 @@ class Node:
             Op.CNCT_GNTNACK: lambda msg, link: self._endpoint(msg.p0).on_final(msg),
             Op.CNCT_REJ: lambda msg, link: self._endpoint(msg.p0).on_reject(msg),
             Op.DISCNCT: self._on_disconnect,
-            Op.DISCNCT_ACK: lambda msg, link: self._endpoint(msg.p0).on_disconnect_ack(),
+            Op.DISCNCT_ACK: self._on_disconnect_ack,
             Op.CLIENT_SENT: lambda msg, link: self._endpoint(msg.p0).on_sent(),
             Op.CLIENT_RCVD: lambda msg, link: self._endpoint(msg.p0).on_received(),
         }  # fmt: skip
@@ -326,8 +326,9 @@ class Node:
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self.log.error("node %d: %s failed: %r", self.id, task.get_name(), task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ScifError):  # those went to whoever waits
+            self.log.error("node %d: %s failed: %r", self.id, task.get_name(), error)
 
     def _endpoint(self, ep_id: int) -> Endpoint:
         try:
@@ -396,6 +397,11 @@ class Node:
         finally:
             if path is not None:
                 path.send(msg.answer(Op.DISCNCT_ACK))
+
+    def _on_disconnect_ack(self, msg: Msg, link: Link | None) -> None:
+        ep = self.endpoints.get(msg.p0)
+        if ep is not None:  # else a withdrawn request's: nobody waits
+            ep.on_disconnect_ack()
 
     # --- membership ---------------------------------------------------------------------------
 

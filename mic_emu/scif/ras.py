@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 import errno
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Window:
     mapped_pages: int = 0  # of a peer's window: pages in scif_mmap mappings of our programs
     lingering: bool = False  # unregistered, but still mapped somewhere
     alive: bool = False  # announced: usable
+    withdrawal: asyncio.Task[None] | None = None  # under way, or over
 
     @property
     def end(self) -> int:

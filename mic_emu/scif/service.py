@@ -214,6 +214,7 @@ class ScifService:
     def forget(self, session: Session) -> None:
         """The session is released."""
         self.sessions.pop(session.sid, None)
+        self._memory.forget(session.sid)
         if self._by_cookie.get(session.cookie) is session:
             del self._by_cookie[session.cookie]
         fd = session.sock.fileno()

@@ -189,9 +189,9 @@ class Session:
         finally:
             self.accepting[pid].discard(task)
         assert isinstance(conn, UserEndpoint)
-        if self.released is not None and self.ep.state is not State.LISTENING and fresh.released is not None:
+        if fresh.released is not None:
             await conn.close()
-            raise ScifError(errno.ENOENT, "the listener is gone")
+            raise ScifError(errno.EBADF, "the new descriptor is gone")
         old, fresh.ep = fresh.ep, conn
         old.session = None
         old.destroy()
@@ -307,6 +307,7 @@ class Control:
             self.answer(0, result)
         else:
             self.task = self.service.node.spawn(self._finish(result), "a program's request")
+            self.task.add_done_callback(lambda _: result.close())  # cancelled before it began
         return True
 
     async def _finish(self, work: Coroutine[Any, Any, Reply]) -> None:

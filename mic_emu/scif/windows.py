@@ -43,7 +43,7 @@ class WindowTable:
         self.waiting: dict[int, asyncio.Future[Msg]] = {}  # answers by request or window id
         on = node.add_handler
         on(Op.ALLOC_REQ, self._on_alloc)
-        on(Op.ALLOC_GNT, lambda msg, link: self.answer(msg.p2, msg))
+        on(Op.ALLOC_GNT, self._on_grant)
         on(Op.ALLOC_REJ, lambda msg, link: self.answer(msg.p2, msg))
         on(Op.FREE_VIRT, lambda msg, link: self._drop_record(msg.p1))
         on(Op.REGISTER, self._on_register)
@@ -88,7 +88,7 @@ class WindowTable:
 
     def _windows(self, ep_id: int, msg: Msg) -> Windows:
         ep = self.node.endpoints.get(ep_id)
-        if ep is None or ep.peer[0] != msg.src[0]:
+        if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
             raise ScifError(errno.EINVAL, "no such endpoint")
         return ep.windows
 
@@ -108,9 +108,23 @@ class WindowTable:
         self.records[record] = (offset, windows, nbytes)
         path.send(msg.answer(Op.ALLOC_GNT, p0=record, p1=path.own_addr(offset), p2=msg.p2))
 
+    def _on_grant(self, msg: Msg, link: object) -> None:
+        if msg.p2 in self.waiting:
+            self.answer(msg.p2, msg)
+            return
+        path = self.node.path(msg.src[0])
+        if path is not None:  # who asked has gone meanwhile
+            path.send(msg.answer(Op.FREE_VIRT, p0=0, p1=msg.p0))
+
     def _drop_record(self, record: int) -> None:
-        offset, _, _ = self.records.pop(record)
-        self.node.allocator.free(offset)
+        known = self.records.pop(record, None)
+        if known is not None:
+            self.node.allocator.free(known[0])
+
+    def drop_records(self, windows: Windows) -> None:
+        """The endpoint is released: nobody will fill in its records."""
+        for record in [r for r, (_, owner, _) in self.records.items() if owner is windows]:
+            self._drop_record(record)
 
     def _on_register(self, msg: Msg, link: object) -> None:
         path = self.node.path(msg.src[0])
@@ -123,6 +137,7 @@ class WindowTable:
                 raise ScifError(errno.EINVAL, "somebody else's record")
             windows.add_remote(msg.p1, msg.p2, data)
         except (OSError, KeyError, IndexError):
+            self._drop_record(msg.p1)
             if path is not None:
                 path.send(msg.answer(Op.REGISTER_NACK))
             raise
@@ -146,6 +161,8 @@ class WindowTable:
 
     def node_lost(self, node_id: int) -> None:
         """Whatever a lost node had mapped or exposed is over."""
+        for record in [r for r, (_, w, _) in self.records.items() if w.ep.peer[0] == node_id]:
+            self._drop_record(record)
         for table in (self.own, self.remote):
             for windows in {id(w): w for w in table.values()}.values():
                 if windows.ep.peer[0] == node_id:
@@ -160,6 +177,7 @@ class Windows:
         self.node = ep.node
         self.own: Space[Window] = Space()
         self.remote: Space[Window] = Space()
+        self.released = False  # the endpoint is being released: nothing new
         self._lock = asyncio.Lock()  # raise, wait for the old copies, free: one after the other
 
     @property
@@ -215,6 +233,9 @@ class Windows:
             raise ScifError(errno.ENOMEM, "the peer refused the window")
         window.alive = True
         self._raise_gen()
+        if self.released:  # it came too late: the peer must let go of it again
+            await self._quietly(window)
+            raise ScifError(errno.ENOTCONN, "closed meanwhile")
 
     def add_remote(self, record: int, owner_id: int, data: bytes) -> None:
         """The peer announced a window; every field is checked against its memory."""
@@ -248,9 +269,14 @@ class Windows:
             await self._withdraw(window)
 
     async def _withdraw(self, window: Window) -> None:
+        """Begin or join the withdrawal; it runs to its end whatever becomes of the caller."""
+        if window.withdrawal is None and window.alive:
+            window.withdrawal = self.node.spawn(self._run_withdrawal(window), "withdraw a window")
+        if window.withdrawal is not None:
+            await asyncio.shield(window.withdrawal)
+
+    async def _run_withdrawal(self, window: Window) -> None:
         """UNREGISTER; with the peer's ACK its pages are free, with its NACK it lingers."""
-        if window.lingering or not window.alive:
-            return
         window.alive = False
         self._raise_gen()
         ep = self.ep
@@ -335,12 +361,13 @@ class Windows:
 
     async def release(self) -> None:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
+        self.released = True
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
-        waits = [self._quietly(w) for w in self.own]
-        await asyncio.gather(*waits)
+        await asyncio.gather(*(self._quietly(w) for w in self.own))
         for window in self.remote:
             self._forget_remote(window)
+        self.table.drop_records(self)
 
     async def _quietly(self, window: Window) -> None:
         try:

@@ -110,7 +110,10 @@ class FakeConnection:
 
         alarm = self.clock.alarm(timeout_s, expire) if timeout_s else None
         try:
-            while not (bits := (POLLIN if self._in else 0) | (POLLHUP if self._hup else 0)) and not expired.is_set():
+            while (
+                not (bits := (POLLIN if self._in else 0) | (POLLHUP if self._hup else 0))
+                and not expired.is_set()
+            ):
                 self._wake.clear()
                 await self._wake.wait()
             return bits

@@ -140,6 +140,7 @@ static int move_high(int fd)
 	return high;
 }
 
+/* A connection to use; 1 when it was used before: its node may have been replaced since. */
 static int control_get(struct control *c)
 {
 	library_init();
@@ -150,7 +151,7 @@ static int control_get(struct control *c)
 		*c = pool[--pooled];
 		if (fstat(c->fd, &st) == 0 && st.st_ino == c->ino && S_ISSOCK(st.st_mode)) {
 			pthread_mutex_unlock(&pool_lock);
-			return 0;
+			return 1;
 		}
 	}
 	pthread_mutex_unlock(&pool_lock);
@@ -208,15 +209,18 @@ static int exchange(int fd, const struct mic_scif_request *rq, const void *data,
 int node_call(const struct mic_scif_request *rq, const void *data, struct answer *ans, bool interruptible)
 {
 	struct control c;
-	int saved = errno, rc = control_get(&c);
+	int saved = errno, rc, used;
 
-	if (rc == 0) {
+	do {
+		used = rc = control_get(&c);
+		if (rc < 0)
+			break;
 		rc = exchange(c.fd, rq, data, ans, interruptible);
 		if (rc < 0)
 			close(c.fd);
 		else
 			control_put(&c);
-	}
+	} while (rc == -ENODEV && used == 1);
 	if (rc < 0)
 		answer_close(ans);
 	errno = saved;

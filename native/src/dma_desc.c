@@ -251,3 +251,30 @@ int mic_dma_fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2])
 	guard = NULL;
 	return rc;
 }
+
+static void spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask)
+{
+	uint64_t type = qw[1] >> MIC_DMA_TYPE_SHIFT, len = type == MIC_DMA_DESC_STATUS ? 8 : 4;
+
+	if (type == MIC_DMA_DESC_NOP)
+		return;
+	if (type == MIC_DMA_DESC_MEMCPY)
+		len = (qw[0] >> MIC_DMA_MEMCPY_LEN_SHIFT & MIC_DMA_MEMCPY_LEN_MASK) * MIC_DMA_ALIGN;
+	uint8_t *p = mic_card_at(bus, (qw[1] & MIC_DMA_ADDR_MASK) + at % len, 1);
+
+	if (p)
+		mic_store_relaxed(p, (uint8_t)(mic_load_relaxed(p) ^ mask));
+}
+
+void mic_dma_spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask)
+{
+	sigjmp_buf env;
+
+	if (!sigsetjmp(env, 0)) {
+		guard = &env;
+		mic_signal_fence();
+		spoil(bus, qw, at, mask);
+		mic_signal_fence();
+	}
+	guard = NULL;
+}

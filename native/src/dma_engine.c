@@ -7,8 +7,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "dma_fault.h"
 #include "mic/barrier.h"
 #include "mic/dma.h"
 #include "mic/vring.h"
@@ -27,6 +29,7 @@ struct mic_dma_engine {
 	int wake_fd;    /* readable while `pause` or `stop` is set: level, read by nobody else */
 	uint32_t pause; /* threads must park; a copy in flight is cut off */
 	uint32_t stop;
+	struct fault_filters faults;
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	unsigned started, parked; /* under lock */
@@ -101,15 +104,45 @@ static int write_back(struct mic_bus *bus, unsigned c, uint32_t next)
 	return mic_dma_execute(bus, qw, NULL, &none);
 }
 
+/* Wait as a fault filter wants; -EINTR when the engine is to stop or reset meanwhile. */
+static int delay(struct mic_dma_engine *e, uint64_t ns)
+{
+	struct pollfd wake = {.fd = e->wake_fd, .events = POLLIN};
+	struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+
+	return ns && ppoll(&wake, 1, &ts, NULL) ? -EINTR : 0;
+}
+
+/* Execute one descriptor the way the fault filters want it. */
+static int execute_sick(struct channel *ch, const uint64_t qw[2], const struct fault_verdict *v,
+			struct mic_dma_effect *effect)
+{
+	struct mic_dma_engine *e = ch->engine;
+	int rc = delay(e, v->delay_ns);
+
+	if (!rc)
+		rc = (int)v->error;
+	if (!rc && !v->skip)
+		rc = mic_dma_execute(e->bus, qw, &e->pause, effect);
+	if (!rc && v->spoil && !v->skip)
+		mic_dma_spoil(e->bus, qw, v->spoil_at, v->spoil);
+	if (v->no_interrupt)
+		effect->interrupt = false;
+	return rc;
+}
+
 static int step_at(struct channel *ch, uint32_t hi, uint32_t tail)
 {
 	struct mic_dma_engine *e = ch->engine;
 	struct mic_dma_effect effect = {0};
+	struct fault_verdict verdict;
 	uint64_t qw[2];
 	uint32_t next = tail + 1 == ring_size(hi) ? 0 : tail + 1;
 	int rc = mic_dma_fetch(e->bus, slot_addr(e->bus, ch->c, hi, tail), qw);
 
-	if (!rc)
+	if (!rc && fault_decide(&e->faults, ch->c, &verdict))
+		rc = execute_sick(ch, qw, &verdict, &effect);
+	else if (!rc)
 		rc = mic_dma_execute(e->bus, qw, &e->pause, &effect);
 	if (!rc && effect.write_back)
 		rc = write_back(e->bus, ch->c, next);
@@ -279,6 +312,7 @@ void mic_dma_engine_stop(struct mic_dma_engine *e)
 	if (e->wake_fd >= 0)
 		close(e->wake_fd);
 	pthread_cond_destroy(&e->changed);
+	fault_destroy(&e->faults);
 	pthread_mutex_destroy(&e->lock);
 	free(e);
 }
@@ -312,6 +346,7 @@ struct mic_dma_engine *mic_dma_engine_start(struct mic_bus *bus)
 	e->bus = bus;
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_cond_init(&e->changed, NULL);
+	fault_init(&e->faults);
 	mic_dma_guard_get();
 	e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	rc = e->wake_fd < 0 ? errno : start_threads(e);
@@ -337,4 +372,19 @@ void mic_dma_engine_stats(struct mic_dma_engine *e, unsigned c, struct mic_dma_s
 	out->faults = mic_load_relaxed(&s->faults);
 	out->wakeups = mic_load_relaxed(&s->wakeups);
 	out->aborts = mic_load_relaxed(&s->aborts);
+}
+
+int mic_dma_fault_add(struct mic_dma_engine *e, const struct mic_dma_fault *fault)
+{
+	return fault_add(&e->faults, fault);
+}
+
+int mic_dma_fault_remove(struct mic_dma_engine *e, int id)
+{
+	return fault_remove(&e->faults, id);
+}
+
+int mic_dma_fault_get(struct mic_dma_engine *e, int id, struct mic_dma_fault *out)
+{
+	return fault_get(&e->faults, id, out);
 }

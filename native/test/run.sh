@@ -17,7 +17,7 @@ esac
 export TSAN_OPTIONS="halt_on_error=1 ${TSAN_OPTIONS:-}"
 status=0
 [ $# -gt 0 ] || set -- "$root"/native/test/test_*.c
-sources="bus bus_irq bus_dma shm dma_desc dma_engine dma_drv vring_dev vring_drv vdev
+sources="bus bus_irq bus_dma shm dma_desc dma_fault dma_engine dma_drv dma_submit vring_dev vring_drv vdev
 	block_dev block_drv block_bench nbd_server nbd_job nbd_option"
 for test in "$@"; do
 	name=$(basename "$test" .c)

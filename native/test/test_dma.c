@@ -32,7 +32,7 @@ static void rig_close(struct rig *r)
 	lab_close(&r->lab);
 }
 
-static struct mic_dma_chan *channel(struct rig *r, unsigned c)
+static struct mic_dma_chan *channel_at(struct rig *r, unsigned c, int cookie)
 {
 	uint64_t memory = RINGS + c * RING_BYTES, base = memory + (c < 4 ? MIC_SMPT_BASE : 0);
 	struct mic_dma_setup s = {.ring = base,
@@ -40,9 +40,15 @@ static struct mic_dma_chan *channel(struct rig *r, unsigned c)
 				  .status = base + RING * 16,
 				  .size = RING,
 				  .c = c,
+				  .cookie = cookie,
 				  .max_bytes = c < 4 ? MIC_DMA_HOST_MAX : MIC_DMA_CARD_MAX};
 
 	return mic_dma_chan_create(r->lab.bus, &s);
+}
+
+static struct mic_dma_chan *channel(struct rig *r, unsigned c)
+{
+	return channel_at(r, c, 0);
 }
 
 static void close_channel(struct mic_dma_chan *ch)
@@ -287,6 +293,33 @@ TEST(hw_35_interrupts_of_a_busy_channel)
 				seen++;
 		}
 	}
+	close_channel(ch);
+	rig_close(&r);
+}
+
+TEST(hw_28_cookies_wrap_to_one)
+{
+	/* After INT32_MAX comes 1, never 0 or less; order and completion hold across the wrap. */
+	struct rig r;
+	int cookies[40], last;
+
+	rig_open(&r);
+	struct mic_dma_chan *ch = channel_at(&r, 3, INT32_MAX - 20);
+
+	CHECK(ch);
+	CHECK(mic_dma_pause(ch, 1000) == 0);
+	for (int i = 0; i < 40; i++) {
+		CHECK(mic_dma_prep_imm(ch, 0x1000, (uint64_t)i, 0) == 0);
+		cookies[i] = mic_dma_submit(ch, 0);
+		CHECK(cookies[i] == (i < 20 ? INT32_MAX - 19 + i : i - 19));
+	}
+	for (int i = 0; i < 40; i++)
+		CHECK(mic_dma_tx_status(ch, cookies[i]) == 0);
+	mic_dma_resume(ch);
+	last = cookies[39];
+	CHECK(mic_dma_wait(ch, last, 5000, true) == 0);
+	for (int i = 0; i < 40; i++)
+		CHECK(mic_dma_tx_status(ch, cookies[i]) == 1);
 	close_channel(ch);
 	rig_close(&r);
 }

@@ -83,7 +83,9 @@ class Lab:
         ep.hang_up()
         await settle()
 
-    def policy(self, config: CardConfig, boot: Callable[[], Awaitable[None]]) -> tuple[Policy, asyncio.Task[None]]:
+    def policy(
+        self, config: CardConfig, boot: Callable[[], Awaitable[None]]
+    ) -> tuple[Policy, asyncio.Task[None]]:
         policy = Policy(self.dev, config, self.clock, self.records.log, boot, lambda: False)
         return policy, asyncio.ensure_future(policy.run())
 

@@ -7,11 +7,11 @@ import errno
 import time
 
 import pytest
+from lab import Lab
 
 from mic_emu.cosm.states import State, Status
 from mic_emu.scif.errors import ScifError
 from mic_emu.testing.cosm import FakeConnection, message, settle
-from lab import Lab
 
 S = State
 SYNC_TIME = 1

@@ -6,12 +6,12 @@ import asyncio
 import errno
 
 import pytest
+from lab import Lab, errno_of
 
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError
 from mic_emu.scif.errors import ScifError
 from mic_emu.testing.cosm import FakeConnection, message, settle
-from lab import Lab, errno_of
 
 S = State
 C_SHUTDOWN, C_SYNC_TIME = 0, 1
@@ -292,7 +292,9 @@ async def test_cosm_35_every_reset_ends_with_nop_before_ready_is_announced(statu
     ep = await lab.online()
     await lab.run_down(ep, status)
     at_ready: list[str] = []
-    lab.dev.on_state.append(lambda: lab.dev.state is S.READY and at_ready.append(lab.dev.shutdown_status.word))
+    lab.dev.on_state.append(
+        lambda: lab.dev.state is S.READY and at_ready.append(lab.dev.shutdown_status.word)
+    )
     await lab.dev.reset()
     await settle()
     assert (lab.seen, at_ready) == (("ready", "nop"), ["nop"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from lab import Lab
 
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError
 from mic_emu.testing.cosm import FakeConnection, settle
-from lab import Lab
 
 S = State
 
@@ -53,7 +53,9 @@ async def test_cosm_33_64_no_status_for_60_s_is_reset_anyway() -> None:
     assert (d.seen, d.boots) == (("ready", "nop"), [])
 
 
-@pytest.mark.parametrize(("on_crash", "end"), [("keep", S.SHUTTING_DOWN), ("reset", S.READY), ("reboot", S.ONLINE)])
+@pytest.mark.parametrize(
+    ("on_crash", "end"), [("keep", S.SHUTTING_DOWN), ("reset", S.READY), ("reboot", S.ONLINE)]
+)
 async def test_cosm_64_crash_follows_the_configuration(on_crash: str, end: State) -> None:
     """reset is what the real daemon does; keep (default) leaves the card to be looked at."""
     d = Daemon(on_crash)

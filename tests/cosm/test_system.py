@@ -32,7 +32,9 @@ def seen(machine: Machine, card: str = "mic0") -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("command", "status"), [("poweroff", "poweroff"), ("halt", "halted")])
-def test_cosm_32_64_card_goes_down_by_itself_and_is_reset(machine: Machine, command: str, status: str) -> None:
+def test_cosm_32_64_card_goes_down_by_itself_and_is_reset(
+    machine: Machine, command: str, status: str
+) -> None:
     """`poweroff` and `halt` on the card: shutting_down, the status, then the daemon's reset; no boot."""
     machine.boot(*QUICK)
     assert machine.on_card(command).returncode == 0
@@ -44,10 +46,20 @@ def test_cosm_32_64_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
     """`reboot` from a shell: restart, reset, and only then a new boot; the board is the same."""
     before = machine.boot(*QUICK)["cards"][0]["pids"]
     machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 60", check=False)
-    eventually(lambda: machine.card()["boots"] == 2 and seen(machine) == ("online", "nop"), 20, "the second boot")
+    eventually(
+        lambda: machine.card()["boots"] == 2 and seen(machine) == ("online", "nop"), 20, "the second boot"
+    )
     after = machine.card()["pids"]
     assert (before["board"], before["os"] != after["os"]) == (after["board"], True)
-    assert words(machine)[2:] == ["shutting_down", "restart", "resetting", "nop", "ready", "booting", "online"]
+    assert words(machine)[2:] == [
+        "shutting_down",
+        "restart",
+        "resetting",
+        "nop",
+        "ready",
+        "booting",
+        "online",
+    ]
 
 
 def test_cosm_32_plain_processes_power_off_only_their_card(machine: Machine, tmp_path: Path) -> None:
@@ -60,7 +72,6 @@ def test_cosm_32_plain_processes_power_off_only_their_card(machine: Machine, tmp
     assert machine.on_card("shutdown", "-h", "now").returncode == 0
     machine.micemu("wait", "ready", "--timeout", "20")
     assert "poweroff" in words(machine)
-
 
 
 def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
@@ -136,7 +147,9 @@ def test_cosm_64_crash_policy_reboot_gives_up_after_its_limit(machine: Machine, 
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
     eventually(lambda: machine.card()["boots"] == 2 and seen(machine)[0] == "online", 20, "the second boot")
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
-    eventually(lambda: "left in ready" in (machine.run_dir / "log.jsonl").read_text(), 20, "the end of its patience")
+    eventually(
+        lambda: "left in ready" in (machine.run_dir / "log.jsonl").read_text(), 20, "the end of its patience"
+    )
     assert seen(machine) == ("ready", "nop")
 
 
@@ -148,3 +161,46 @@ def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: M
     assert "card is up" in machine.micemu("dump", "log", "mic0").stdout
     machine.micemu("reset")
     assert "card is up" not in machine.micemu("dump", "log", "mic0").stdout
+
+
+def sysfs(machine: Machine, path: str) -> str:
+    return machine.micemu("sysfs", "cat", path).stdout
+
+
+def put(machine: Machine, path: str, text: str) -> str:
+    """Write; the error text, "" when it succeeds."""
+    return machine.micemu("sysfs", "write", path, text, check=False).stderr
+
+
+def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None:
+    """Attributes of a real card by the control socket: errnos of a boot by strings, boot, suspend, resume, force_reset."""
+    machine.boot("-n", "2", *QUICK)
+    machine.micemu("shutdown")
+    files = machine.micemu("sysfs", "ls").stdout
+    assert [f"class/mic/mic{n}/state" in files for n in range(3)] == [True, True, False]
+    assert (sysfs(machine, "mic0/family"), sysfs(machine, "mic0/stepping")) == ("x100\n", "C0\n")
+    assert put(machine, "mic0/family", "x") != ""
+    put(machine, "mic0/firmware", "mic/missing.img")
+    assert "No such file" in put(machine, "mic0/state", "boot")
+    put(machine, "mic0/firmware", "mic/uos.img")
+    put(machine, "mic0/ramdisk", "mic/missing.image")
+    assert "No such file" in put(machine, "mic0/state", "boot")
+    put(machine, "mic0/ramdisk", "mic/mic0.image")
+    put(machine, "mic0/bootmode", "flash")
+    assert "flash" in put(machine, "mic0/state", "boot")
+    put(machine, "mic0/bootmode", "linux")
+    put(machine, "mic0/cmdline", "hello=world")
+    assert words(machine)[-1] == "ready"
+    assert put(machine, "mic0/state", "boot") == ""
+    machine.micemu("wait", "online", "mic0", "--timeout", "20")
+    assert "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf")
+    assert sysfs(machine, "kernel/debug/mic_host/mic0/post_code") == "FF"
+    assert json.loads(machine.micemu("suspend", "--json").stdout)["suspended"] == ["mic0"]
+    assert [c["state"] for c in machine.status()["cards"]] == ["ready", "ready"]
+    assert sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf") == ""
+    assert [c["state"] for c in machine.json("resume")["cards"]] == ["online", "ready"]
+    assert sysfs(machine, "kernel/debug/mic_cosm/mic0/force_reset") == ""
+    assert sysfs(machine, "mic0/state") == "ready\n"
+    text = machine.micemu("metrics").stdout
+    assert 'micemu_card_state{card="mic0",state="ready"} 1\n' in text
+    assert 'micemu_card_boots_total{card="mic1"} 1\n' in text

@@ -44,7 +44,9 @@ def test_states_and_statuses_have_the_values_and_words_of_the_real_header() -> N
     assert [(s.value, s.word) for s in State] == list(
         enumerate(["ready", "booting", "online", "shutting_down", "resetting", "reset_failed"])
     )
-    assert [(s.value, s.word) for s in Status] == list(enumerate(["nop", "crashed", "halted", "poweroff", "restart"]))
+    assert [(s.value, s.word) for s in Status] == list(
+        enumerate(["nop", "crashed", "halted", "poweroff", "restart"])
+    )
 
 
 def test_every_state_is_left_by_a_reset_or_boot() -> None:

@@ -45,7 +45,7 @@ def faulty(source, target, fstype, *rest):
 rootfs.mount = faulty
 began = time.monotonic()
 env = {"MICEMU_NODE": "1", "MICEMU_CARD": "mic0"}
-card = init.start(init.InitConfig("mic0", env), listener,
+card = init.start(init.InitConfig("mic0", env, cwd=options.pop("console_cwd", "/")), listener,
                   lambda: rootfs.make_root(contained, rootfs.RootConfig("mic0", **options)))
 card.ready()
 def say(x): print(json.dumps(x), flush=True)

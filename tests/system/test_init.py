@@ -408,9 +408,10 @@ def test_terminal_signals_and_hangup(card: Card) -> None:
     assert t.process.wait(10) != 0
 
 
-def test_console_shell() -> None:
-    """The console runs a shell with job control, which comes back when it ends."""
-    with booted() as c:
+@pytest.mark.parametrize("cwd", ["/", "/no/such/folder"])
+def test_console_shell(cwd: str) -> None:
+    """The console runs a shell with job control, which comes back when it ends; its folder may be gone."""
+    with booted(console_cwd=cwd) as c:
         seen = ""
 
         def until(pattern: str) -> None:

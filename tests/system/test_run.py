@@ -92,6 +92,20 @@ def test_run_on_a_card_that_is_down_says_so(machine: Machine) -> None:
     assert failed.stderr == "micemu: mic0 is ready: boot it first (micemu boot)\n"
 
 
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_standard_descriptor_is_dev_null_on_the_card(machine: Machine, closed: int) -> None:
+    """Closed stdin, stdout or stderr never become a socket of ours: the program finds /dev/null there."""
+    machine.boot("--disk", "none", "--net", "none")
+    shown = 1 if closed == 2 else 2
+    script = f"readlink /proc/$$/fd/{closed} >&{shown}"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *MICEMU, "run", "mic0", "--", "sh", "-c", script],
+        env=machine.env, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "/dev/null" in done.stdout + done.stderr
+
+
 class Terminal:
     """A program under a pty."""
 

@@ -35,6 +35,34 @@ void mic_dma_engine_reset(struct mic_dma_engine *engine);
 void mic_dma_engine_stop(struct mic_dma_engine *engine);
 void mic_dma_engine_stats(struct mic_dma_engine *engine, unsigned c, struct mic_dma_stats *out);
 
+/* Fault filters: what a sick card does to its descriptors, for tests of what stands above it. */
+enum mic_dma_fault_kind {
+	MIC_DMA_FAULT_DELAY = 1,        /* wait `param` nanoseconds first; a reset cuts it short */
+	MIC_DMA_FAULT_FAIL = 2,         /* halt the channel with DCHERR |= param */
+	MIC_DMA_FAULT_CORRUPT = 3,      /* execute, then flip bits of one byte that was written */
+	MIC_DMA_FAULT_SKIP = 4,         /* retire without executing */
+	MIC_DMA_FAULT_NO_INTERRUPT = 5, /* lose the interrupt it asks for */
+};
+
+struct mic_dma_fault {
+	uint32_t kind;
+	uint32_t channels; /* bit c: applies to channel c */
+	uint32_t chance;   /* of 2^32 per descriptor; UINT32_MAX: every one */
+	uint32_t count;    /* hits until it is spent, 0 = no end */
+	uint64_t param;
+	uint64_t seed; /* of its dice: the same seed hits the same descriptors of a channel */
+	uint64_t hits; /* out: descriptors hit so far */
+};
+
+#define MIC_DMA_FAULTS 8
+
+/* Put a filter in: its number (0..7), -ENOSPC, -EINVAL. Several filters apply in their order. */
+int mic_dma_fault_add(struct mic_dma_engine *engine, const struct mic_dma_fault *fault);
+/* Take it out; -ENOENT. */
+int mic_dma_fault_remove(struct mic_dma_engine *engine, int id);
+/* A filter's settings and hits; -ENOENT. */
+int mic_dma_fault_get(struct mic_dma_engine *engine, int id, struct mic_dma_fault *out);
+
 /* --- driver half: a channel as its owner's driver sees it (HW 5.4 - 5.6, dma_drv.c) ------------------
  *
  * All calls may come from any thread. A successful prep holds the channel for its caller until
@@ -54,6 +82,7 @@ struct mic_dma_setup {
 	uint32_t size;      /* descriptors; the driver's ring has MIC_DMA_RING_SIZE */
 	uint32_t max_bytes; /* longest copy of one descriptor, a multiple of 64 */
 	unsigned c;
+	int cookie; /* where the counter starts; 0: at 1, as in the DMA core */
 };
 
 struct mic_dma_counters {
@@ -123,6 +152,9 @@ struct mic_dma_effect {
 int mic_dma_fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2]);
 /* Execute it. Returns 0, a DCHERR bit (nothing was touched unless it is _MEMORY), or -EINTR when
  * *abort became true during the copy; `abort` may be NULL. */
+/* Flip the bits of `mask` in byte `at` (modulo its length) of what the descriptor wrote. */
+void mic_dma_spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask);
+
 #define MIC_DMA_TOKEN_DROPPED (1ull << 63)
 
 int mic_dma_execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,

@@ -1,0 +1,135 @@
+"""Requests of the administrator's side: sysfs, suspend and resume, forced reset, metrics (COSM 5.7, 6, 7)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from mic_emu.cosm.states import State
+from mic_emu.errors import MicemuError, StateError
+from mic_emu.host import metrics
+from mic_emu.host.sysfs import Sysfs, watch_states
+from mic_emu.scif.errors import ScifError
+from mic_emu.wire_aio import AsyncChannel
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+    from mic_emu.host.daemon import Instance
+
+Reply = dict[str, Any]
+Request = Callable[[AsyncChannel, dict[str, Any], list[int]], Awaitable[Reply]]
+
+
+class Admin:
+    """Control requests by name, and the metrics socket."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.sysfs = Sysfs(instance)
+        self.suspended: set[str] = set()  # cards that a resume boots again
+        self._metrics: asyncio.AbstractServer | None = None
+        self.requests: dict[str, Request] = {
+            "sysfs_list": self._sysfs_list, "sysfs_read": self._sysfs_read, "sysfs_write": self._sysfs_write,
+            "sysfs_watch": self._sysfs_watch, "suspend": self._suspend, "resume": self._resume,
+            "force_reset": self._force_reset, "metrics": self._metrics_text,
+        }  # fmt: skip
+
+    async def open(self) -> None:
+        """Serve the metrics socket, ``metrics.sock`` in the run directory."""
+        path = self.instance.rundir.path / "metrics.sock"
+        self._metrics = await asyncio.start_unix_server(self._scrape, str(path))
+        os.chmod(path, 0o600)
+
+    async def close(self) -> None:
+        """Stop serving."""
+        if self._metrics:
+            self._metrics.close()
+
+    # --- sysfs; bytes travel as Latin-1 text --------------------------------------------------------
+
+    async def _sysfs_list(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"files": {path: [f.mode, f.wakes] for path, f in self.sysfs.tree().items()}}
+
+    async def _sysfs_read(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"data": (await self.sysfs.file(msg["path"]).read()).decode("latin-1")}
+
+    async def _sysfs_write(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        try:
+            await self.sysfs.write(msg["path"], msg["data"].encode("latin-1"))
+        except ScifError as e:
+            raise MicemuError(str(e), e.errno or errno.EIO) from e
+        return {}
+
+    async def _sysfs_watch(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """One message ``{"card", "changes", "state"}`` per change of a state, the present ones first; a
+        reader that is slow misses states, never the last one (COSM-57)."""
+        gone = asyncio.ensure_future(channel.recv(None, "the end of the watcher"))
+        try:
+            await watch_states(self.instance, channel, gone)
+        finally:
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+        return {}
+
+    # --- suspend, resume, forced reset ----------------------------------------------------------------
+
+    async def _suspend(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Remember which cards are up, shut them down in order, then what the driver does: reset whatever
+        still runs. Never refused (COSM-59)."""
+        cards = list(self.instance.cards.values())
+        self.suspended |= {c.name for c in cards if c.cosm.state is State.ONLINE}
+        await asyncio.gather(*(self._suspend_one(c, msg.get("timeout")) for c in cards))
+        self.instance.log.info("suspended", event="suspend", cards=sorted(self.suspended))
+        return {"status": self.instance.status(), "suspended": sorted(self.suspended)}
+
+    async def _suspend_one(self, card: Card, limit_s: float | None) -> None:
+        if card.cosm.state is State.ONLINE:
+            try:
+                await card.shutdown(limit_s)
+            except (MicemuError, ScifError, TimeoutError) as e:
+                card.log.warning(f"{e}; it is reset")
+        await card.cosm.suspend()
+
+    async def _resume(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Boot what was online at the suspend."""
+        names, self.suspended = self.suspended, set()
+        cards = [c for c in self.instance.cards.values() if c.name in names and c.cosm.state is State.READY]
+        results = await asyncio.gather(*(c.boot_stored() for c in cards), return_exceptions=True)
+        failed = [r for r in results if isinstance(r, BaseException)]
+        self.instance.log.info("resumed", event="resume", cards=sorted(c.name for c in cards))
+        if failed:
+            raise failed[0]
+        return {"status": self.instance.status()}
+
+    async def _force_reset(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """T22: in every state, synchronous (COSM-40)."""
+        cards = self.instance.select(msg.get("cards", []))
+        await asyncio.gather(*(c.cosm.stop(force=True) for c in cards))
+        failed = [c.name for c in cards if c.cosm.state is State.RESET_FAILED]
+        if failed:
+            raise StateError(f"{', '.join(failed)}: the firmware did not become ready", errno.EIO)
+        return {"status": self.instance.status()}
+
+    # --- metrics ------------------------------------------------------------------------------------
+
+    async def _metrics_text(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"text": await metrics.render(self.instance)}
+
+    async def _scrape(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One HTTP request; whatever the path, the metrics are the answer."""
+        try:
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5.0)
+            body = (await metrics.render(self.instance)).encode()
+            head = (
+                "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            await asyncio.wait_for(writer.drain(), 5.0)
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError):
+            pass  # a client that went away, or was none
+        finally:
+            writer.close()

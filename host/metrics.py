@@ -1,0 +1,107 @@
+"""Prometheus text of an instance (format 0.0.4): states, boots, crashes, devices, rings, SCIF."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mic_emu.cosm.states import State, Status
+from mic_emu.host import inspection
+from mic_emu.scif.endpoint import State as EndpointState
+from mic_emu.version import VERSION
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+    from mic_emu.host.daemon import Instance
+
+Sample = tuple[str, dict[str, str], float]
+HELP = {
+    "micemu_info": ("gauge", "Version and instance, always 1."),
+    "micemu_uptime_seconds": ("gauge", "Seconds since the host process started."),
+    "micemu_card_state": ("gauge", "1 for the state the card is in."),
+    "micemu_card_shutdown_status": ("gauge", "1 for the card's shutdown status."),
+    "micemu_card_state_changes_total": ("counter", "State changes of the card."),
+    "micemu_card_boots_total": ("counter", "Boots begun."),
+    "micemu_card_crashes_total": ("counter", "Ends of the card OS or the board that nobody asked for."),
+    "micemu_card_memory_bytes": ("gauge", "Size of the card's memory."),
+    "micemu_device_running": ("gauge", "1 when the card drives the device."),
+    "micemu_device_restarts_total": ("counter", "Starts of a backend after it died."),
+    "micemu_device_counter": ("counter", "What the backend counted: requests, bytes, packets, errors."),
+    "micemu_vring_pending": ("gauge", "Chains the card has made available and the backend not yet used."),
+    "micemu_smpt_mapped_bytes": ("gauge", "Host memory that the card's page table shows for transfers."),
+    "micemu_scif_nodes": ("gauge", "Online SCIF nodes, the host included."),
+    "micemu_scif_endpoints": ("gauge", "Endpoints of node 0 by state."),
+}
+
+
+def _card(card: Card) -> Iterator[Sample]:
+    label = {"card": card.name}
+    for state in State:
+        yield "micemu_card_state", {**label, "state": state.word}, card.cosm.state is state
+    for status in Status:
+        row = {**label, "status": status.word}
+        yield "micemu_card_shutdown_status", row, card.cosm.shutdown_status is status
+    yield "micemu_card_state_changes_total", label, card.cosm.changes
+    yield "micemu_card_boots_total", label, card.boots
+    yield "micemu_card_crashes_total", label, card.crashes
+    yield "micemu_card_memory_bytes", label, card.config.memory
+    yield "micemu_smpt_mapped_bytes", label, card.driver.smpt.mapped_bytes
+    for row in card.devices():
+        device = {**label, "device": row["type"]}
+        yield "micemu_device_running", device, row["state"] == "running"
+        yield "micemu_device_restarts_total", device, row["restarts"]
+    for ring in inspection.vrings(card):
+        where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
+        yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF
+
+
+def samples(instance: Instance) -> Iterator[Sample]:
+    """Everything, card by card."""
+    yield "micemu_info", {"version": VERSION, "instance": instance.rundir.instance}, 1
+    yield "micemu_uptime_seconds", {}, round(time.time() - instance.started, 3)
+    yield "micemu_scif_nodes", {}, len(instance.node.node_ids())
+    states = [ep.state for ep in instance.node.endpoints.values()]
+    for state in EndpointState:
+        yield "micemu_scif_endpoints", {"state": state.name.lower()}, states.count(state)
+    for card in instance.cards.values():
+        yield from _card(card)
+
+
+async def _counters(instance: Instance) -> list[Sample]:
+    """What the backends counted; one that does not answer at once is left out."""
+    asked = [
+        (c, b) for c in instance.cards.values() if c.supervisor for b in c.supervisor.backends if b.channel
+    ]
+    replies = await asyncio.gather(*(b.call("stats", limit_s=1.0) for _, b in asked), return_exceptions=True)
+    rows: list[Sample] = []
+    for (card, backend), reply in zip(asked, replies, strict=True):
+        stats = reply.get("stats", {}) if isinstance(reply, dict) else {}
+        for name, value in stats.items():
+            if isinstance(value, int):
+                row = {"card": card.name, "device": backend.name, "counter": name}
+                rows.append(("micemu_device_counter", row, value))
+    return rows
+
+
+def _quote(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    return repr(float(value)) if isinstance(value, float) else str(int(value))
+
+
+async def render(instance: Instance) -> str:
+    """The text; samples of one name stand together."""
+    by_name: dict[str, list[str]] = {name: [] for name in HELP}
+    for name, labels, value in [*samples(instance), *await _counters(instance)]:
+        inner = ",".join(f'{k}="{_quote(v)}"' for k, v in labels.items())
+        by_name[name].append(f"{name}{{{inner}}} {_number(value)}" if inner else f"{name} {_number(value)}")
+    lines = []
+    for name, rows in by_name.items():
+        if rows:
+            kind, text = HELP[name]
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,236 @@
+"""The sysfs and debugfs trees as paths, for the FUSE mount and for ``micemu sysfs`` (COSM 6, 7, 9).
+
+class/mic/micN/<attribute>          class/mic/micN/device/{config,uevent,vendor,...}
+kernel/debug/mic_cosm/micN/{log_buf,force_reset}
+kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}
+kernel/debug/scif/scif_dev          kernel/debug/vopN/{dp,vdev_info}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mic_emu import layout as L
+from mic_emu.errors import MicemuError
+from mic_emu.host import inspection
+from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused
+from mic_emu.host.cosm import CosmDevice
+from mic_emu.memory import View
+from mic_emu.pciconfig import ConfigSpace
+from mic_emu.wire_aio import AsyncChannel
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+    from mic_emu.host.daemon import Instance
+
+C = L.CONSTANTS
+Read = Callable[[], Awaitable[bytes]]
+Write = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the tree. ``wakes``: the card whose state changes wake its pollers, or ""."""
+
+    mode: int
+    read: Read
+    write: Write | None = None
+    wakes: str = ""
+
+
+def log_buffer(gddr: View, addr: int, len_addr: int) -> bytes:
+    """The card's kernel log: ``addr`` and ``len_addr`` are card kernel addresses of text and of its u32
+    length. Out of range: empty (COSM-62)."""
+    text, length = addr - C["CARD_TEXT_BASE"], len_addr - C["CARD_TEXT_BASE"]
+    if not 0 <= length <= gddr.size - 4 or not 0 <= text <= gddr.size:
+        return b""
+    size = int.from_bytes(gddr.read(length, 4), "little")  # the address need not be aligned
+    return gddr.read(text, size) if size <= gddr.size - text else b""
+
+
+def _constant(content: bytes) -> Read:
+    async def read() -> bytes:
+        return content
+
+    return read
+
+
+def _lazy(make: Callable[[], str | bytes]) -> Read:
+    async def read() -> bytes:
+        made = make()
+        return made if isinstance(made, bytes) else made.encode()
+
+    return read
+
+
+class Sysfs:
+    """The files of an instance. Built anew for each look: cards come and go."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+
+    def tree(self) -> dict[str, File]:
+        """All files by path."""
+        files: dict[str, File] = {}
+        for card in self.instance.cards.values():
+            files |= self._class(card) | self._debug(card)
+        files["kernel/debug/scif/scif_dev"] = File(0o444, _lazy(self._scif_dev))
+        return files
+
+    def file(self, path: str) -> File:
+        """One file. Raises MicemuError ENOENT."""
+        try:
+            return self.tree()[path]
+        except KeyError:
+            raise MicemuError(f"there is no {path}", errno.ENOENT) from None
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Write to a file. Raises MicemuError with the errno that the kernel would give."""
+        target = self.file(path)
+        if target.write is None:
+            raise Refused(f"{path} cannot be written", errno.EACCES)
+        await target.write(data)
+
+    # --- class/mic/micN ---------------------------------------------------------------------------
+
+    def _class(self, card: Card) -> dict[str, File]:
+        base, cosm = f"class/mic/{card.name}", card.cosm
+        pci = ConfigSpace(card.bus)
+        files = {
+            f"{base}/family": File(0o444, _constant(f"{pci.family or 'Unknown'}\n".encode())),
+            f"{base}/stepping": File(0o444, _constant(f"{pci.stepping}\n".encode())),
+            f"{base}/uevent": File(0o644, _constant(b"")),
+        }
+        for name, attribute in ATTRIBUTES.items():
+
+            async def read(a: Callable[..., bytes] = attribute.read) -> bytes:
+                return a(cosm)
+
+            async def write(data: bytes, a: Callable[..., Awaitable[None]] = attribute.write) -> None:
+                await a(cosm, data)
+
+            writable = write if attribute.store else None
+            wakes = card.name if name == "state" else ""
+            files[f"{base}/{name}"] = File(attribute.mode, read, writable, wakes)
+        for name, text in self._device(card, pci).items():
+            files[f"{base}/device/{name}"] = File(0o444, _constant(text))
+        files[f"{base}/device/config"] = File(0o444, _lazy(pci.raw))
+        return files
+
+    def _device(self, card: Card, pci: ConfigSpace) -> Mapping[str, bytes]:
+        """Files of the PCI function that tools look at (COSM 13.5)."""
+        slot = f"0000:{card.index + 1:02x}:00.0"
+        sub = pci.read(0x2C, 4)
+        ids = f"{pci.vendor:04X}:{pci.device:04X}"
+        uevent = (
+            f"DRIVER=mic\nPCI_CLASS={pci.read(8, 4) >> 8:X}\nPCI_ID={ids}\n"
+            f"PCI_SUBSYS_ID={sub & 0xFFFF:04X}:{sub >> 16:04X}\nPCI_SLOT_NAME={slot}\n"
+        )
+        return {
+            "uevent": uevent.encode(), "vendor": f"{pci.vendor:#06x}\n".encode(), "device": f"{pci.device:#06x}\n".encode(),
+            "class": f"{pci.read(8, 4) >> 8:#08x}\n".encode(), "revision": f"{pci.revision:#04x}\n".encode(),
+        }  # fmt: skip
+
+    # --- kernel/debug -----------------------------------------------------------------------------
+
+    def _debug(self, card: Card) -> dict[str, File]:
+        cosm, host = f"kernel/debug/mic_cosm/{card.name}", f"kernel/debug/mic_host/{card.name}"
+        vop = f"kernel/debug/vop{card.index + 1}"
+
+        async def force_reset() -> bytes:
+            await card.cosm.stop(force=True)
+            return b""
+
+        return {
+            f"{cosm}/log_buf": File(0o444, _lazy(lambda: self.log_buf(card))),
+            f"{cosm}/force_reset": File(0o444, force_reset),
+            f"{host}/post_code": File(0o444, _lazy(lambda: card.post_code)),
+            f"{host}/smpt": File(0o444, _lazy(lambda: smpt_text(card))),
+            f"{host}/msi_irq_info": File(0o444, _lazy(lambda: irq_text(card))),
+            f"{vop}/dp": File(0o444, _lazy(lambda: page_text(card))),
+            f"{vop}/vdev_info": File(0o444, _lazy(lambda: rings_text(card))),
+        }
+
+    def log_buf(self, card: Card) -> bytes:
+        """Empty unless both addresses are set and a log can exist (COSM-61)."""
+        cosm = card.cosm
+        if not cosm.log_buf_addr or not cosm.log_buf_len or cosm.state not in LOG_STATES:
+            return b""
+        return log_buffer(card.bus.gddr, cosm.log_buf_addr, cosm.log_buf_len)
+
+    def _scif_dev(self) -> str:
+        node = self.instance.node
+        online = set(node.node_ids())
+        lines = [
+            f"Total Nodes {len(online)} Self Node Id {node.id} Maxid {node.maxid}",
+            f"{'node_id':>16}{'state':>16}",
+        ]
+        for n in range(node.maxid + 1):
+            lines.append(f"{n:>16}{'Running' if n in online else 'Offline':>16}")
+        return "\n".join(lines) + "\n"
+
+
+def smpt_text(card: Card) -> str:
+    """32 rows: entry, address, bytes mapped (COSM 7)."""
+    rule = "=" * 59
+    lines = [f"MIC {card.index:<2} |SMPT entry| SW DMA addr RefCount", rule]
+    lines += [f"{'':6} |{r.index:<10}| {r.host_addr:#014x} {r.refs}" for r in card.driver.smpt.rows()]
+    return "\n".join([*lines, rule]) + "\n"
+
+
+def irq_text(card: Card) -> str:
+    """One row per vector: number, map register, names of its users."""
+    irq = card.driver.irq
+    if irq.mode.value != "msix":
+        return "MSI/MSIx interrupts not enabled\n"
+    rows = [f"vector {v:<3} mxar {bits:#010x} {', '.join(names) or '-'}" for v, bits, names in irq.rows()]
+    return "\n".join(rows) + "\n"
+
+
+def page_text(card: Card) -> str:
+    """Boot parameters and device descriptors."""
+    page = inspection.page(card)
+    lines = [f"{name}: {value:#x}" for name, value in page["bootparam"].items()]
+    for slot in page["slots"]:
+        lines.append(
+            f"slot {slot['offset']:#x}: type {slot['type']} num_vq {slot['num_vq']} status {slot['status']:#x}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rings_text(card: Card) -> str:
+    """Indices of every ring."""
+    rows = inspection.vrings(card)
+    return "".join(
+        f"{r['device']} ring {r['ring']} num {r['num']} avail {r['avail_idx']} used {r['used_idx']}\n"
+        for r in rows
+    )
+
+
+async def watch_states(instance: Instance, channel: AsyncChannel, gone: asyncio.Future[Any]) -> None:
+    """Send each card's state when it is new, until ``gone``."""
+    wake = asyncio.Event()
+    told: dict[str, tuple[int, str]] = {}
+    hooked: list[CosmDevice] = []
+    gone.add_done_callback(lambda _: wake.set())
+    instance.card_watchers.add(wake)
+    try:
+        while not gone.done():
+            wake.clear()
+            for card in list(instance.cards.values()):
+                if card.cosm not in hooked:
+                    hooked.append(card.cosm)
+                    card.cosm.on_state.append(wake.set)
+                now = (card.cosm.changes, card.cosm.state.word)
+                if told.get(card.name) != now:
+                    told[card.name] = now
+                    await channel.send({"card": card.name, "changes": now[0], "state": now[1]})
+            await wake.wait()
+    finally:
+        instance.card_watchers.discard(wake)
+        for cosm in hooked:
+            cosm.on_state.remove(wake.set)

@@ -1,0 +1,112 @@
+"""micemu sysfs"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import click
+
+from mic_emu.cli import client
+from mic_emu.errors import MicemuError
+
+
+@click.group()
+def command() -> None:
+    """The files of /sys/class/mic and debugfs: list, read, write, mount.
+
+    Paths count from the mount: class/mic/mic0/state, kernel/debug/mic_cosm/mic0/log_buf; micN/NAME alone
+    means class/mic/micN/NAME.
+
+    \b
+    Examples:
+      micemu sysfs cat mic0/state
+      micemu sysfs write mic0/state shutdown
+      micemu sysfs mount /tmp/sys
+    """
+
+
+def full(path: str) -> str:
+    """``mic0/state`` is short for ``class/mic/mic0/state``."""
+    path = path.strip("/").removeprefix("sys/")
+    return f"class/mic/{path}" if path.startswith("mic") else path
+
+
+@command.command()
+def ls() -> None:
+    """List every file with its mode.
+
+    \b
+    Examples:
+      micemu sysfs ls
+    """
+    for path, (mode, _) in sorted(client.ask("sysfs_list")["files"].items()):
+        click.echo(f"{mode:04o} {path}")
+
+
+@command.command()
+@click.argument("path")
+def cat(path: str) -> None:
+    """Print a file as it is.
+
+    \b
+    Examples:
+      micemu sysfs cat mic0/state
+      micemu sysfs cat kernel/debug/mic_cosm/mic0/log_buf
+    """
+    data = client.ask("sysfs_read", path=full(path))["data"].encode("latin-1")
+    sys.stdout.buffer.write(data)
+
+
+@command.command()
+@click.argument("path")
+@click.argument("text", required=False)
+def write(path: str, text: str | None) -> None:
+    """Write TEXT (or standard input) to a file; fails as the kernel would.
+
+    \b
+    Examples:
+      micemu sysfs write mic0/bootmode linux
+      micemu sysfs write mic0/firmware mic/uos.img
+      micemu sysfs write mic0/state boot
+    """
+    data = sys.stdin.buffer.read() if text is None else text.encode(errors="surrogateescape")
+    client.ask("sysfs_write", path=full(path), data=data.decode("latin-1"))
+
+
+@command.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, resolve_path=True))
+@click.option("--foreground", is_flag=True, help="Serve until interrupted instead of in the background.")
+def mount(directory: str, foreground: bool) -> None:
+    """Mount the tree at DIRECTORY: class/mic as under /sys, kernel/debug as debugfs.
+
+    Needs /dev/fuse, and either root or fusermount3. The mount goes when the emulator ends.
+
+    \b
+    Examples:
+      micemu sysfs mount /tmp/sys
+      cat /tmp/sys/class/mic/mic0/state
+      echo boot > /tmp/sys/class/mic/mic0/state
+    """
+    from mic_emu.cosm import mount as server
+
+    where = client.rundir()
+    client.connect(where).close()
+    try:
+        server.run(directory, where.control, foreground)
+    except OSError as e:
+        raise MicemuError(f"cannot mount: {e.strerror or e}", e.errno or errno.EIO) from e
+
+
+@command.command()
+@click.argument("directory", type=click.Path(resolve_path=True))
+def umount(directory: str) -> None:
+    """Take the mount at DIRECTORY away.
+
+    \b
+    Examples:
+      micemu sysfs umount /tmp/sys
+    """
+    from mic_emu.cosm.fuse import unmount
+
+    unmount(directory)

@@ -1,0 +1,151 @@
+"""The mounted sysfs tree: a client of the host process's control socket (COSM 6, 7).
+
+One process per mount. It ends, and the mount goes, when the instance ends; a small guardian process
+takes the mount away if the server is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mic_emu.cosm.fuse import Server, Stat, mount_at, unmount
+from mic_emu.wire import WireError, connect_unix
+from mic_emu.wire_aio import AsyncChannel
+
+LIST_AGE_S = 0.1
+PAGE = 4096
+SOURCE, FSTYPE = "micemu", "sysfs"
+
+
+class RemoteTree:
+    """The files as the host process tells."""
+
+    def __init__(self, control: Path) -> None:
+        self._control = str(control)
+        self._files: dict[str, tuple[int, str]] = {}
+        self._read_at = float("-inf")
+        self._events: dict[str, int] = {}  # card -> count of state changes
+
+    async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        """One request. Raises OSError with the host's errno; ENODEV when the instance is gone."""
+        try:
+            channel = AsyncChannel(connect_unix(self._control))
+        except OSError as e:
+            raise OSError(errno.ENODEV, "the emulator is gone") from e
+        async with channel:
+            await channel.send({"op": op, **fields})
+            msg, _ = await channel.recv(None, f"the host's answer to {op!r}")
+        if "error" in msg:
+            raise OSError(msg.get("errno") or errno.EIO, msg["error"])
+        return msg
+
+    async def _list(self) -> dict[str, tuple[int, str]]:
+        if time.monotonic() - self._read_at > LIST_AGE_S:
+            msg = await self._ask("sysfs_list")
+            self._files = {path: (mode, wakes) for path, (mode, wakes) in msg["files"].items()}
+            self._read_at = time.monotonic()
+        return self._files
+
+    def _file(self, path: str, mode: int) -> Stat:
+        return Stat(stat.S_IFREG | mode, PAGE if path.startswith("class/") else 0)
+
+    async def stat(self, path: str) -> Stat:
+        files = await self._list()
+        if path in files:
+            return self._file(path, files[path][0])
+        if path == "" or any(f.startswith(path + "/") for f in files) or path in ("class", "class/mic"):
+            return Stat(stat.S_IFDIR | 0o755)
+        raise OSError(errno.ENOENT, path)
+
+    async def names(self, path: str) -> dict[str, Stat]:
+        prefix = path + "/" if path else ""
+        found: dict[str, Stat] = {}
+        for name, (mode, _) in (await self._list()).items():
+            if name.startswith(prefix):
+                head, slash, _ = name.removeprefix(prefix).partition("/")
+                found[head] = Stat(stat.S_IFDIR | 0o755) if slash else self._file(name, mode)
+        return found
+
+    async def read(self, path: str) -> bytes:
+        try:
+            data: str = (await self._ask("sysfs_read", path=path))["data"]
+        except OSError as e:
+            raise self._gone(e) from e
+        return data.encode("latin-1")
+
+    async def write(self, path: str, data: bytes) -> int:
+        try:
+            await self._ask("sysfs_write", path=path, data=data[:PAGE].decode("latin-1"))
+        except OSError as e:
+            raise self._gone(e) if path not in self._files else e from e
+        return min(len(data), PAGE)
+
+    def _gone(self, e: OSError) -> OSError:
+        """An open file whose card was removed (COSM 5.7)."""
+        return OSError(errno.ENODEV, "the card is gone") if e.errno == errno.ENOENT else e
+
+    def event(self, path: str) -> int:
+        wakes = self._files.get(path, (0, ""))[1]
+        return self._events.get(wakes, 0) if wakes else 0
+
+    async def follow(self, changed: Callable[[], None]) -> None:
+        """Keep the event counts up to date until the instance ends."""
+        async with AsyncChannel(connect_unix(self._control)) as channel:
+            await channel.send({"op": "sysfs_watch"})
+            while True:
+                msg, _ = await channel.recv(None, "a change of a card's state")
+                if "card" not in msg:
+                    return
+                self._events[msg["card"]] = msg["changes"]
+                changed()
+
+
+async def serve(fd: int, control: Path) -> None:
+    """Answer the mount until it is taken away or the instance ends."""
+    tree = RemoteTree(control)
+    server = Server(fd, tree)
+    server.start()
+    follow = asyncio.ensure_future(tree.follow(server.notify))
+    end = asyncio.ensure_future(server.done.wait())
+    try:
+        await asyncio.wait({follow, end}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (follow, end):
+            task.cancel()
+        await asyncio.gather(follow, end, return_exceptions=True)
+        server.close()
+
+
+def run(target: str, control: Path, foreground: bool) -> None:
+    """Mount the tree at ``target`` and serve it, in the background unless ``foreground``. Raises OSError."""
+    fd = mount_at(target, SOURCE, FSTYPE)
+    if not foreground:
+        if os.fork():
+            os.close(fd)
+            return
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for n in range(3):
+            os.dup2(null, n)
+    guardian = os.fork()
+    if guardian:  # this process holds nothing of the mount: it outlives whatever happens to the server
+        os.close(fd)
+        os.waitpid(guardian, 0)
+        unmount(target)
+        if not foreground:
+            os._exit(0)
+        return
+    try:
+        os.chdir("/")
+        asyncio.run(serve(fd, control))
+    except (OSError, WireError, KeyboardInterrupt):
+        pass
+    finally:
+        os._exit(0)

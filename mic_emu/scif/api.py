@@ -1,0 +1,338 @@
+"""SCIF for Python programs: endpoints, windows, RMA, fences, poll.
+
+The same calls as ``scif.h``, with exceptions, context managers and buffers instead of errno, cleanup
+and pointers; every ``ScifError`` carries the errno of the real API. Buffers are any object with a
+contiguous buffer (bytes, bytearray, memoryview, numpy array); they are never copied on the way.
+
+An ``Endpoint`` is a file descriptor (``fileno``): it works with select, poll, epoll and asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap as _mmap
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+from mic_emu._native import ffi, lib
+from mic_emu.memory import PAGE, page_align
+from mic_emu.scif.errors import ScifError
+
+PROT_READ, PROT_WRITE = 1, 2
+MAP_FIXED = 0x10
+RMA_USECPU, RMA_USECACHE, RMA_SYNC, RMA_ORDERED = 1, 2, 4, 8
+FENCE_INIT_SELF, FENCE_INIT_PEER, SIGNAL_LOCAL, SIGNAL_REMOTE = 1, 2, 0x10, 0x20
+POLLIN, POLLOUT, POLLERR, POLLHUP, POLLNVAL = 1, 4, 8, 0x10, 0x20
+
+T = TypeVar("T")
+
+
+class PortID(NamedTuple):
+    """A port on a node; node 0 is the host, node n + 1 the card micn."""
+
+    node: int
+    port: int
+
+
+def _fail(what: str) -> ScifError:
+    return ScifError(ffi.errno, what)
+
+
+def _check(rc: int, what: str) -> int:
+    if rc < 0:
+        raise _fail(what)
+    return rc
+
+
+def _retry(call: Callable[..., int], *args: Any) -> int:
+    """Call again when only a signal interrupted it; Python's handlers run in between (PEP 475)."""
+    while True:
+        rc = call(*args)
+        if rc >= 0 or ffi.errno != errno.EINTR:
+            return rc
+
+
+def alloc(nbytes: int) -> _mmap.mmap:
+    """Page-aligned zeroed memory of at least ``nbytes``, for windows."""
+    return _mmap.mmap(-1, page_align(nbytes), flags=_mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS)
+
+
+class Window:
+    """A registered window: ``offset`` and ``length`` in bytes, in the address space of ``endpoint``."""
+
+    def __init__(self, endpoint: Endpoint, buffer: object, offset: int, length: int) -> None:
+        self.endpoint = endpoint
+        self.buffer = buffer  # kept alive: windows outlive names
+        self.offset = offset
+        self.length = length
+
+    def unregister(self) -> None:
+        """Remove the window. Raises ScifError (SCIF 2.11)."""
+        _check(lib.scif_unregister(self.endpoint.fileno(), self.offset, self.length), "unregister")
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if not self.endpoint.closed:
+            try:
+                self.unregister()
+            except ScifError as e:
+                if e.errno != errno.ECONNRESET:  # the peer has closed: it goes with the endpoint
+                    raise
+
+
+class Mapping:
+    """The peer's pages in this process: ``view`` is a memoryview of them, live in both directions."""
+
+    def __init__(self, pointer: Any, length: int, writable: bool) -> None:
+        self._pointer = pointer
+        self._length = length
+        view = memoryview(ffi.buffer(pointer, length))
+        self.view = view if writable else view.toreadonly()
+
+    def close(self) -> None:
+        """Unmap; ``view`` must not be used afterwards."""
+        if self._pointer is not None:
+            pointer, self._pointer = self._pointer, None
+            self.view.release()
+            _check(lib.scif_munmap(pointer, self._length), "munmap")
+
+    def __enter__(self) -> memoryview:
+        return self.view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Endpoint:
+    """A SCIF endpoint. ``fd``: take over a descriptor (accepted, inherited) instead of opening one."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._fd = _check(lib.scif_open(), "open") if fd is None else fd
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        if self._fd < 0:
+            raise ScifError(errno.EBADF, "closed endpoint")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Close; twice is fine."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            _check(lib.scif_close(fd), "close")
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<scif endpoint, descriptor {self._fd}>"
+
+    # --- connections ------------------------------------------------------------------------------
+
+    def bind(self, port: int = 0) -> int:
+        """Take ``port``, 0 = any; returns it. Raises ScifError EACCES, EINVAL, EISCONN, ENOSPC."""
+        return _check(lib.scif_bind(self.fileno(), port), f"bind port {port}")
+
+    def listen(self, backlog: int = 16) -> None:
+        """Accept connections, at most ``backlog`` waiting."""
+        _check(lib.scif_listen(self.fileno(), backlog), "listen")
+
+    def accept(self, *, block: bool = True) -> tuple[Endpoint, PortID]:
+        """The next connection and its peer. Raises ScifError EAGAIN (not ``block``), EINVAL."""
+        peer, new = ffi.new("struct scif_portID *"), ffi.new("int *")
+        _check(_retry(lib.scif_accept, self.fileno(), peer, new, int(block)), "accept")
+        return Endpoint(new[0]), PortID(peer.node, peer.port)
+
+    def connect(self, address: tuple[int, int]) -> int:
+        """Connect to ``(node, port)``; returns the local port once the peer has accepted.
+
+        Raises ScifError ECONNREFUSED, ENODEV; EINPROGRESS after ``setblocking(False)``: call again
+        when the endpoint is writable.
+        """
+        to = ffi.new("struct scif_portID *", address)
+        return _check(lib.scif_connect(self.fileno(), to), f"connect to {address[0]}:{address[1]}")
+
+    def setblocking(self, flag: bool) -> None:
+        """Whether ``connect`` waits; the other calls have their own ``block``."""
+        os.set_blocking(self.fileno(), flag)
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def send(self, data: Any, *, block: bool = True) -> int:
+        """Send a buffer; returns the bytes taken: all of them, or with ``block`` False what fits now."""
+        buf = ffi.from_buffer(data)
+        n: int = lib.scif_send(self._fd, buf, len(buf), 1 if block else 0)
+        if n >= 0:
+            return n
+        if ffi.errno == errno.EINTR:
+            return _check(_retry(lib.scif_send, self.fileno(), buf, len(buf), int(block)), "send")
+        raise _fail("send")
+
+    def recv_into(self, buffer: Any, *, block: bool = True) -> int:
+        """Fill a writable buffer; returns the bytes received: all of it, or with ``block`` False what is
+        there, 0 when nothing is. Raises ScifError ECONNRESET once everything is drained."""
+        buf = ffi.from_buffer(buffer, require_writable=True)
+        return _check(_retry(lib.scif_recv, self.fileno(), buf, len(buf), int(block)), "recv")
+
+    def recv(self, nbytes: int, *, block: bool = True) -> bytes:
+        """Up to ``nbytes`` as bytes; the same rules as ``recv_into``."""
+        out = bytearray(nbytes)
+        return bytes(out[: self.recv_into(out, block=block)]) if nbytes else b""
+
+    # --- windows ----------------------------------------------------------------------------------
+
+    def register(self, buffer: Any, offset: int | None = None, prot: int = PROT_READ | PROT_WRITE) -> Window:
+        """Expose page-aligned memory, whole pages, to the peer.
+
+        offset: fixed window offset in bytes, or None to let the node choose.
+        Raises ScifError EINVAL (alignment), EADDRINUSE, ENOTCONN, ENOMEM, EFAULT (SCIF 2.10).
+        """
+        buf = ffi.from_buffer(buffer, require_writable=bool(prot & PROT_WRITE))
+        flags = 0 if offset is None else MAP_FIXED
+        at = lib.scif_register(self.fileno(), buf, len(buf), offset or 0, prot, flags)
+        if at < 0:
+            raise _fail("register")
+        return Window(self, buf, at, len(buf))
+
+    def mmap(self, offset: int, length: int, prot: int = PROT_READ | PROT_WRITE) -> Mapping:
+        """Map the peer's windows at ``offset``. Raises ScifError ENXIO, EPERM (SCIF 2.12)."""
+        pointer = lib.scif_mmap(ffi.NULL, length, prot, 0, self.fileno(), offset)
+        if int(ffi.cast("intptr_t", pointer)) == -1:
+            raise _fail("mmap")
+        return Mapping(pointer, length, bool(prot & PROT_WRITE))
+
+    def readfrom(self, loffset: int, length: int, roffset: int, flags: int = RMA_SYNC) -> None:
+        """Copy from the peer's window at ``roffset`` into our own at ``loffset`` (SCIF 2.13)."""
+        _check(lib.scif_readfrom(self.fileno(), loffset, length, roffset, flags), "readfrom")
+
+    def writeto(self, loffset: int, length: int, roffset: int, flags: int = RMA_SYNC) -> None:
+        """Copy from our window at ``loffset`` into the peer's at ``roffset``."""
+        _check(lib.scif_writeto(self.fileno(), loffset, length, roffset, flags), "writeto")
+
+    def vreadfrom(self, buffer: Any, offset: int, flags: int = RMA_SYNC) -> None:
+        """Fill a writable buffer from the peer's window at ``offset``."""
+        buf = ffi.from_buffer(buffer, require_writable=True)
+        _check(lib.scif_vreadfrom(self.fileno(), buf, len(buf), offset, flags), "vreadfrom")
+
+    def vwriteto(self, buffer: Any, offset: int, flags: int = RMA_SYNC) -> None:
+        """Copy a buffer into the peer's window at ``offset``."""
+        buf = ffi.from_buffer(buffer)
+        _check(lib.scif_vwriteto(self.fileno(), buf, len(buf), offset, flags), "vwriteto")
+
+    # --- fences -----------------------------------------------------------------------------------
+
+    def fence_mark(self, flags: int = FENCE_INIT_SELF) -> int:
+        """A mark for everything copied so far by us (INIT_SELF) or by the peer (INIT_PEER)."""
+        mark = ffi.new("int *")
+        _check(lib.scif_fence_mark(self.fileno(), flags, mark), "fence_mark")
+        return int(mark[0])
+
+    def fence_wait(self, mark: int) -> None:
+        """Wait until what ``mark`` stands for is complete. Raises ScifError ETIMEDOUT, EINVAL."""
+        _check(_retry(lib.scif_fence_wait, self.fileno(), mark), "fence_wait")
+
+    def fence_signal(self, loff: int, lval: int, roff: int, rval: int, flags: int) -> None:
+        """Write 64-bit values once everything before is complete; see the table of SCIF 2.15."""
+        _check(lib.scif_fence_signal(self.fileno(), loff, lval, roff, rval, flags), "fence_signal")
+
+    # --- asyncio ----------------------------------------------------------------------------------
+
+    async def _ready(self, writable: bool) -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        add, remove = (
+            (loop.add_writer, loop.remove_writer) if writable else (loop.add_reader, loop.remove_reader)
+        )
+        fd = self.fileno()
+        add(fd, lambda: done.done() or done.set_result(None))  # type: ignore[func-returns-value]
+        try:
+            await done
+        finally:
+            remove(fd)
+
+    async def aconnect(self, address: tuple[int, int]) -> int:
+        """``connect`` in an event loop."""
+        self.setblocking(False)
+        try:
+            while True:
+                try:
+                    return self.connect(address)
+                except ScifError as e:
+                    if e.errno != errno.EINPROGRESS:
+                        raise
+                await self._ready(writable=True)
+        finally:
+            if not self.closed:
+                self.setblocking(True)
+
+    async def aaccept(self) -> tuple[Endpoint, PortID]:
+        """``accept`` in an event loop."""
+        while True:
+            try:
+                return self.accept(block=False)
+            except ScifError as e:
+                if e.errno != errno.EAGAIN:
+                    raise
+            await self._ready(writable=False)
+
+    async def asend(self, data: Any) -> int:
+        """``send`` of everything in an event loop."""
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            n = self.send(view[done:], block=False)
+            done += n
+            if not n:
+                await self._ready(writable=True)
+        return done
+
+    async def arecv(self, nbytes: int) -> bytes:
+        """At least one and up to ``nbytes`` bytes in an event loop; b"" once the peer has closed."""
+        while True:
+            try:
+                data = self.recv(nbytes, block=False)
+            except ScifError as e:
+                if e.errno == errno.ECONNRESET:
+                    return b""
+                raise
+            if data or not nbytes:
+                return data
+            await self._ready(writable=False)
+
+
+def poll(items: Sequence[tuple[Endpoint | int, int]], timeout_s: float | None = None) -> list[int]:
+    """``scif_poll``: exact masks, one per (endpoint or descriptor, events); all 0 after the time-out."""
+    epds = ffi.new("struct scif_pollepd[]", len(items))
+    for e, (target, events) in zip(epds, items, strict=True):
+        e.epd = target if isinstance(target, int) else target.fileno()
+        e.events = events
+    timeout = -1 if timeout_s is None else max(0, int(timeout_s * 1000))
+    _check(_retry(lib.scif_poll, epds, len(items), timeout), "poll")
+    return [int(e.revents) for e in epds]
+
+
+def get_node_ids() -> tuple[list[int], int]:
+    """(online nodes ascending, this one included; our own id). Raises ScifError ENOENT: no emulator."""
+    ids, own = ffi.new("uint16_t[256]"), ffi.new("uint16_t *")
+    n = _check(lib.scif_get_nodeIDs(ids, 256, own), "get_node_ids")
+    return [int(i) for i in ids[0 : min(n, 256)]], int(own[0])
+
+
+__all__ = ["PAGE", "Endpoint", "Mapping", "PortID", "ScifError", "Window", "alloc", "get_node_ids", "poll"]

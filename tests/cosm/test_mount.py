@@ -1,0 +1,154 @@
+"""The mounted sysfs tree, used with plain system calls and a shell (COSM 6, 7)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+QUICK = ("--disk", "none", "--net", "none")
+PRI = select.POLLPRI | select.POLLERR
+
+
+def mounted(path: Path) -> bool:
+    return str(path) in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.fixture
+def tree(machine: Machine, tmp_path: Path) -> Iterator[Path]:
+    """A card, booted and down again, and its tree mounted."""
+    machine.boot(*QUICK)
+    machine.micemu("shutdown")
+    target = tmp_path / "sys"
+    target.mkdir()
+    done = machine.micemu("sysfs", "mount", str(target), check=False)
+    if done.returncode != 0:
+        machine.micemu("stop")
+        pytest.skip(f"FUSE cannot be mounted here: {done.stderr.strip()}")
+    yield target
+    machine.micemu("stop", "--force")
+    eventually(lambda: not mounted(target), 10, "the end of the mount")
+
+
+def put(path: Path, data: bytes) -> int:
+    """errno of open and write, 0 when both succeed."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    except OSError as e:
+        return e.errno or -1
+    try:
+        assert os.write(fd, data) == len(data)
+    except OSError as e:
+        return e.errno or -1
+    finally:
+        os.close(fd)
+    return 0
+
+
+def read(fd: int) -> str:
+    return os.pread(fd, 4096, 0).decode()
+
+
+def wait_for(fd: int, word: str) -> list[str]:
+    """Poll and read as the daemon does until ``word``; the states seen on the way."""
+    poller = select.poll()
+    poller.register(fd, select.POLLPRI | select.POLLERR)
+    seen = [read(fd).strip()]
+    while seen[-1] != word:
+        assert poller.poll(20_000), f"no wake-up; seen {seen}"
+        seen.append(read(fd).strip())
+    return seen
+
+
+def test_cosm_1_2_3_9_11_56_files_modes_and_errnos(machine: Machine, tree: Path) -> None:
+    """One long look at the tree of a ready card: names, modes, contents, errnos, no wake-up without a change."""
+    mic = tree / "class/mic/mic0"
+    assert os.listdir(tree / "class/mic") == ["mic0"]
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in mic.iterdir() if p.is_file()}
+    for name in ("family", "stepping", "shutdown_status"):
+        assert modes[name] == 0o444
+    for name in ("state", "bootmode", "cmdline", "firmware", "ramdisk", "heartbeat_enable", "log_buf_addr", "log_buf_len"):
+        assert modes[name] == 0o644
+    assert ((mic / "family").read_text(), (mic / "stepping").read_text()) == ("x100\n", "C0\n")
+    assert (mic / "state").read_text() == "ready\n"
+    assert put(mic / "family", b"x") == errno.EACCES
+    assert put(mic / "shutdown_status", b"nop") == errno.EACCES
+    for text in (b"Boot\n", b"boot ", b"online", b"shutdown", b"reset"):
+        assert put(mic / "state", text) == errno.EINVAL
+    assert put(mic / "heartbeat_enable", b"99999999999") == errno.ERANGE
+    assert put(mic / "firmware", b"mic/none.img\n") == 0
+    assert put(mic / "state", b"boot\n") == errno.ENOENT
+    assert put(mic / "nothing", b"x") == errno.ENOENT
+    with pytest.raises(PermissionError):
+        (mic / "new").mkdir()
+    assert (mic / "device/config").read_bytes()[:4] == b"\x86\x80\x5c\x22"
+    fd = os.open(mic / "state", os.O_RDONLY)
+    try:
+        poller = select.poll()
+        poller.register(fd, PRI)
+        assert poller.poll(0)  # never read: woken at once, as in sysfs
+        read(fd)
+        assert not poller.poll(200)
+    finally:
+        os.close(fd)
+
+
+def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine, tree: Path) -> None:
+    """echo and cat only; a poller on state is woken by each change and sees the last one."""
+    mic = tree / "class/mic/mic0"
+    fd = os.open(mic / "state", os.O_RDONLY)
+    try:
+        assert read(fd) == "ready\n"
+        script = "cd $0; echo linux >bootmode; echo mic/uos.img >firmware; echo mic/mic0.image >ramdisk; echo boot >state && cat state"
+        out = subprocess.run(["sh", "-c", script, str(mic)], capture_output=True, text=True, check=True).stdout
+        assert out in ("booting\n", "online\n")
+        assert set(wait_for(fd, "online")) <= {"booting", "online"}
+        assert "card is up" in (tree / "kernel/debug/mic_cosm/mic0/log_buf").read_text()
+        assert (tree / "kernel/debug/mic_host/mic0/post_code").read_text() == "FF"
+        (mic / "state").write_text("shutdown")
+        assert set(wait_for(fd, "ready")) <= {"online", "shutting_down", "resetting", "ready"}
+        assert (mic / "shutdown_status").read_text() == "nop\n"
+    finally:
+        os.close(fd)
+
+
+def test_cosm_40_58_force_reset_by_reading_and_the_end_of_the_instance(machine: Machine, tree: Path) -> None:
+    """Reading force_reset resets, in ready too, and is empty; files of an ended instance give ENODEV or are gone."""
+    assert (tree / "kernel/debug/mic_cosm/mic0/force_reset").read_text() == ""
+    events = (machine.run_dir / "log.jsonl").read_text()
+    assert '"old": "ready", "state": "resetting"' in events
+    fd = os.open(tree / "class/mic/mic0/state", os.O_RDONLY)
+    machine.micemu("stop")
+    eventually(lambda: not mounted(tree), 10, "the end of the mount")
+    with pytest.raises(OSError):
+        os.pread(fd, 10, 0)
+    os.close(fd)
+    assert os.listdir(tree) == []
+
+
+def test_mount_goes_when_its_server_is_killed(machine: Machine, tree: Path) -> None:
+    """kill -9 of the serving process: its guardian unmounts."""
+    servers = [
+        int(p.name) for p in Path("/proc").iterdir()
+        if p.name.isdigit() and str(tree).encode() in _cmdline(p) and b"mount" in _cmdline(p)
+    ]  # fmt: skip
+    assert len(servers) == 2
+    os.kill(max(servers), signal.SIGKILL)
+    eventually(lambda: not mounted(tree), 10, "the guardian's work")
+
+
+def _cmdline(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,125 @@
+"""The Python API of programs."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import threading
+from collections.abc import Iterator
+
+import pytest
+from scif_server import Server, settled
+
+from mic_emu import scif
+
+
+@pytest.fixture
+def node(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """This process is a program on the host; afterwards the nodes hold nothing."""
+    monkeypatch.setenv("MICEMU_SCIF_SOCKET", str(server.where / "node0.sock"))
+    yield server
+
+
+def pair() -> tuple[scif.Endpoint, scif.Endpoint]:
+    with scif.Endpoint() as listener:
+        port = listener.bind()
+        listener.listen()
+        client = scif.Endpoint()
+        thread = threading.Thread(target=client.connect, args=((0, port),))
+        thread.start()
+        server, peer = listener.accept()
+        thread.join()
+        assert peer.node == 0
+        assert peer.port >= 1089
+        return client, server
+
+
+def test_scif_60_send_and_receive_buffers(node: Server) -> None:
+    """Any buffer goes through unchanged; recv_into fills in place; errno comes as ScifError."""
+    a, b = pair()
+    with a, b:
+        assert a.send(b"hello") == 5
+        assert b.recv(5) == b"hello"
+        view = memoryview(bytearray(8))
+        assert a.send(bytearray(b"12345678")) == 8
+        assert b.recv_into(view[2:6]) == 4
+        assert bytes(view) == b"\0\x001234\0\0"
+        assert b.recv(100, block=False) == b"5678"
+        assert b.recv(100, block=False) == b""
+        assert a.send(bytes(5000), block=False) == 4095
+        assert scif.poll([(a, select.POLLOUT), (b, select.POLLIN)], 1) == [0, select.POLLIN]
+    with pytest.raises(scif.ScifError) as e:
+        a.send(b"x")
+    assert e.value.errno == errno.EBADF
+
+
+def test_scif_86_104_windows_rma_mapping_and_fences(node: Server) -> None:
+    """Register, mmap as memoryview, RMA in both directions, fence signal."""
+    a, b = pair()
+    with a, b:
+        mine = scif.alloc(8192)
+        mine[:5] = b"there"
+        with a.register(mine) as window:
+            assert window.offset == 1 << 62
+            got = bytearray(5)
+            b.vreadfrom(got, window.offset)
+            assert got == b"there"
+            b.vwriteto(b"HERE", window.offset + 1)
+            assert mine[:5] == b"tHERE"
+            with b.mmap(window.offset, 8192) as view:
+                view[100] = 7
+                assert mine[100] == 7
+            local = b.register(scif.alloc(4096))
+            b.readfrom(local.offset, 64, window.offset)
+            b.writeto(local.offset, 5, window.offset + 4096)
+            assert mine[4096:4101] == b"tHERE"
+            b.fence_wait(b.fence_mark())
+            b.fence_signal(0, 0, window.offset + 8, 0x1122, 1 | 0x20)
+            assert int.from_bytes(mine[8:16], "little") == 0x1122
+        with pytest.raises(scif.ScifError) as e:
+            b.vreadfrom(got, window.offset)
+        assert e.value.errno == errno.ENXIO
+
+
+def test_scif_40_asyncio_helpers(node: Server) -> None:
+    """aconnect, aaccept, asend and arecv move a megabyte in one loop."""
+
+    async def main() -> None:
+        with scif.Endpoint() as listener, scif.Endpoint() as client:
+            port = listener.bind()
+            listener.listen()
+            (server, _), local = await asyncio.gather(listener.aaccept(), client.aconnect((0, port)))
+            assert local >= 1089
+            data = os.urandom(1 << 17)
+
+            async def receive() -> bytes:
+                out = bytearray()
+                while len(out) < len(data):
+                    out += await server.arecv(70000)
+                return bytes(out)
+
+            sent, got = await asyncio.gather(client.asend(data), receive())
+            assert (sent, got) == (len(data), data)
+            client.close()
+            assert await server.arecv(1) == b""
+            server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_scif_125_node_ids_and_leaks(node: Server) -> None:
+    """get_node_ids lists host and cards; everything that the other tests opened is gone."""
+    assert scif.get_node_ids() == ([0, 1, 2], 0)
+    state = settled(node)
+    assert isinstance(state, list)
+    assert state[0]["endpoints"] == state[0]["ports"] == 0
+
+
+def test_scif_no_emulator_is_enoent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nothing runs, open fails with ENOENT at once (SCIF 2.17)."""
+    monkeypatch.setenv("MICEMU_SCIF_SOCKET", "/nonexistent/scif.sock")
+    with pytest.raises(scif.ScifError) as e:
+        scif.Endpoint()
+    assert e.value.errno == errno.ENOENT

@@ -78,6 +78,11 @@ class Backend:
             raise MicemuError(reply["error"])
         return reply
 
+    def release(self) -> None:
+        """Close what was opened for it."""
+        while self.fds:
+            os.close(self.fds.pop())
+
     def reply(self, msg: dict[str, Any]) -> None:
         fut = self._replies.get(msg.get("reply", 0))
         if fut and not fut.done():
@@ -231,8 +236,7 @@ class Supervisor:
         backend.wanted = False
         await self._end(backend)
         await asyncio.gather(self._tasks.pop(backend), return_exceptions=True)
-        for fd in backend.fds:
-            os.close(fd)
+        backend.release()
 
     async def _end(self, backend: Backend) -> None:
         """Ask a backend to finish what it has begun and go; kill it when it does not."""
@@ -257,8 +261,7 @@ class Supervisor:
         await asyncio.gather(*(self._end(b) for b in self.backends))
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for backend in self.backends:
-            for fd in backend.fds:
-                os.close(fd)
+            backend.release()
         self.backends.clear()
         self._tasks.clear()
 

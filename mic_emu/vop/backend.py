@@ -135,24 +135,24 @@ class Backend(ABC):
         """A request has come on ``chain.queue``. Returns the bytes written, which completes it, or None
         to keep it and call ``chain.complete`` later."""
 
-    def driver_ok(self) -> None:
+    def driver_ok(self) -> None:  # noqa: B027 - an optional hook
         """The card's driver is ready."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 - an optional hook
         """The card resets the device: chains that you kept are invalid already, forget them."""
 
     def watch(self) -> Sequence[int]:
         """Descriptors to wait for beside the rings (up to five); asked before each sleep."""
         return ()
 
-    def readable(self, fd: int) -> None:
+    def readable(self, fd: int) -> None:  # noqa: B027 - an optional hook
         """One of ``watch`` is readable."""
 
     def stats(self) -> dict[str, Any]:
         """Counters of your own for ``micemu``'s status output."""
         return {}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an optional hook
         """The process ends."""
 
     announce: Callable[[bytes], None] = staticmethod(lambda config: None)
@@ -184,8 +184,8 @@ class DeviceLoop:
             if lib.mic_vdev_handshake(self._vdev):
                 return int(lib.MIC_RUN_HANDSHAKE)
             busy = self.pump()
-            if not busy and any([lib.mic_vq_enable_kick(vq) for vq in self._vq]):
-                busy = True
+            if not busy:  # every ring must ask for kicks, so no short cut
+                busy = sum(bool(lib.mic_vq_enable_kick(vq)) for vq in self._vq) > 0
             why = self._look(0 if busy else -1)
             if why:
                 return why

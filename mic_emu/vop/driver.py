@@ -92,7 +92,7 @@ class Queue:
 
     def collect(self) -> list[Request]:
         """What has been answered since the last call. Raises DeviceBroken."""
-        done = []
+        done: list[Request] = []
         while True:
             rc = lib.mic_dq_get(self._dq, self._token, self._len)
             if rc < 0:
@@ -134,10 +134,10 @@ class Driver(ABC):
     def run(self) -> None:
         """The driver's work, in a thread of its own; end it with ``Stopped`` or by returning."""
 
-    def config_changed(self) -> None:
+    def config_changed(self) -> None:  # noqa: B027 - an optional hook
         """The configuration space has new values (called in another thread)."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an optional hook
         """``run`` has ended: give back what it opened."""
 
     def wait(self, *fds: int, timeout_s: float | None = None) -> list[int]:
@@ -146,7 +146,7 @@ class Driver(ABC):
         Returns the readable ones. Raises Stopped.
         """
         timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000)
-        if any([q.pending() for q in self.queues]):
+        if sum(q.pending() for q in self.queues):  # every ring must ask for interrupts, so no short cut
             timeout_ms = 0
         mask = lib.mic_vdrv_sleep(self.device.vdrv, ffi.new("int[]", fds or [-1]), len(fds), timeout_ms)
         if mask > 0 and mask & 2:

@@ -29,9 +29,9 @@ from mic_emu.rundir import base_dir
 MAGIC = b"MICOS1\0\0"
 VERSION = 1
 HEADER_SIZE = 4096
-LOG_LEN_OFFSET = 0x0100_0000  # card physical: u32 length in bytes, then the text
+LOG_LEN_OFFSET = layout.CONSTANTS["CARD_LOG"]  # card physical: u32 length in bytes, then the text
 LOG_TEXT_OFFSET = LOG_LEN_OFFSET + 4
-LOG_CAPACITY = 1 << 20
+LOG_CAPACITY = layout.CONSTANTS["CARD_LOG_SIZE"] - 4
 KEEP_IMAGES = 8
 
 # magic, version, header size, payload offset, payload length, SHA-256 of the payload, GDDR offsets of

@@ -87,6 +87,7 @@ class BackendProcess:
         self.channel.send({
             "op": "add", "type": self.kind, "num_vq": self.num_vq, "num": self.num,
             "features": self.features(), "config": config.hex(),
+            "feature_len": 4 if self.args.get("personality") == "compat" else 8,
         })  # fmt: skip
         reply, fds = self.channel.recv(10.0, "the host's answer to ADD_DEVICE")
         if "error" in reply:

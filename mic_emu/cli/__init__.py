@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "metrics": ("metrics", "Print Prometheus metrics."),
     "sysfs": ("sysfs", "The cards' sysfs files: read, write, mount."),
     "vop": ("vop", "List, add and remove virtio devices."),
+    "scif": ("scif", "Build SCIF programs, look at SCIF nodes."),
     "ping": ("ping", "Ping a card, or the host from a card."),
     "pcap": ("pcap", "Capture a card's network traffic."),
     "dump": ("dump", "Show registers, the device page, vrings, the card's log."),

@@ -128,6 +128,3 @@ def test_root_keeps_all_ids_and_users_only_their_own() -> None:
     assert full == Path("/proc/self/uid_map").read_text().split()
     with board(["cat", "/proc/self/uid_map", "/proc/self/setgroups"], user=True) as b:
         assert b.finish()[0].split() == ["0", str(cardlab.USER), "1", "deny"]
-
-
-@needs_namespaces

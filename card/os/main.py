@@ -25,7 +25,7 @@ from mic_emu.card.os.bringup import BootError, CardDriver
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.klog import KernelLog
-from mic_emu.card.os.registry import DRIVERS
+from mic_emu.card.os.registry import drivers
 from mic_emu.card.os.scif_link import CardLink
 from mic_emu.card.os.tools import ToolServers
 from mic_emu.card.os.userland import PANIC_STATUS, Userland
@@ -102,7 +102,7 @@ class Kernel:
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
         vop = VopCard(
             self.bus, self.driver.page, self.memory, self.driver.interrupts, self.clock, self.log,
-            {kind: lambda make=make: make(environment) for kind, make in DRIVERS.items()},  # type: ignore[misc]
+            drivers(environment),
         )  # fmt: skip
         self.driver.dma.attach(loop)
         link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts)

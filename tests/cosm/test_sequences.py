@@ -7,12 +7,12 @@ import os
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lab import Lab
 
 from mic_emu.cosm.states import NEXT, Event, State
 from mic_emu.errors import MicemuError
 from mic_emu.scif.errors import ScifError
 from mic_emu.testing.cosm import FakeConnection, message, settle
-from lab import Lab
 
 SOAK = os.environ.get("MICEMU_SOAK") == "1"
 ACTIONS = (

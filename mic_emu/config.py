@@ -50,6 +50,10 @@ def format_size(n: int) -> str:
     return str(n)
 
 
+class NoCards(UsageError):
+    """The file says explicitly that there are none."""
+
+
 @dataclass
 class CardConfig:
     """One card. Sizes in bytes, paths absolute."""
@@ -193,6 +197,8 @@ def load(path: Path | None, cards: int | None = None) -> Config:
             card = CardConfig()
             _set(card, table, f"{path}: [[card]] number {i + 1} (mic{i})", base)
             config.cards.append(card)
+        if plain.get("card") == [] and cards is None:
+            raise NoCards(f"{path}: the list of cards is empty")
     count = cards if cards is not None else max(1, len(config.cards))
     if not 1 <= count <= MAX_CARDS:
         raise UsageError(f"{count} cards: use 1 to {MAX_CARDS}")

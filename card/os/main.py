@@ -43,10 +43,18 @@ from mic_emu.scif.service import ScifService, listen_at
 C = L.CONSTANTS
 
 
-def command_line(bus: Bus, base: int, size: int) -> dict[str, str]:
-    """Kernel parameters: ``key=value`` words, and words alone, from behind the image."""
+def command_line(bus: Bus, base: int, size: int) -> str:
+    """The kernel command line from behind the image (COSM-21)."""
     raw = bus.gddr.read(base + size, min(C["CMDLINE_MAX"], bus.gddr.size - base - size))
-    words = shlex.split(raw.partition(b"\0")[0].decode(errors="replace"))
+    return raw.partition(b"\0")[0].decode(errors="replace")
+
+
+def parameters(text: str) -> dict[str, str]:
+    """``key=value`` words, and words alone. Any bytes may be there: what is no shell syntax is split at blanks."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = text.split()
     return {k: v for k, _, v in (w.partition("=") for w in words)}
 
 
@@ -59,7 +67,9 @@ class Kernel:
         self.log = log
         self.clock = Clock(boot["timing"])
         base, size = boot["base"], boot["size"]
-        self.params = command_line(bus, base, size)
+        text = command_line(bus, base, size)
+        log.info(f"Command line: {text}")
+        self.params = parameters(text)
         self.ramdisk = self._ramdisk(base)
         first = max(2 * base, base + page_align(size + C["CMDLINE_MAX"]))
         if self.ramdisk:

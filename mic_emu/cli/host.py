@@ -17,7 +17,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.cli.stop import stop_instance
-from mic_emu.config import load
+from mic_emu.config import NoCards, load
 from mic_emu.errors import MicemuError, StateError, WaitTimeout
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
@@ -168,7 +168,11 @@ def command(foreground: bool, config_path: Path | None) -> None:
       micemu host --config lab.toml
       micemu host --foreground --config lab.toml
     """
-    service = Service(client.rundir(), config_path)
+    try:
+        service = Service(client.rundir(), config_path)
+    except NoCards as e:
+        click.echo(f"micemu: {e}: nothing to do", err=True)
+        raise click.exceptions.Exit(3) from None  # as the daemon of the real stack (COSM-63)
     service.start()
     if foreground:
         raise click.exceptions.Exit(service.serve())

@@ -65,6 +65,20 @@ def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_
     machine.check_clean()
 
 
+def test_cosm_63_no_cards_is_exit_3_and_an_unusable_run_directory_exit_1(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Nothing is started in either case."""
+    config = tmp_path / "none.toml"
+    config.write_text("card = []\n")
+    done = machine.micemu("host", "--foreground", "--config", str(config), check=False)
+    assert (done.returncode, "the list of cards is empty" in done.stderr) == (3, True)
+    machine.run_dir.parent.touch()  # a file where the log's directory should be
+    done = machine.micemu("host", "--foreground", check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    machine.run_dir.parent.unlink()
+
+
 def test_service_ends_when_the_host_process_dies(machine: Machine, tmp_path: Path) -> None:
     """kill -9 of the host process: the service fails, so that its manager starts it again; which works."""
     config = tmp_path / "lab.toml"

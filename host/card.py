@@ -27,6 +27,7 @@ from mic_emu.host.spawn import Spawner
 from mic_emu.host.network import Network
 from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
+from mic_emu.host.vop_files import VopFiles
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
@@ -65,6 +66,7 @@ class Card:
         self.crashes = 0
         self.cwd = "/"
         self.vop: VopHost | None = None
+        self.files: VopFiles | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
         self.network: Network | None = None
@@ -207,6 +209,8 @@ class Card:
         self.supervisor = Supervisor(
             self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
         )
+        self.files = VopFiles(self.vop, self.config.personality, self.log)
+        await self.files.listen(str(self.dir / "vop.sock"))
         for backend in plan(self):
             self.supervisor.add(backend)
 
@@ -218,6 +222,9 @@ class Card:
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None
+        if self.files:
+            await self.files.close()
+            self.files = None
         if self.vop:
             await self.vop.close()
             self.vop = None

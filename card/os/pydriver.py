@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 from collections.abc import Callable
@@ -21,7 +22,7 @@ C = L.CONSTANTS
 class PythonDriver(LoopDriver):
     """One device driven by ``kind``."""
 
-    def __init__(self, env: Environment, kind: type[Driver]) -> None:
+    def __init__(self, kind: type[Driver], env: Environment) -> None:
         super().__init__(env)
         self.kind = kind
         self.rings = kind.rings
@@ -99,4 +100,4 @@ def user_drivers(params: dict[str, str], log: Log) -> dict[int, Callable[[Enviro
             kinds.append(load_class(name, Driver, params.get("micemu.cwd", "")))
         except LoadError as e:
             log.error(f"micemu.drivers: {e}")
-    return {kind.device_type: (lambda env, kind=kind: PythonDriver(env, kind)) for kind in kinds}
+    return {kind.device_type: functools.partial(PythonDriver, kind) for kind in kinds}

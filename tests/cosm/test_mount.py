@@ -127,7 +127,8 @@ def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine,
         ).stdout
         assert out in ("booting\n", "online\n")
         assert set(wait_for(fd, "online")) <= {"booting", "online"}
-        assert "card is up" in (tree / "kernel/debug/mic_cosm/mic0/log_buf").read_text()
+        log = tree / "kernel/debug/mic_cosm/mic0/log_buf"
+        eventually(lambda: "card is up" in log.read_text(), 10, "the card's log in debugfs")
         assert (tree / "kernel/debug/mic_host/mic0/post_code").read_text() == "FF"
         (mic / "state").write_text("shutdown")
         assert set(wait_for(fd, "ready")) <= {"online", "shutting_down", "resetting", "ready"}

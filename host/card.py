@@ -19,7 +19,7 @@ from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import check, extra_device, plan
+from mic_emu.host.devices import check, extra_device, plan, swapped_block
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
@@ -27,6 +27,7 @@ from mic_emu.host.spawn import Spawner
 from mic_emu.host.network import Network
 from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
+from mic_emu.host.vop_files import VopFiles
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
@@ -65,6 +66,7 @@ class Card:
         self.crashes = 0
         self.cwd = "/"
         self.vop: VopHost | None = None
+        self.files: VopFiles | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
         self.network: Network | None = None
@@ -81,7 +83,7 @@ class Card:
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
         self.bus.set_over_pci()
-        build(self.bus, PciIdentity(device=self.config.device_id, revision=revision_of(self.config.stepping)))
+        build(self.bus, self._identity())
         await self._power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
         self.driver.bring_up = self._bring_up
@@ -94,6 +96,16 @@ class Card:
         self.cosm.log_buf_addr = self.cosm.log_buf_len + 4
         self.policy = Policy(self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0)
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
+
+    def _identity(self) -> PciIdentity:
+        """The PCI function as the configuration wants it."""
+        offers = self.config.interrupts
+        return PciIdentity(
+            device=self.config.device_id,
+            revision=revision_of(self.config.stepping),
+            msix_vectors=C["MSIX_TABLE_SIZE"] if offers == "msix" else 0,
+            msi=offers != "intx",
+        )
 
     async def _power_on(self) -> None:
         """Start the board process over the slot's memories."""
@@ -197,6 +209,8 @@ class Card:
         self.supervisor = Supervisor(
             self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
         )
+        self.files = VopFiles(self.vop, self.config.personality, self.log)
+        await self.files.listen(str(self.dir / "vop.sock"))
         for backend in plan(self):
             self.supervisor.add(backend)
 
@@ -208,6 +222,9 @@ class Card:
         if self.supervisor:
             await self.supervisor.stop()
             self.supervisor = None
+        if self.files:
+            await self.files.close()
+            self.files = None
         if self.vop:
             await self.vop.close()
             self.vop = None
@@ -281,17 +298,33 @@ class Card:
         """Hot-plug a device and wait until the card drives it."""
         if self.supervisor is None or self.cosm.state is not State.ONLINE:
             raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
-        backend = extra_device(self, kind, options)
-        self.supervisor.add(backend)
+        return await self._bring_up_device(extra_device(self, kind, options))
+
+    async def swap_device(self, name: str, options: dict[str, Any]) -> Backend:
+        """Another image for a disk: the card sees it go and a new one come (VOP-62). An image that
+        cannot be opened changes nothing."""
+        if not self.is_online or self.supervisor is None:
+            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+        old = self.backend(name)
+        fresh = swapped_block(self, old, options)
+        await self.supervisor.remove(old)
+        return await self._bring_up_device(fresh)
+
+    async def _bring_up_device(self, backend: Backend) -> Backend:
+        if self.supervisor is None:  # the card was stopped meanwhile
+            backend.release()
+            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+        supervisor = self.supervisor
+        supervisor.add(backend)
         try:
             await self.until(
                 lambda: backend.ready.is_set() or bool(backend.failed), self.clock.limit(40.0), f"{backend.name} on the card"
             )
         except TimeoutError:
-            await self.supervisor.remove(backend)
+            await supervisor.remove(backend)
             raise
         if backend.failed:
-            await self.supervisor.remove(backend)
+            await supervisor.remove(backend)
             raise MicemuError(f"{self.name}: {backend.name}: {backend.failed}")
         return backend
 

@@ -46,7 +46,7 @@ class Control:
             "status": self._status, "boot": self._boot, "shutdown": self._shutdown, "reset": self._reset,
             "reboot": self._reboot, "wait": self._wait, "stop": self._stop, "events": self._events,
             "run": self._run, "host_ns": self._host_ns, "config": self._config, "dump": self._dump,
-            "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "pcap": self._pcap,
+            "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "vop_swap": self._vop_swap, "pcap": self._pcap,
             "backend": self._backend,
         }  # fmt: skip
         self._admin = Admin(instance)
@@ -256,6 +256,11 @@ class Control:
     async def _vop_add(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
         backend = await card.add_device(msg["kind"], msg.get("options", {}))
+        return {"device": backend.name}
+
+    async def _vop_swap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        backend = await card.swap_device(msg["device"], msg.get("options", {}))
         return {"device": backend.name}
 
     async def _vop_remove(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

@@ -12,6 +12,8 @@ from mic_emu.host.disk import open_image
 from mic_emu.host.supervisor import Backend
 from mic_emu.wire import listen_unix
 
+RNG = "mic_emu.virtio.rng:Rng"
+
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
 
@@ -80,18 +82,58 @@ def network(card: Card) -> Backend:
     return backend
 
 
+def python_device(card: Card, options: dict[str, Any]) -> Backend:
+    """A device of the user's own: ``backend`` MODULE:CLASS in ``folder``; other options go to the class."""
+    rest = dict(options)
+    target, folder = rest.pop("backend", ""), rest.pop("folder", "")
+    module, _, cls = target.partition(":")
+    if not module or not cls:
+        raise UsageError(f"--backend {target!r}: write MODULE:CLASS")
+    name = rest.pop("name", "") or free_name(card, cls.lower())
+    if name in device_names(card):
+        raise UsageError(f"{card.name} has a device {name} already")
+    args = {"personality": card.config.personality, "backend": target, "folder": folder, "options": rest}
+    return Backend("python", name, args, [])
+
+
+def device_names(card: Card) -> set[str]:
+    """Names of the card's devices."""
+    return {b.name for b in card.supervisor.backends} if card.supervisor else set()
+
+
+def free_name(card: Card, prefix: str) -> str:
+    """``prefix``, or the first of prefix1, prefix2, ... that no device has."""
+    taken = device_names(card)
+    return prefix if prefix not in taken else next(n for n in (f"{prefix}{i}" for i in range(1, 256)) if n not in taken)
+
+
 def extra_device(card: Card, kind: str, options: dict[str, Any]) -> Backend:
     """A device for ``micemu vop add``. Raises UsageError naming what is wrong."""
+    if kind in ("python", "rng"):
+        return python_device(card, {"backend": RNG, "name": "rng", **options} if kind == "rng" else options)
     if kind != "block":
-        raise UsageError(f"cannot add a device of kind {kind!r} at run time; known kinds: block")
+        raise UsageError(f"cannot add a device of kind {kind!r} at run time; known kinds: block, rng, --backend MODULE:CLASS")
+    if "name" in options and options["name"] in device_names(card):
+        raise UsageError(f"{card.name} has a device {options['name']} already")
+    name = options.get("name") or next(n for n in (f"block{i}" for i in range(1, 256)) if n not in device_names(card))
+    return block(card, name, disk_options(options))
+
+
+def swapped_block(card: Card, old: Backend, options: dict[str, Any]) -> Backend:
+    """The successor of disk ``old`` with another image, under its name."""
+    if old.kind != "block":
+        raise UsageError(f"{old.name} is no disk: only disks can be swapped")
+    if "name" in options:
+        raise UsageError("a swapped disk keeps its name")
+    return block(card, old.name, disk_options(options))
+
+
+def disk_options(options: dict[str, Any]) -> CardConfig:
+    """What ``vop add`` and ``vop swap`` say about a disk. Raises UsageError naming what is wrong."""
     unknown = set(options) - {"path", "read_only", "size", "name"}
     if unknown or "path" not in options:
         raise UsageError(f"a block device needs path=FILE, and may have size=, read_only=, name=; not {sorted(unknown)}")
-    taken = {b.name for b in card.supervisor.backends} if card.supervisor else set()
-    name = options.get("name") or next(n for n in (f"block{i}" for i in range(1, 256)) if n not in taken)
-    if name in taken:
-        raise UsageError(f"{card.name} has a device {name} already")
     config = CardConfig(disk=options["path"], read_only=bool(options.get("read_only")))
     if "size" in options:
         config.disk_size = parse_size(options["size"], "size")
-    return block(card, name, config)
+    return config

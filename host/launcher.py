@@ -63,6 +63,7 @@ TARGETS = {
     "block": "mic_emu.host.backends.block",
     "net": "mic_emu.host.backends.net",
     "console": "mic_emu.host.backends.console",
+    "python": "mic_emu.host.backends.python",
 }
 
 

@@ -8,6 +8,7 @@ or restarts are off, it is started again after a growing pause.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -76,6 +77,11 @@ class Backend:
         if "error" in reply:
             raise MicemuError(reply["error"])
         return reply
+
+    def release(self) -> None:
+        """Close what was opened for it."""
+        while self.fds:
+            os.close(self.fds.pop())
 
     def reply(self, msg: dict[str, Any]) -> None:
         fut = self._replies.get(msg.get("reply", 0))
@@ -200,6 +206,9 @@ class Supervisor:
             self.log.info(msg["message"], device=backend.kind, **msg.get("fields", {}))
 
     async def _add_device(self, backend: Backend, channel: AsyncChannel, msg: dict[str, Any]) -> None:
+        if backend.device is not None:  # VOP-38
+            await channel.send({"error": f"{backend.name} has its device already", "errno": errno.EBUSY})
+            return
         try:
             device = await self.vop.add(
                 msg["type"], msg["num_vq"], msg["num"], msg["features"], bytes.fromhex(msg["config"]),
@@ -227,8 +236,7 @@ class Supervisor:
         backend.wanted = False
         await self._end(backend)
         await asyncio.gather(self._tasks.pop(backend), return_exceptions=True)
-        for fd in backend.fds:
-            os.close(fd)
+        backend.release()
 
     async def _end(self, backend: Backend) -> None:
         """Ask a backend to finish what it has begun and go; kill it when it does not."""
@@ -253,8 +261,7 @@ class Supervisor:
         await asyncio.gather(*(self._end(b) for b in self.backends))
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for backend in self.backends:
-            for fd in backend.fds:
-                os.close(fd)
+            backend.release()
         self.backends.clear()
         self._tasks.clear()
 

@@ -254,7 +254,7 @@ class VopHost:
                     self.ring_config()
                     await self._await_ack(dev, lambda: self._card_let_go(dev), REMOVE_LIMIT)
             # A card that never took the device (no config doorbell, status 0) cannot write to it.
-            acked = self._card_let_go(dev) or self._config_db() == -1 and dev.bottom.status() == 0
+            acked = self._card_let_go(dev) or (self._config_db() == -1 and dev.bottom.status() == 0)
             CTRL.put(self.page, ctrl, "config_change", 0)
             CTRL.put(self.page, ctrl, "guest_ack", 0)
             asyncio.get_running_loop().remove_reader(dev.irq.fd)

@@ -62,6 +62,9 @@ class BackendProcess:
         """Run the C loop until it wants Python; returns ``enum mic_run`` or -errno."""
         raise NotImplementedError
 
+    def driver_ready(self) -> None:
+        """The card's driver has set DRIVER_OK."""
+
     def returned(self, rc: int) -> None:
         """A loop result that is the device's own (above MIC_RUN_LOCAL, or an errno)."""
 
@@ -148,6 +151,7 @@ class BackendProcess:
                 if not self.announced:
                     self.announced = True
                     self.channel.send({"op": "driver_ok"})
+                    self.driver_ready()
                 rc = self.loop()
                 if rc > lib.MIC_RUN_SIGNAL or rc < 0:
                     self.returned(rc)

@@ -1,0 +1,103 @@
+"""Runs a user's ``mic_emu.vop.driver.Driver``, and the one that comes with the card: virtio-rng."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+from collections.abc import Callable
+from pathlib import Path
+
+from mic_emu import layout as L
+from mic_emu.card.os.drivers import RING, Environment, LoopDriver
+from mic_emu.card.os.vop import VirtioDevice
+from mic_emu.log import Log
+from mic_emu.vop.driver import Device, DeviceBroken, Driver, Stopped
+from mic_emu.vop.loading import LoadError, load_class
+
+C = L.CONSTANTS
+
+
+class PythonDriver(LoopDriver):
+    """One device driven by ``kind``."""
+
+    def __init__(self, kind: type[Driver], env: Environment) -> None:
+        super().__init__(env)
+        self.kind = kind
+        self.rings = kind.rings
+        self.features = kind.features | RING
+        self._driver: Driver | None = None
+
+    def create(self, dev: VirtioDevice) -> None:
+        device = Device(
+            dev.bus, dev.vdrv, dev.features, Path(self.env.boot["dir"]), dev.read_config, lambda text: dev.log.info(str(text))
+        )
+        size = self.kind.buffers * self.kind.buffer_size
+        self._driver = self.kind(device, [dev.alloc(size) for _ in range(self.rings)])
+
+    def loop(self) -> int:
+        assert self._driver
+        try:
+            self._driver.run()
+        except Stopped:
+            return 0
+        except DeviceBroken as e:
+            return -(e.errno or 5)
+        except Exception as e:  # a user's code must not take the card down
+            if self.dev:
+                self.dev.log.error(f"{self.kind.__name__} ended: {type(e).__name__}: {e}")
+        return 0
+
+    def config_changed(self) -> None:
+        if self._driver:
+            self._driver.config_changed()
+
+    def destroy(self) -> None:
+        if self._driver:
+            self._driver.close()
+        self._driver = None
+
+
+class HwRng(Driver):
+    """Entropy as a stream: read the FIFO ``hwrng`` of the card's run directory."""
+
+    device_type = C["VIRTIO_ID_RNG"]
+    buffers = 2
+
+    def run(self) -> None:
+        path = self.device.folder / "hwrng"
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
+        # Both ends: opening does not wait for a reader, and a reader that goes is no error.
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        poller = select.epoll()
+        try:
+            poller.register(self._fd, select.EPOLLOUT)
+            while True:
+                data = self.request(room=self.buffer_size)
+                while data:
+                    if poller.poll(0):
+                        with contextlib.suppress(BlockingIOError):
+                            data = data[os.write(self._fd, data) :]
+                    else:
+                        self.wait(poller.fileno())
+        finally:
+            poller.close()
+
+    def close(self) -> None:
+        if (fd := getattr(self, "_fd", -1)) >= 0:
+            os.close(fd)
+        (self.device.folder / "hwrng").unlink(missing_ok=True)
+
+
+def user_drivers(params: dict[str, str], log: Log) -> dict[int, Callable[[Environment], PythonDriver]]:
+    """Drivers by device type: ours, then those of ``micemu.drivers=MODULE:CLASS,...``, looked for in the
+    caller's working directory, too. One that cannot be loaded is logged."""
+    kinds: list[type[Driver]] = [HwRng]
+    for name in filter(None, params.get("micemu.drivers", "").split(",")):
+        try:
+            kinds.append(load_class(name, Driver, params.get("micemu.cwd", "")))
+        except LoadError as e:
+            log.error(f"micemu.drivers: {e}")
+    return {kind.device_type: functools.partial(PythonDriver, kind) for kind in kinds}

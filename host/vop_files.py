@@ -1,0 +1,113 @@
+"""The host's end of ``mic_emu.vop.device_file``: who opens ``micN/vop.sock`` may add one device (VOP 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Any
+
+from mic_emu.errors import MicemuError
+from mic_emu.host.vop import VopDevice, VopHost
+from mic_emu.log import Log
+from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
+
+RELEASE_LIMIT = 6.0  # a copy that runs ends within 5 s (VOP-32)
+
+
+class _File:
+    """One open file."""
+
+    def __init__(self, channel: AsyncChannel) -> None:
+        self.channel = channel
+        self.device: VopDevice | None = None
+        self.released = asyncio.Event()
+
+
+class VopFiles:
+    """The open files of one card, between its start and stop."""
+
+    def __init__(self, vop: VopHost, personality: str, log: Log) -> None:
+        self.vop = vop
+        self.personality = personality
+        self.log = log
+        self._files: set[_File] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: UnixServer | None = None
+        self._closing = False
+
+    async def listen(self, path: str) -> None:
+        """Files can be opened from now on."""
+        self._server = await serve_unix(path, self.serve)
+
+    async def serve(self, channel: AsyncChannel) -> None:
+        """One open file until it is closed, however its process ends (VOP-20)."""
+        file = _File(channel)
+        self._files.add(file)
+        try:
+            await channel.send({"personality": self.personality, "page": self.vop.page_off}, self.vop.bus.fds)
+            while True:
+                msg, _ = await channel.recv(None, "a request of a device file")
+                await self._message(file, msg)
+        except OSError:
+            pass
+        finally:
+            self._files.discard(file)
+            file.released.set()
+            await self._remove(file)
+
+    async def _message(self, file: _File, msg: dict[str, Any]) -> None:
+        op = msg.get("op")
+        if op == "add":
+            await self._add(file, msg)
+        elif op == "config":
+            task = asyncio.ensure_future(self._config(file, bytes.fromhex(msg["config"])))
+            self._tasks.add(task)  # the card's answer arrives on the same channel meanwhile
+            task.add_done_callback(self._tasks.discard)
+        elif op == "guest_ack" and file.device:
+            file.device.acknowledged()
+        elif op == "released":
+            file.released.set()
+
+    async def _add(self, file: _File, msg: dict[str, Any]) -> None:
+        if file.device is not None or self._closing:
+            code = errno.EBUSY if file.device else errno.ENODEV
+            await file.channel.send({"errno": code, "error": "ADD_DEVICE is not possible now"})
+            return
+        try:
+            file.device = await self.vop.add(
+                msg["type"], msg["num_vq"], msg["num"], msg["features"], bytes.fromhex(msg["config"]), msg["feature_len"]
+            )
+        except (OSError, MicemuError) as e:
+            await file.channel.send({"errno": e.errno, "error": str(e)})
+            return
+        await file.channel.send({"slot": file.device.slot.to_dict()}, [file.device.irq.fd])
+
+    async def _config(self, file: _File, config: bytes) -> None:
+        reply: dict[str, Any] = {"errno": errno.EINVAL, "error": "no device"}
+        if file.device:
+            try:
+                reply = {"acked": await self.vop.config_change(file.device, config)}
+            except MicemuError as e:
+                reply = {"errno": e.errno, "error": str(e)}
+        try:
+            await file.channel.send(reply)
+        except OSError:
+            pass  # it was closed meanwhile
+
+    async def _remove(self, file: _File) -> None:
+        device, file.device = file.device, None
+        if device:
+            await self.vop.remove(device)
+
+    async def close(self) -> None:
+        """Card stop: no new files; the open ones are told, wait for their copies and are dead (VOP-19, 55)."""
+        self._closing = True
+        for file in list(self._files):
+            try:
+                await file.channel.send({"op": "removed"})
+                await self.vop.clock.within(file.released.wait(), RELEASE_LIMIT, "the release of a device file")
+            except (OSError, TimeoutError):
+                self.log.warning("a device file does not let go of its device; it is removed anyway")
+            await self._remove(file)
+        if self._server:
+            await self._server.close()

@@ -1,0 +1,67 @@
+"""Devices of a whole machine: VOP-19, 62, 65."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+
+
+def gone(pid: int) -> bool:
+    """Has the process ended and been collected? (a zombie has not)"""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_vop_62_disk_swapped_at_run_time(machine: Machine) -> None:
+    """VOP-62: vop swap: the card sees the disk go and another one come; a bad file changes nothing."""
+    status = machine.boot("--net", "none")
+    run_dir = Path(status["cards"][0]["run_dir"])
+    first = machine.device("block")
+    image = machine.home / "other.img"
+    image.write_bytes(b"the other image".ljust(3 << 20, b"\0"))
+    bad = machine.micemu("vop", "swap", "mic0", "block", "path=/nonexistent/x.img", check=False)
+    assert bad.returncode != 0
+    assert machine.device("block")["pid"] == first["pid"]
+    machine.micemu("vop", "swap", "mic0", "block", f"path={image}")
+    now = machine.device("block")
+    assert (now["path"], now["state"]) == (str(image), "running")
+    assert gone(first["pid"])
+    assert (run_dir / "vda.nbd").exists()
+    events = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
+    disks = [e["event"] for e in events if e.get("event") in ("device_up", "device_gone") and e.get("type") == 2]
+    assert disks == ["device_up", "device_gone", "device_up"]
+    assert any("6144 sectors" in e["message"] for e in events)
+    assert "only disks" in machine.micemu("vop", "swap", "mic0", "console", f"path={image}", check=False).stderr
+
+
+def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
+    """VOP-65: shutting_down to ready ends every backend without a zombie; restart boots with new ones."""
+    machine.boot("--net", "none")
+    before = [d["pid"] for d in machine.card()["devices"]]
+    machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 60", check=False)
+    eventually(lambda: machine.card()["boots"] == 2 and machine.card()["state"] == "online", 20, "the second boot")
+    assert all(gone(pid) for pid in before)
+    eventually(lambda: all(d["state"] == "running" for d in machine.card()["devices"]), 10, "the new backends")
+    after = [d["pid"] for d in machine.card()["devices"]]
+    assert not set(before) & set(after)
+    machine.micemu("shutdown", "mic0")
+    assert machine.card()["state"] == "ready"
+    assert all(gone(pid) for pid in after)
+
+
+def test_vop_19_devices_are_gone_after_stop(machine: Machine) -> None:
+    """VOP-19: after stop no device is listed, none can be added or removed; the next boot has them again."""
+    machine.boot("--net", "none")
+    machine.micemu("vop", "add", "mic0", "rng")
+    machine.micemu("reset", "mic0")
+    assert machine.card()["devices"] == []
+    for words in (["add", "mic0", "rng"], ["remove", "mic0", "rng"]):
+        assert machine.micemu("vop", *words, check=False).returncode != 0
+    machine.boot()
+    assert {d["type"] for d in machine.card()["devices"]} == {"console", "block"}
+

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host import metrics
+from mic_emu.host.devices import block
 from mic_emu.host.sysfs import Sysfs, watch_states
+from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
 from mic_emu.wire_aio import AsyncChannel
 
@@ -35,6 +39,7 @@ class Admin:
             "sysfs_list": self._sysfs_list, "sysfs_read": self._sysfs_read, "sysfs_write": self._sysfs_write,
             "sysfs_watch": self._sysfs_watch, "suspend": self._suspend, "resume": self._resume,
             "force_reset": self._force_reset, "metrics": self._metrics_text,
+            "scif_ask": self._scif_ask, "plug": self._plug, "reload": self._reload,
         }  # fmt: skip
 
     async def open(self) -> None:
@@ -112,6 +117,77 @@ class Admin:
         if failed:
             raise StateError(f"{', '.join(failed)}: the firmware did not become ready", errno.EIO)
         return {"status": self.instance.status()}
+
+    # --- the service ----------------------------------------------------------------------------------
+
+    async def _plug(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Have these cards, without booting them."""
+        await self.instance.plug([CardConfig(**c) for c in msg["cards"]])
+        return {"status": self.instance.status()}
+
+    async def _reload(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """New configurations: at once for cards that are down and for disks of cards that are up (VOP-62),
+        at the next boot for the rest. Size of memory and identity of a card that is up stay."""
+        configs = [CardConfig(**c) for c in msg["cards"]]
+        before = {name: card.config for name, card in self.instance.cards.items()}
+        await self.instance.plug(configs)
+        for index, config in enumerate(configs):
+            card = self.instance.cards[f"mic{index}"]
+            old = card.config
+            if card.cosm.state is State.READY or old == config:
+                continue
+            fixed = {k: getattr(old, k) for k in ("memory", "device_id", "stepping", "namespaces")}
+            card.reconfigure(dataclasses.replace(config, **fixed))
+            if any(getattr(old, k) != getattr(config, k) for k in ("disk", "disk_size", "read_only")):
+                await self._swap_disk(card)
+        changed = [n for n, card in self.instance.cards.items() if before.get(n) != card.config]
+        self.instance.log.info("configuration read again", event="reload", cards=changed)
+        return {"changed": changed}
+
+    async def _swap_disk(self, card: Card) -> None:
+        """The card sees its disk go and the new one come."""
+        if card.supervisor is None:
+            return
+        fresh = block(card, "block", card.config) if card.config.disk != "none" else None
+        for backend in [b for b in card.supervisor.backends if b.name == "block"]:
+            await card.supervisor.remove(backend)
+        if fresh:
+            card.supervisor.add(fresh)
+
+    # --- a card's services ----------------------------------------------------------------------------
+
+    async def _scif_ask(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Send ``data`` (hex) to ``port`` of a card from a privileged port; the answer as hex: ``head``
+        bytes, and as many more as the 16-bit word at ``length_at`` says."""
+        (card,) = self.instance.select([msg["card"]])
+        ep = self.instance.node.open()
+        try:
+            return await asyncio.wait_for(self._ask(ep, card.index + 1, msg), 5.0)
+        except ScifError as e:
+            raise MicemuError(f"{card.name}: port {msg['port']}: {e}", e.errno or errno.EIO) from e
+        except asyncio.TimeoutError:
+            raise MicemuError(f"{card.name}: port {msg['port']}: no answer", errno.ETIMEDOUT) from None
+        finally:
+            await ep.close()
+
+    async def _ask(self, ep: Endpoint, node: int, msg: dict[str, Any]) -> Reply:
+        self._bind_privileged(ep)
+        await ep.connect((node, msg["port"]))
+        await ep.send(bytes.fromhex(msg["data"]))
+        head = await ep.recv(msg["head"])
+        at = msg["length_at"]
+        rest = await ep.recv(int.from_bytes(head[at : at + 2], "little")) if len(head) == msg["head"] else b""
+        return {"data": (head + rest).hex()}
+
+    def _bind_privileged(self, ep: Endpoint) -> None:
+        """A free port from 1023 downwards: the proof of root that the services look at."""
+        for port in range(1023, 900, -1):
+            try:
+                ep.bind(port)
+                return
+            except ScifError:
+                continue
+        raise MicemuError("no privileged SCIF port is free", errno.ENOSPC)
 
     # --- metrics ------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Card:
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
         self.bus.set_over_pci()
-        build(self.bus, PciIdentity(device=self.config.device_id, revision=revision_of(self.config.stepping)))
+        build(self.bus, self._identity())
         await self._power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
         self.driver.bring_up = self._bring_up
@@ -96,6 +96,16 @@ class Card:
         self.cosm.log_buf_addr = self.cosm.log_buf_len + 4
         self.policy = Policy(self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0)
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
+
+    def _identity(self) -> PciIdentity:
+        """The PCI function as the configuration wants it."""
+        offers = self.config.interrupts
+        return PciIdentity(
+            device=self.config.device_id,
+            revision=revision_of(self.config.stepping),
+            msix_vectors=C["MSIX_TABLE_SIZE"] if offers == "msix" else 0,
+            msi=offers != "intx",
+        )
 
     async def _power_on(self) -> None:
         """Start the board process over the slot's memories."""

@@ -91,9 +91,8 @@ class Instance:
     async def _reconfigure(self, card: Card, config: CardConfig) -> None:
         if not card.is_ready or card.config == config:
             return
-        if (card.config.memory, card.config.device_id, card.config.stepping, card.config.namespaces) != (
-            config.memory, config.device_id, config.stepping, config.namespaces
-        ):  # fmt: skip
+        hardware = ("memory", "device_id", "stepping", "interrupts", "namespaces")
+        if any(getattr(card.config, name) != getattr(config, name) for name in hardware):
             await self.unplug(card)
             fresh = Card(
                 card.index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log

@@ -63,6 +63,8 @@ class Driver:
         self.smpt = Smpt(bus, log)
         self.smpt.init()
         self.irq.enable()
+        if self.irq.dispatch_fd is not None:
+            asyncio.get_running_loop().add_reader(self.irq.dispatch_fd, self.irq.dispatch)
         self.page_off = memory.alloc(C["DP_SIZE"])
         self.page = View(bus.host.pointer + self.page_off, C["DP_SIZE"])
         self.page_card = self.smpt.map(self.page_off, C["DP_SIZE"])
@@ -85,6 +87,8 @@ class Driver:
         self._let_go()
         self.smpt.unmap(self.page_card, C["DP_SIZE"])
         self.memory.free(self.page_off)
+        if self.irq.dispatch_fd is not None:
+            asyncio.get_running_loop().remove_reader(self.irq.dispatch_fd)
         self.irq.close()
 
     def _publish_page(self) -> None:

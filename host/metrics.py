@@ -51,7 +51,7 @@ def _card(card: Card) -> Iterator[Sample]:
     for row in card.devices():
         device = {**label, "device": row["type"]}
         yield "micemu_device_running", device, row["state"] == "running"
-        yield "micemu_device_restarts_total", device, row["restarts"]
+        yield "micemu_device_restarts_total", device, int(row["restarts"])
     for ring in inspection.vrings(card):
         where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
         yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF

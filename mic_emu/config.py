@@ -29,6 +29,7 @@ NET_MODES = ("auto", "ns", "tap", "responder", "none")
 PERSONALITIES = ("modern", "compat")
 ON_CRASH = ("keep", "reset", "reboot")
 RESTART = ("always", "never")
+INTERRUPTS = ("msix", "msi", "intx")
 STEPPINGS = ("A0", "B0", "B1", "C0")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -49,6 +50,10 @@ def format_size(n: int) -> str:
     return str(n)
 
 
+class NoCards(UsageError):
+    """The file says explicitly that there are none."""
+
+
 @dataclass
 class CardConfig:
     """One card. Sizes in bytes, paths absolute."""
@@ -63,6 +68,7 @@ class CardConfig:
     cmdline: str = ""
     stepping: str = "C0"
     device_id: int = 0x225C
+    interrupts: str = "msix"  # the best that the card offers; the driver falls back to it
     personality: str = "modern"
     on_crash: str = "keep"
     max_reboots: int = 5  # boots in a row that end in a crash, until on_crash = "reboot" gives up
@@ -114,6 +120,7 @@ _CHOICES = {
     "on_crash": ON_CRASH,
     "restart": RESTART,
     "stepping": STEPPINGS,
+    "interrupts": INTERRUPTS,
     "timing": tuple(PROFILES),
 }
 _SIZES = {"memory", "disk_size", "host_memory"}
@@ -190,6 +197,8 @@ def load(path: Path | None, cards: int | None = None) -> Config:
             card = CardConfig()
             _set(card, table, f"{path}: [[card]] number {i + 1} (mic{i})", base)
             config.cards.append(card)
+        if plain.get("card") == [] and cards is None:
+            raise NoCards(f"{path}: the list of cards is empty")
     count = cards if cards is not None else max(1, len(config.cards))
     if not 1 <= count <= MAX_CARDS:
         raise UsageError(f"{count} cards: use 1 to {MAX_CARDS}")

@@ -286,10 +286,9 @@ def start_command(
 
     payload_fd:  from ``payload_memfd``; it must be inherited, as must descriptors named in ``args``
     args:        become ``sys.argv[1:]`` of ``mic_emu.card.os.main.main``
-    The interpreter, its standard library and ``_cffi_backend`` are the host's.
+    The interpreter, its standard library, ``_cffi_backend`` and ``posix_ipc`` are the host's.
     """
-    import _cffi_backend
-
-    extensions = os.path.dirname(os.path.abspath(_cffi_backend.__file__))
-    argv = [sys.executable, "-I", "-S", "-B", "-c", _STUB, str(payload_fd), extensions, *args]
+    extensions = os.pathsep.join(dict.fromkeys(str(_origin(m).parent) for m in ("_cffi_backend", "posix_ipc")))
+    installed = os.pathsep.join((os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.prefix))
+    argv = [sys.executable, "-I", "-S", "-B", "-c", _STUB, str(payload_fd), extensions, installed, *args]
     return sys.executable, argv, dict(os.environ if env is None else env)

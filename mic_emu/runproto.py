@@ -1,8 +1,8 @@
 """Messages between ``micemu run`` and the init of a card, over ``wire``.
 
 ===================  =====================================================================
-client               ``{"run": 1, "argv", "env", "cwd", "umask", "tty", "rows", "cols"}``,
-                     with stdin, stdout and stderr as descriptors when ``tty`` is false
+client               ``{"run": 1, "argv", "env", "cwd", "umask", "limits", "tty", "rows",
+                     "cols"}``, with stdin, stdout and stderr when ``tty`` is false
 client, later        ``{"signal": n}`` for the program's process group
 init                 ``{"started": pid}``, with the terminal's master when ``tty`` is true
 init                 ``{"exited": status}``: 0..255, or minus the signal that ended it
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,11 @@ from mic_emu.wire import Message
 VERSION = 1
 HANGUP_GRACE_S = 2.0
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+LIMITS = {
+    name: getattr(resource, f"RLIMIT_{name.upper()}")
+    for name in ("as", "core", "cpu", "data", "fsize", "memlock", "nofile", "nproc", "stack")
+}
 
 # What a caller's session is about and the card's is not.
 _NOT_PASSED = frozenset(
@@ -47,7 +53,11 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A program to start. ``rows`` and ``cols`` are characters, 0 when not known."""
+    """A program to start.
+
+    rows, cols:  characters, 0 when not known
+    limits:      soft resource limits by name of ``LIMITS``, -1 for none
+    """
 
     argv: list[str]
     cwd: str
@@ -56,6 +66,7 @@ class RunRequest:
     rows: int = 0
     cols: int = 0
     umask: int = 0o022
+    limits: dict[str, int] = field(default_factory=dict)
 
     def message(self) -> Message:
         """As it goes over the wire."""
@@ -68,6 +79,7 @@ class RunRequest:
             "rows": self.rows,
             "cols": self.cols,
             "umask": self.umask,
+            "limits": self.limits,
         }
 
 
@@ -100,6 +112,11 @@ def parse_run(msg: Message, nfds: int) -> RunRequest:
     umask = msg.get("umask", 0o022)
     if type(umask) is not int or not 0 <= umask <= 0o777:
         raise BadRequest("the umask is not a number of 0..511")
+    limits = msg.get("limits", {})
+    if not isinstance(limits, dict) or not limits.keys() <= LIMITS.keys():
+        raise BadRequest("the limits are not those of getrlimit")
+    if not all(type(n) is int and -1 <= n < 1 << 63 for n in limits.values()):
+        raise BadRequest("a limit is not a number")
     for name in env:
         if "=" in _text(name, "an environment name") or not name:
             raise BadRequest("an environment name is empty or has '=' in it")
@@ -111,7 +128,13 @@ def parse_run(msg: Message, nfds: int) -> RunRequest:
         rows=sizes[0],
         cols=sizes[1],
         umask=umask,
+        limits=limits,
     )
+
+
+def soft_limits() -> dict[str, int]:
+    """This process's own, for a request."""
+    return {name: resource.getrlimit(which)[0] for name, which in LIMITS.items()}
 
 
 def card_environment(caller: dict[str, str], card: dict[str, str]) -> dict[str, str]:

@@ -36,4 +36,6 @@ echo "== Python tests ($kind)"
 LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0,allow_user_segv_handler=1,handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1 \
 	PYTHONPATH="$farm" PYTHONDONTWRITEBYTECODE=1 \
-	"$python" -m pytest -q -p no:cacheprovider --timeout 300 tests/hw tests/vop/test_vring*.py tests/vop/test_block*.py tests/vop/test_copy_desc.py tests/vop/test_nbd.py -m "not system and not peer"
+	"$python" -m pytest -q -p no:cacheprovider --timeout 300 -m "not system and not peer" \
+	tests/hw tests/vop/test_vring*.py tests/vop/test_block*.py tests/vop/test_copy_desc.py tests/vop/test_nbd.py \
+	tests/vop/test_net_wire.py tests/vop/test_net_responder.py tests/vop/test_net_pcap.py tests/vop/test_console.py

@@ -106,7 +106,10 @@ class Board:
         self.os_fd = os.pidfd_open(self.os_pid)
         self.poller.register(self.os_fd, select.POLLIN)
         self.post(POST_OS)
-        self.host.send({"event": "os_start", "pid": self.os_pid, "contained": self.bootstrap.contained})
+        # People look at, stop and kill the card OS itself, not the shim that stands for it in its pid namespace.
+        self.host.send(
+            {"event": "os_start", "pid": self.bootstrap.inner_pid, "contained": self.bootstrap.contained}
+        )
 
     def run(self) -> None:
         """Until the host closes its channel: power off."""

@@ -1,6 +1,6 @@
 """First code of a started image: finds its own extension module, then the card OS's ``main``.
 
-``sys.argv`` is ``[..., payload descriptor, folder of _cffi_backend, arguments of main...]``. The zip
+``sys.argv`` is ``[..., payload descriptor, folders of extensions, installed, arguments of main...]``. The zip
 is ``sys.path[0]`` already; the native module is loaded from the downloaded bytes, not from the
 host's installation.
 """
@@ -15,9 +15,10 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import NoReturn
 from zipimport import zipimporter
 
-
 # Descriptor of the zip that modules are imported from, -1 when this is no started image.
 archive_fd = -1
+# Folders of the host with this package and its interpreter: programs use libscif and the Python API.
+installed: list[str] = []
 
 
 def load_native(archive: str) -> None:
@@ -43,11 +44,12 @@ def load_native(archive: str) -> None:
 
 def start() -> NoReturn:
     """Set up what ``start_command`` promised and run ``main``; its result is the exit status."""
-    global archive_fd
+    global archive_fd, installed
     archive_fd = int(sys.argv[1])
     archive, extensions = f"/proc/self/fd/{archive_fd}", sys.argv[2]
     os.set_inheritable(archive_fd, False)
-    sys.argv = ["micos", *sys.argv[3:]]
-    sys.path.append(extensions)
+    installed = sys.argv[3].split(os.pathsep)
+    sys.argv = ["micos", *sys.argv[4:]]
+    sys.path += extensions.split(os.pathsep)
     load_native(archive)
     sys.exit(import_module("mic_emu.card.os.main").main())

@@ -337,7 +337,7 @@ class _Loop(EventLoop):
             client.master, slave = self.root.open_terminal()
             program.set_size(client.master, request.rows, request.cols)
         env = self.environment(request.env)
-        command = Command(request.argv, env, request.cwd, stdio, slave, request.umask)
+        command = Command(request.argv, env, request.cwd, stdio, slave, request.umask, request.limits)
         client.started = program.start(self.root, command)
         self.clients[client.pid] = client
         self.watch(client.started.ready_fd, lambda: self.on_started(client))

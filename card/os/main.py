@@ -27,23 +27,34 @@ from mic_emu.card.os.drivers import Environment
 from mic_emu.card.os.klog import KernelLog
 from mic_emu.card.os.registry import drivers
 from mic_emu.card.os.scif_link import CardLink
+from mic_emu.card.os.tools import ToolServers
 from mic_emu.card.os.userland import PANIC_STATUS, Userland
 from mic_emu.card.os.vop import VopCard
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
+from mic_emu.cosm.tools_proto import Facts
 from mic_emu.dma import DRAIN_S
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
+from mic_emu.version import VERSION
 from mic_emu.scif.service import ScifService, listen_at
 
 C = L.CONSTANTS
 
 
-def command_line(bus: Bus, base: int, size: int) -> dict[str, str]:
-    """Kernel parameters: ``key=value`` words, and words alone, from behind the image."""
+def command_line(bus: Bus, base: int, size: int) -> str:
+    """The kernel command line from behind the image (COSM-21)."""
     raw = bus.gddr.read(base + size, min(C["CMDLINE_MAX"], bus.gddr.size - base - size))
-    words = shlex.split(raw.partition(b"\0")[0].decode(errors="replace"))
+    return raw.partition(b"\0")[0].decode(errors="replace")
+
+
+def parameters(text: str) -> dict[str, str]:
+    """``key=value`` words, and words alone. Any bytes may be there: what is no shell syntax is split at blanks."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = text.split()
     return {k: v for k, _, v in (w.partition("=") for w in words)}
 
 
@@ -56,7 +67,9 @@ class Kernel:
         self.log = log
         self.clock = Clock(boot["timing"])
         base, size = boot["base"], boot["size"]
-        self.params = command_line(bus, base, size)
+        text = command_line(bus, base, size)
+        log.info(f"Command line: {text}")
+        self.params = parameters(text)
         self.ramdisk = self._ramdisk(base)
         first = max(2 * base, base + page_align(size + C["CMDLINE_MAX"]))
         if self.ramdisk:
@@ -98,11 +111,14 @@ class Kernel:
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
         agent = Agent(environment)
         await agent.open()
+        tools = ToolServers(self.node, self._facts(), self.log)
+        tools.start()
         await vop.start()
         self.log.info("card is up", event="card_up", node=self.driver.node_id)
         status = await self._down
         self.log.info(f"going down: {status.word}", event="card_down", status=status.word)
         await agent.close()
+        await tools.close()
         await userland.shutdown()
         await scif.close()
         await client.report(status)
@@ -112,6 +128,11 @@ class Kernel:
         self.driver.remove(self.clock.limit(DRAIN_S))
         await self.node.close()
         return status
+
+    def _facts(self) -> Facts:
+        """What the tools' services tell about this card."""
+        serial = f"MICEMU{self.driver.node_id:06d}"
+        return Facts(self.bus.gddr.size, os.cpu_count() or 1, f"micos {VERSION}", serial)
 
     def _peer(self, client: CosmClient, node: int, online: bool) -> None:
         if node == 0 and online:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import signal
 import struct
 import termios
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 from mic_emu import namespaces
 from mic_emu._native import lib
+from mic_emu.runproto import LIMITS
 
 _TIOCGPTN = 0x80045430
 _TIOCSPTLCK = 0x40045431
@@ -103,6 +105,7 @@ class Command:
 
     stdio:     three descriptors, or none of them when ``terminal`` is given
     terminal:  path of the slave that becomes its standard descriptors and controlling terminal
+    limits:    soft resource limits by name of ``runproto.LIMITS``
     """
 
     argv: Sequence[str]
@@ -111,6 +114,7 @@ class Command:
     stdio: Sequence[int] = ()
     terminal: str | None = None
     umask: int = 0o022
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 def start(root: Root, command: Command) -> Started:
@@ -140,6 +144,7 @@ def _child(root: Root, command: Command, ready_w: int, parent: int) -> NoReturn:
         os.setsid()
         root.enter(command.cwd)
         os.umask(command.umask)
+        _limit(command.limits)
         # The terminal is opened here, so that its name is one of the program's own file system.
         terminal = command.terminal and os.open(command.terminal, os.O_RDWR)
         report = _stdio([terminal] * 3 if terminal else command.stdio, ready_w)
@@ -155,6 +160,18 @@ def _child(root: Root, command: Command, ready_w: int, parent: int) -> NoReturn:
         os.write(report, _REPORT.pack(errno.EINVAL, stage))
     finally:
         os._exit(127)
+
+
+def _limit(limits: Mapping[str, int]) -> None:
+    """Soft resource limits, as far as the card's hard ones permit."""
+    for name, soft in limits.items():
+        _, hard = resource.getrlimit(LIMITS[name])
+        if hard != resource.RLIM_INFINITY and (soft == resource.RLIM_INFINITY or soft > hard):
+            soft = hard
+        try:
+            resource.setrlimit(LIMITS[name], (soft, hard))
+        except (OSError, ValueError):
+            pass  # below what is in use, or refused: the card's own limit stays
 
 
 def _default_signals() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_emu.bar import Bus
-from mic_emu.card.os import init
+from mic_emu.card.os import bootstrap, init
 from mic_emu.card.os.rootfs import RootConfig, make_root
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
@@ -53,7 +53,7 @@ class Userland:
             hostname=boot["name"],
             ramdisk=archive,
             hosts={name: address.split("/")[0] for name, address in names.items()},
-            expose=[boot["dir"]],
+            expose=[boot["dir"], *bootstrap.installed],
         )
         process = init.start(config, listener, lambda: make_root(boot["contained"], root))
         return cls(process, listener, path, log)

@@ -51,6 +51,22 @@ class Net(BackendProcess):
         assert local is not None
         self.dev = net.NetDevice(self.vdev, local)
 
+    def handshake(self) -> None:
+        offered = self.bottom.rings_offered
+        super().handshake()
+        if offered and self.rings_ready:
+            self._negotiated()
+
+    def _negotiated(self) -> None:
+        """Follow what the card accepted of our features (VOP 4.4): it was written before the rings."""
+        assert self.dev
+        shape = self.slot.shape
+        raw = self.bus.host.read(self.slot.desc + shape.accepted_off, shape.feature_len)
+        features = int.from_bytes(raw, "little") & self.slot.features
+        self.dev.accepted(features)
+        if self.tap:
+            net.prepare_tap(self.tap, features, card=False)
+
     def loop(self) -> int:
         assert self.dev
         return self.dev.run()
@@ -98,7 +114,9 @@ class Net(BackendProcess):
 
         def work() -> None:
             try:
-                got = responder.ping(msg["target"], msg["count"], interval_s=msg["interval"], timeout_s=msg["timeout"])
+                got = responder.ping(
+                    msg["target"], msg["count"], interval_s=msg["interval"], timeout_s=msg["timeout"]
+                )
                 self.channel.send({"reply": ident, "sent": got.sent, "rtts": got.rtts_s})
             except OSError as e:
                 self.channel.send({"reply": ident, "error": str(e)})

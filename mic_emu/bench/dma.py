@@ -113,7 +113,7 @@ def _throughput(rig: _Rig, ch: DmaChannel, length: int, total: int, rounds: int)
 
 def _scaling(rig: _Rig, channels: list[DmaChannel], area: int, total: int, rounds: int) -> Row:
     """Two channels at once beside two threads that copy. A small area stays in each core's cache."""
-    length = 256 * 1024
+    length = C["DMA_HOST_MAX"]
     count = total // length
     ours, limit = _best(
         rounds,

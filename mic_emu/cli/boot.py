@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.config import NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
+from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, UsageError
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel
@@ -81,6 +81,8 @@ def command(
       micemu boot --disk root.img:ro --net none
       micemu boot mic1 --config lab.toml
     """
+    if count is not None and not 1 <= count <= MAX_CARDS:
+        raise UsageError(f"{count} cards: use 1 to {MAX_CARDS}")
     where = client.rundir()
     names = [] if cards == ("all",) else list(cards)
     needed = max([card_index(n) + 1 for n in names], default=count or 0)

@@ -75,6 +75,7 @@ def run(
         rows,
         cols,
         _umask(),
+        runproto.soft_limits(),
     )
     wanted = _PASSED_ON + ((signal.SIGWINCH,) if with_tty else ())
     with Channel(sock) as channel, terminal.caught(wanted) as signals:

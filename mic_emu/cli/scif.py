@@ -1,8 +1,13 @@
-"""micemu scif"""
+"""micemu scif: nodes, live tables, netcat, a speed test, compiler flags"""
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,8 +15,31 @@ import mic_emu
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError
 
+if TYPE_CHECKING:
+    from mic_emu.scif.api import Endpoint
 
-def package_folder(name: str) -> Path:
+CHUNK = 65536
+POLLIN = 1
+
+
+def _socket(node: str) -> Path:
+    """The socket for programs of ``host`` or a card of this instance; our environment's when set."""
+    if node == "host" and os.environ.get("MICEMU_SCIF_SOCKET"):
+        return Path(os.environ["MICEMU_SCIF_SOCKET"])
+    base = Path(client.rundir().path)
+    return base / "scif.sock" if node == "host" else base / node / "scif.sock"
+
+
+def _tables(node: str) -> dict[str, Any]:
+    from mic_emu.scif.inspect import ask_tables
+
+    try:
+        return ask_tables(_socket(node))
+    except OSError as e:
+        raise MicemuError(f"the SCIF node of {node} does not answer: {e.strerror or e}", e.errno or 0) from e
+
+
+def _package_folder(name: str) -> Path:
     """``include`` or ``lib`` of the installed package. Raises MicemuError when it was not built."""
     path = Path(mic_emu.__file__).resolve().parent / name
     if not path.is_dir():
@@ -24,18 +52,20 @@ def package_folder(name: str) -> Path:
 @click.option("--libs", is_flag=True, help="Linker flags for libscif; the program finds it where it is now.")
 @click.pass_context
 def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
-    """SCIF: build programs, look at nodes.
+    """SCIF: build programs, see who is there and what is open, netcat, a speed test.
 
     \b
     Examples:
       gcc $(micemu scif --cflags) prog.c -o prog $(micemu scif --libs)
-      micemu scif nodes
+      micemu scif endpoints mic0
+      micemu scif cat -l 3000                 on one node, and on another
+      echo hello | micemu scif cat 0 3000
     """
     words = []
     if cflags:
-        words.append(f"-I{package_folder('include')}")
+        words.append(f"-I{_package_folder('include')}")
     if libs:
-        folder = package_folder("lib")
+        folder = _package_folder("lib")
         words += [f"-L{folder}", "-lscif", f"-Wl,-rpath,{folder}"]
     if words:
         click.echo(" ".join(words))
@@ -43,20 +73,170 @@ def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
         click.echo(ctx.get_help())
 
 
-@command.command("nodes")
+@command.command()
 @client.json_option
 def nodes(as_json: bool) -> None:
-    """Nodes that are online now, and their cards.
-
-    \b
-    Example:
-      micemu scif nodes
-    """
-    status = client.ask("status")["status"]
-    rows = [{"node": 0, "name": "host"}]
-    rows += [{"node": int(c["name"][3:]) + 1, "name": c["name"]} for c in status["cards"] if c["state"] == "online"]
+    """List the online nodes as this process sees them."""
+    table = _tables("host")
+    rows = [
+        {"node": n, "name": "host" if n == 0 else f"mic{n - 1}", "self": n == table["node"]}
+        for n in table["online"]
+    ]
     if as_json:
         client.emit(rows)
-    else:
-        for row in rows:
-            click.echo(f"{row['node']:>3}  {row['name']}")
+        return
+    for row in rows:
+        click.echo(f"{row['node']:4d}  {row['name']}{'  (here)' if row['self'] else ''}")
+
+
+def _peer(ep: dict[str, Any]) -> str:
+    return "{}:{}".format(*ep["peer"]) if ep["peer"] else "-"
+
+
+@command.command()
+@click.argument("node", default="host")
+@client.json_option
+def endpoints(node: str, as_json: bool) -> None:
+    """Show the endpoints of a node (host, mic0, ...) with their owners; pid 0 is the node itself."""
+    table = _tables(node)
+    if as_json:
+        client.emit(table)
+        return
+    click.echo(f"{'PID':>8} {'PORT':>5} {'STATE':<16} {'PEER':<11} WINDOWS")
+    for ep in table["endpoints"]:
+        click.echo(f"{ep['pid']:8d} {ep['port']:5d} {ep['state']:<16} {_peer(ep):<11} {len(ep['windows'])}")
+
+
+@command.command()
+@click.argument("node", default="host")
+@client.json_option
+def windows(node: str, as_json: bool) -> None:
+    """Show the registered windows of a node."""
+    table = _tables(node)
+    rows = [{"pid": ep["pid"], "port": ep["port"], **w} for ep in table["endpoints"] for w in ep["windows"]]
+    if as_json:
+        client.emit({"registered_bytes": table["registered_bytes"], "windows": rows})
+        return
+    click.echo(f"{'PID':>8} {'PORT':>5} {'OFFSET':>18} {'BYTES':>12} PROT STATE")
+    for w in rows:
+        click.echo(
+            f"{w['pid']:8d} {w['port']:5d} {w['offset']:#18x} {w['length']:12d} {w['prot']:<4} {w['state']}"
+        )
+
+
+def _open(listen: bool, node: int, port: int) -> Endpoint:
+    """Connect, or wait for one connection. ScifError becomes a sentence."""
+    from mic_emu import scif
+
+    os.environ.setdefault("MICEMU_SCIF_SOCKET", str(_socket("host")))
+    try:
+        ep = scif.Endpoint()
+        if not listen:
+            ep.connect((node, port))
+            return ep
+        with ep:
+            ep.bind(port)
+            ep.listen(1)
+            return ep.accept()[0]
+    except scif.ScifError as e:
+        what = f"listen on port {port}" if listen else f"connect to {node}:{port}"
+        raise MicemuError(f"cannot {what}: {os.strerror(e.errno or 0)}", e.errno or 0) from e
+
+
+def _pump(ep: Endpoint) -> None:
+    """Both directions until our input has ended and the peer has closed, or the peer has closed."""
+    from mic_emu import scif
+
+    with ep:
+        source = sys.stdin.buffer.fileno()
+        watching: list[tuple[Endpoint | int, int]] = [(ep, POLLIN), (source, POLLIN)]
+        while True:
+            bits = scif.poll(watching)
+            if bits[0]:
+                try:
+                    data = ep.recv(CHUNK, block=False)
+                except scif.ScifError as e:
+                    if e.errno != errno.ECONNRESET:
+                        raise
+                    return
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+            if len(bits) > 1 and bits[1]:
+                data = os.read(source, CHUNK)
+                if not data:
+                    return
+                ep.send(data)
+
+
+@command.command()
+@click.option("-l", "--listen", is_flag=True, help="Wait for one connection instead of connecting.")
+@click.argument("address", nargs=-1, required=True, type=click.IntRange(0, 65535))
+def cat(listen: bool, address: tuple[int, ...]) -> None:
+    """Netcat for SCIF: NODE PORT, or -l PORT. Standard input goes out, what comes in goes to standard output.
+
+    Ends when the input ends or the peer closes.
+    """
+    if len(address) != (1 if listen else 2):
+        raise click.UsageError("give PORT with -l, else NODE PORT")
+    _pump(_open(listen, address[0], address[-1]))
+
+
+def _serve_perf(ep: Endpoint) -> None:
+    from mic_emu import scif
+
+    window = ep.register(scif.alloc(4 << 20))
+    ep.send(window.offset.to_bytes(8, "little"))
+    buffer = bytearray(8)
+    try:
+        while True:
+            ep.recv_into(buffer)
+            ep.send(buffer)
+    except scif.ScifError:
+        return
+
+
+def _measure(ep: Endpoint, rounds: int) -> dict[str, float]:
+    from mic_emu import scif
+
+    offset = int.from_bytes(ep.recv(8), "little")
+    buffer = bytearray(8)
+    t0 = time.perf_counter()
+    for _ in range(rounds):
+        ep.send(buffer)
+        ep.recv_into(buffer)
+    out = {"half_round_trip_us_8B": (time.perf_counter() - t0) / rounds / 2 * 1e6}
+    for size in (4096, 65536, 1 << 20, 4 << 20):
+        data, n = scif.alloc(size), max(4, (64 << 20) // size)
+        plain = bytearray(size)
+        for name, call in (
+            (f"write_GBps_{size}", lambda d=data: ep.vwriteto(d, offset)),
+            (f"read_GBps_{size}", lambda d=data: ep.vreadfrom(d, offset)),
+            (f"memcpy_GBps_{size}", lambda d=data, p=plain: p.__setitem__(slice(None), d)),
+        ):
+            call()
+            t0 = time.perf_counter()
+            for _ in range(n):
+                call()
+            out[name] = size * n / (time.perf_counter() - t0) / 1e9
+    return out
+
+
+@command.command()
+@click.option("-l", "--listen", is_flag=True, help="Be the server, for one client.")
+@click.option("-n", "--rounds", default=20000, show_default=True, type=click.IntRange(1), help="Round trips.")
+@client.json_option
+@click.argument("address", nargs=-1, required=True, type=click.IntRange(0, 65535))
+def perf(listen: bool, rounds: int, as_json: bool, address: tuple[int, ...]) -> None:
+    """Latency of messages and bandwidth of RMA, beside a plain copy: NODE PORT, or -l PORT for the server."""
+    if len(address) != (1 if listen else 2):
+        raise click.UsageError("give PORT with -l, else NODE PORT")
+    with _open(listen, address[0], address[-1]) as ep:
+        if listen:
+            _serve_perf(ep)
+            return
+        figures = _measure(ep, rounds)
+    if as_json:
+        client.emit(figures)
+        return
+    for name, value in figures.items():
+        click.echo(f"{name:28} {value:10.3f}")

@@ -175,7 +175,22 @@ class Server:
     def _attr(self, path: str, st: Stat) -> bytes:
         links = 2 if stat.S_ISDIR(st.mode) else 1
         return _ATTR.pack(
-            self._node(path), st.size, 0, 0, 0, 0, 0, 0, 0, st.mode, links, os.getuid(), os.getgid(), 0, 4096, 0
+            self._node(path),
+            st.size,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            st.mode,
+            links,
+            os.getuid(),
+            os.getgid(),
+            0,
+            4096,
+            0,
         )
 
     def _handle(self, body: bytes) -> Handle:
@@ -211,7 +226,9 @@ class Server:
 
     def _opened(self, path: str) -> bytes:
         number, self._next = self._next, self._next + 1
-        self._handles[number] = Handle(path, seen=-1)  # as sysfs: who polls without having read is woken at once
+        self._handles[number] = Handle(
+            path, seen=-1
+        )  # as sysfs: who polls without having read is woken at once
         return struct.pack("<QII", number, _DIRECT_IO, 0)
 
     async def _opendir(self, node: int, body: bytes) -> bytes:
@@ -297,11 +314,18 @@ def _fusermount(target: str, source: str, fstype: str, refusal: OSError) -> int:
     helper = shutil.which("fusermount3") or shutil.which("fusermount")
     if helper is None:
         raise OSError(
-            refusal.errno, f"{target}: the kernel refuses the mount ({refusal.strerror}) and there is no fusermount3"
+            refusal.errno,
+            f"{target}: the kernel refuses the mount ({refusal.strerror}) and there is no fusermount3",
         )
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        words = [helper, "-o", f"fsname={source},subtype={fstype},default_permissions,nosuid,nodev", "--", target]
+        words = [
+            helper,
+            "-o",
+            f"fsname={source},subtype={fstype},default_permissions,nosuid,nodev",
+            "--",
+            target,
+        ]
         done = subprocess.run(
             words, env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, pass_fds=[theirs.fileno()],
             capture_output=True, text=True, check=False,
@@ -319,4 +343,3 @@ def unmount(target: str) -> None:
         helper = shutil.which("fusermount3") or shutil.which("fusermount")
         if helper:
             subprocess.run([helper, "-u", "-z", "-q", target], check=False, capture_output=True)
-

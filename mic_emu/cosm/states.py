@@ -64,7 +64,9 @@ NEXT: Mapping[tuple[State, Event], State] = {
     (S.BOOTING, E.CONNECTED): S.ONLINE,  # T7
     (S.ONLINE, E.CONNECTED): S.ONLINE,  # T8
     (S.ONLINE, E.SHUTDOWN): S.SHUTTING_DOWN,  # T10
-    **{(s, E.STATUS): S.SHUTTING_DOWN for s in (S.ONLINE, S.SHUTTING_DOWN)},  # T14; a late one of an old connection is lost
+    **{
+        (s, E.STATUS): S.SHUTTING_DOWN for s in (S.ONLINE, S.SHUTTING_DOWN)
+    },  # T14; a late one of an old connection is lost
     (S.ONLINE, E.HEARTBEAT_LOST): S.SHUTTING_DOWN,  # T16
     **{(s, E.RESET): S.RESETTING for s in S if s is not S.READY},  # T18, T19
     **{(s, E.STOP): S.RESETTING for s in S},  # T22, T23, T25

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import select
 import socket
@@ -21,6 +22,7 @@ from mic_emu.bar import close_all
 from mic_emu.memory import Mapping
 from mic_emu.scif.endpoint import State
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.inspect import tables
 from mic_emu.scif.memory_requests import MemoryRequests
 from mic_emu.scif.session import (
     Answer,
@@ -228,6 +230,8 @@ class ScifService:
         """One request. Raises OSError with the errno for the program."""
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(sid)
+        if op == lib.MIC_SCIF_TABLES:
+            return Reply(data=json.dumps(tables(self.node, self.sessions.values())).encode()[: PACKET - 256])
         if op == lib.MIC_SCIF_DROP:
             return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:

@@ -296,6 +296,10 @@ class NetDevice(_Native):
         """errno of the local end after MIC_RUN_LOCAL."""
         return int(lib.mic_net_dev_error(self.ptr))
 
+    def accepted(self, features: int) -> None:
+        """What the card took of the offered features; before a run, when the rings were set up."""
+        lib.mic_net_dev_accepted(self.ptr, features)
+
     def capture(self, cap: Capture | None) -> None:
         """Copy every frame to ``cap`` from now on, or stop; between two runs."""
         lib.mic_net_dev_capture(self.ptr, cap.ptr if cap else ffi.NULL)

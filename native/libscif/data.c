@@ -4,6 +4,7 @@
  * what its peer left in this side's own queue pair page: does it sleep (wake it), does it wait in
  * recv for exactly these bytes (nothing to do), or may it sit in poll(2) on its descriptor (notify
  * its node, once until it takes the token off again). */
+#include "fence.h"
 #include "internal.h"
 
 #include "mic/layout_gen.h"
@@ -20,7 +21,7 @@
 #define HOT_GAP_US 20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
-#define HALF (RING / 2)
+#define PIECE 1024u /* published at once: the other side copies while this one does */
 
 static uint32_t distance(uint32_t from, uint32_t to)
 {
@@ -131,7 +132,7 @@ void token_clear(struct ep *ep, int fd, bool surely)
 	if (!told)
 		return;
 	mic_store_release(&ep->peer->rx_epoch, ++ctl->epoch);
-	mic_full_fence(); /* pairs with the fence in publish_write() */
+	heavy_fence(); /* pairs with the light fence in publish_write() */
 	if (used(ep) > 0)
 		notify_self(ep);
 }
@@ -140,7 +141,7 @@ void want_room(struct ep *ep, int fd)
 {
 	fill(fd);
 	mic_store_release(&ep->peer->tx_native, 1u);
-	mic_full_fence(); /* pairs with the fence in publish_read() */
+	heavy_fence(); /* pairs with the light fence in publish_read() */
 	if (room(ep) > 0 && mic_exchange(&ep->peer->tx_native, 0u))
 		notify_node(ep->own_notify, ep->own_notify->tx, ep->qp->notify_slot);
 }
@@ -152,7 +153,7 @@ static void publish_write(struct ep *ep, uint64_t before)
 	struct mic_scif_ctl *ctl = ep->ctl;
 
 	mic_store_release(&ep->peer->local_write, ctl->tx_write);
-	mic_full_fence(); /* pairs with the receiver: it says that it sleeps, then looks at the index */
+	light_fence(); /* pairs with the heavy fences of the receiver */
 	if (mic_load_acquire(&ep->qp->rx_asleep)) {
 		raise_word(&ep->peer->rx_seq);
 		return;
@@ -171,7 +172,7 @@ static void publish_write(struct ep *ep, uint64_t before)
 static void publish_read(struct ep *ep)
 {
 	mic_store_release(&ep->peer->local_read, ep->ctl->rx_read);
-	mic_full_fence(); /* pairs with the sender: it says that it sleeps, then looks at the index */
+	light_fence(); /* pairs with the heavy fences of the sender */
 	if (mic_load_acquire(&ep->qp->tx_asleep))
 		raise_word(&ep->peer->tx_seq);
 	if (mic_load_relaxed(&ep->qp->tx_native) && mic_exchange(&ep->qp->tx_native, 0u))
@@ -190,6 +191,14 @@ static bool tx_ready(struct ep *ep)
 	return room(ep) != 0 || state(ep) != MIC_SCIF_EP_CONNECTED;
 }
 
+/* Room for a whole piece: worth copying. */
+static bool tx_roomy(struct ep *ep)
+{
+	int n = room(ep);
+
+	return n < 0 || (uint32_t)n >= ep->want || state(ep) != MIC_SCIF_EP_CONNECTED;
+}
+
 /* Look for a while. After the first microseconds give the CPU away between looks: when the peer waits
  * for this very CPU, spinning would only delay it. */
 static bool spin_for(struct ep *ep, bool (*ready)(struct ep *))
@@ -200,7 +209,8 @@ static bool spin_for(struct ep *ep, bool (*ready)(struct ep *))
 		for (int i = 0; i < 32; i++) {
 			if (ready(ep))
 				return true;
-			mic_cpu_relax();
+			if (now != start) /* a pause is as long as a cache miss */
+				mic_cpu_relax();
 		}
 		now = mic_timestamp();
 		if (now - start > alone && now - start < ep->spin)
@@ -232,7 +242,7 @@ static int sleep_until(struct ep *ep, uint32_t *seq, uint32_t *flag, bool (*read
 		uint32_t seen = mic_load_acquire(seq);
 
 		mic_store_release(flag, 1u);
-		mic_full_fence(); /* pairs with the fence in publish_*() */
+		heavy_fence(); /* pairs with the light fence in publish_*() */
 		if (ready(ep))
 			break;
 		rc = sleep_on(ep, seq, seen);
@@ -247,14 +257,16 @@ static int wait_bytes(struct ep *ep)
 {
 	int rc;
 
-	mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
+	/* While a token is out the sender does not ask: leave its cache line alone. */
+	if (mic_load_relaxed(&ep->qp->told) != ep->ctl->epoch + 1)
+		mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
 	if (spin_for(ep, rx_ready))
 		return 0;
 	rc = sleep_until(ep, &ep->qp->rx_seq, &ep->peer->rx_asleep, rx_ready);
 	if (rc < 0) {
 		/* We leave without having taken what the sender may believe we wait for. */
 		mic_store_release(&ep->peer->rx_wait, 0ull);
-		mic_full_fence(); /* pairs with the fence in publish_write() */
+		heavy_fence(); /* pairs with the light fence in publish_write() */
 		if (used(ep) > 0)
 			notify_self(ep);
 	}
@@ -263,10 +275,29 @@ static int wait_bytes(struct ep *ep)
 
 /* --- send --------------------------------------------------------------------------------------- */
 
+/* Beside the ring, a short message travels in the cache line of the index: one miss for the reader
+ * instead of two. The place is invalid while it changes. */
+static void put_inline(struct ep *ep, const uint8_t *p, uint32_t n)
+{
+	struct mic_scif_qpage *q = ep->peer;
+	bool fits = n <= sizeof q->inline_data;
+
+	if (ep->ctl->tx_inline)
+		mic_store_release(&q->inline_at, MIC_SCIF_NOT_INLINE);
+	ep->ctl->tx_inline = fits;
+	if (!fits)
+		return;
+	memcpy(q->inline_data, p, n);
+	mic_store_relaxed(&q->inline_len, n);
+	mic_store_release(&q->inline_at, ep->ctl->tx_write);
+}
+
 static void put(struct ep *ep, const uint8_t *p, uint32_t n)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
 	uint32_t head = RING - ctl->tx_write;
+
+	put_inline(ep, p, n);
 
 	if (head > n)
 		head = n;
@@ -280,47 +311,51 @@ static void put(struct ep *ep, const uint8_t *p, uint32_t n)
 	publish_write(ep, before);
 }
 
+/* How much to put now: 0 none, -errno. In pieces, so that the reader copies while we do; whole ones when
+ * waiting for a moment gives that, since the ends of pieces then keep to their own cache lines. */
+static int next_piece(struct ep *ep, uint32_t left, bool block)
+{
+	uint32_t want = left < PIECE ? left : PIECE;
+	int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
+
+	/* A stale view of the reader is good enough while it shows room for a piece. */
+	if ((uint32_t)n < (block ? want : left))
+		n = room(ep);
+	if (n >= 0 && block && (uint32_t)n < want) {
+		ep->want = want;
+		spin_for(ep, tx_roomy);
+		n = room(ep);
+	}
+	if (n < 0)
+		return -ECONNRESET; /* the peer damaged its index: it is as good as gone */
+	uint32_t most = block ? want : left;
+
+	return (uint32_t)n < most ? n : (int)most;
+}
+
 /* tx_lock is held. Bytes sent, or -errno when none. */
 static int send_some(struct ep *ep, int fd, const uint8_t *p, uint32_t len, bool block)
 {
 	uint32_t done = 0;
 	int rc = 0;
 
-	while (done < len) {
+	while (done < len && rc >= 0) {
 		if (state(ep) != MIC_SCIF_EP_CONNECTED) {
 			rc = -ECONNRESET;
 			break;
 		}
-		int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
-
-		/* A stale view of the reader is good enough while it shows room for a message. */
-		if ((uint32_t)n < len - done && (uint32_t)n < HALF)
-			n = room(ep);
-		if (n < 0) {
-			rc = -ECONNRESET; /* the peer damaged its index: it is as good as gone */
-			break;
-		}
-		if (n > 0) {
-			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
-
-			/* In pieces, so that the reader copies while we do. */
-			if (block && k > HALF)
-				k = HALF;
-			put(ep, p + done, k);
-			done += k;
-			continue;
-		}
-		if (!block) {
+		rc = next_piece(ep, len - done, block);
+		if (rc > 0) {
+			put(ep, p + done, (uint32_t)rc);
+			done += (uint32_t)rc;
+		} else if (rc == 0 && block) {
+			rc = sleep_until(ep, &ep->qp->tx_seq, &ep->peer->tx_asleep, tx_ready);
+		} else if (rc == 0) {
 			want_room(ep, fd);
 			break;
 		}
-		if (spin_for(ep, tx_ready))
-			continue;
-		rc = sleep_until(ep, &ep->qp->tx_seq, &ep->peer->tx_asleep, tx_ready);
-		if (rc < 0)
-			break;
 	}
-	return done ? (int)done : rc;
+	return done || rc >= 0 ? (int)done : rc;
 }
 
 /* Checks that come before the state (SCIF 2.7). 1: go on. */
@@ -366,6 +401,22 @@ API int scif_send(scif_epd_t epd, void *msg, int len, int flags)
 
 /* --- recv --------------------------------------------------------------------------------------- */
 
+static bool get_inline(struct ep *ep, uint8_t *p, uint32_t n)
+{
+	const struct mic_scif_qpage *q = ep->qp;
+	uint8_t copy[sizeof q->inline_data];
+	uint32_t at = ep->ctl->rx_read;
+
+	if (n > sizeof copy || mic_load_acquire(&q->inline_at) != at || mic_load_relaxed(&q->inline_len) < n)
+		return false;
+	memcpy(copy, q->inline_data, sizeof copy);
+	/* Loads stay in order: if the place is still valid, it was while we copied. */
+	if (mic_load_acquire(&q->inline_at) != at)
+		return false;
+	memcpy(p, copy, n);
+	return true;
+}
+
 static void get(struct ep *ep, uint8_t *p, uint32_t n)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
@@ -373,9 +424,11 @@ static void get(struct ep *ep, uint8_t *p, uint32_t n)
 
 	if (head > n)
 		head = n;
-	memcpy(p, ep->ring + ctl->rx_read, head);
-	if (n > head)
-		memcpy(p + head, ep->ring, n - head);
+	if (!get_inline(ep, p, n)) {
+		memcpy(p, ep->ring + ctl->rx_read, head);
+		if (n > head)
+			memcpy(p + head, ep->ring, n - head);
+	}
 	ctl->rx_read = (ctl->rx_read + n) & (RING - 1);
 	ctl->received += n;
 	publish_read(ep);
@@ -399,6 +452,8 @@ static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, struct receive *r)
 		if (n > 0) {
 			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
 
+			if (k > PIECE)
+				k = PIECE;
 			get(ep, p + done, k);
 			done += k;
 			continue;

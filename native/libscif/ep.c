@@ -1,4 +1,5 @@
 /* Endpoints by descriptor: who is behind a number, and the pages of its connection. */
+#include "fence.h"
 #include "memory.h"
 
 #include <stdlib.h>
@@ -20,8 +21,16 @@ static struct ep *free_list;
 static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
+bool cheap_fence;
+
+static void register_fence(void)
+{
+	cheap_fence = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
+}
+
 static void after_fork(void)
 {
+	register_fence();
 	move_after_fork_child();
 	wire_after_fork();
 	map_after_fork_child();
@@ -32,6 +41,7 @@ static void first_use(void)
 {
 	int saved = errno;
 
+	register_fence();
 	pthread_atfork(move_before_fork, move_after_fork_parent, after_fork);
 	errno = saved;
 }

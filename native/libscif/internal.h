@@ -46,6 +46,7 @@ struct ep {
 	uint64_t mem_dev, mem_ino; /* our node's memory */
 	struct rma_table *rma; /* windows as last seen */
 	pthread_mutex_t rma_lock;
+	uint32_t want;     /* bytes of room that a spinning sender waits for */
 	struct ep *next_free;
 };
 

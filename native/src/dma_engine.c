@@ -71,24 +71,29 @@ static uint32_t ring_size(uint32_t hi)
 	return hi >> MIC_DMA_DRAR_SIZE_SHIFT & 0x1ffff;
 }
 
+/* Counters first: who sees the completion sees it counted. */
+static void account(struct mic_dma_stats *s, const struct mic_dma_effect *effect)
+{
+	mic_store_relaxed(&s->descriptors, s->descriptors + 1);
+	mic_store_relaxed(&s->bytes, s->bytes + effect->bytes);
+	mic_store_relaxed(&s->interrupts, s->interrupts + effect->interrupt);
+}
+
 /* Retire: the count moves before the interrupt, after all data (HW-25). */
 static void retire(struct channel *ch, uint32_t next, const struct mic_dma_effect *effect)
 {
 	struct mic_bus *bus = ch->engine->bus;
 	uint32_t *dstat = status_reg(bus, ch->c), old = mic_load_acquire(dstat), new;
 
+	account(&ch->stats, effect);
 	mic_hw_store(bus, MIC_REG_DTPR(ch->c), next);
 	/* A driver may halt the channel meanwhile (HW-32): its bits must survive. */
 	do {
 		new = (old & ~MIC_DMA_DSTAT_COUNT) | next;
 	} while (!mic_cas(dstat, &old, new));
 	mic_hw_dma_wake(bus, ch->c, next);
-	mic_store_relaxed(&ch->stats.descriptors, ch->stats.descriptors + 1);
-	mic_store_relaxed(&ch->stats.bytes, ch->stats.bytes + effect->bytes);
-	if (effect->interrupt) {
-		mic_store_relaxed(&ch->stats.interrupts, ch->stats.interrupts + 1);
+	if (effect->interrupt)
 		mic_hw_dma_interrupt(bus, ch->c);
-	}
 }
 
 /* Store DSTAT where DSTATWB points (a memcpy with bit 55). Returns 0 or a DCHERR bit. */

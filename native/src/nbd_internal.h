@@ -79,7 +79,8 @@ struct mic_nbd {
 	int listen_fd, ep, line_fd;
 	bool line_watched;
 	bool read_only, listening;
-	bool freed; /* pool pages came back since the last round */
+	bool no_fds; /* accept(2) found no descriptor: not listening for a moment */
+	bool freed;  /* pool pages came back since the last round */
 	unsigned spin_us;
 	bool roomy; /* more CPUs than client, server and backend */
 	bool kick;  /* something was submitted since the last kick */
@@ -106,10 +107,26 @@ bool nbd_transmit(struct nbd_client *c);
 void nbd_feed(struct nbd_client *c);
 /* A piece came back from the disk. */
 void nbd_piece_done(struct nbd_piece *p);
+/* A piece with `room` bytes of the pool (0: none needed); NULL when there is no memory now. */
+struct nbd_piece *nbd_new_piece(struct nbd_client *c, struct nbd_job *job, uint32_t room);
+void nbd_free_piece(struct nbd_piece *p);
+/* Start a job's flush; false when there is no memory now. */
+bool nbd_feed_flush(struct nbd_client *c, struct nbd_job *j);
+/* Forget the first job, or all of them. */
+void nbd_drop_job(struct nbd_client *c, struct nbd_job *j);
+void nbd_drop_jobs(struct nbd_client *c);
+
+/* nbd_reply.c */
 /* Queue the replies of finished jobs, in order. */
 void nbd_collect_replies(struct nbd_client *c);
-void nbd_free_piece(struct nbd_piece *p);
-void nbd_drop_jobs(struct nbd_client *c);
+
+/* nbd_client.c */
+/* Move a client forward as far as it goes. */
+void nbd_pump(struct nbd_client *c, bool readable);
+/* Close the socket and free all but what the disk still holds; the last piece frees the rest. */
+void nbd_disconnect(struct nbd_client *c);
+/* Protocol violation: disconnect without further ado. */
+void nbd_bad_client(struct nbd_client *c);
 
 /* nbd_server.c */
 void nbd_submit(struct nbd_piece *p);
@@ -117,7 +134,5 @@ void nbd_submit(struct nbd_piece *p);
 uint32_t nbd_share(const struct mic_nbd *nbd);
 /* Room for `len` bytes for this client: how many it may have now (0: none, wait). */
 uint32_t nbd_grant(struct nbd_client *c, uint32_t len);
-/* Protocol violation: disconnect without further ado. */
-void nbd_bad_client(struct nbd_client *c);
 
 #endif

@@ -1,4 +1,4 @@
-/* NBD: requests in transmission phase, from the header to the reply. */
+/* NBD: requests in transmission phase, from the header to the disk. */
 #include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -7,30 +7,6 @@
 #include "nbd_internal.h"
 
 #define RANGE_BYTES 4096u /* pool bytes that a TRIM or WRITE_ZEROES needs for its segment list */
-
-static uint32_t nbd_errno(int error)
-{
-	switch (error) {
-	case 0:
-		return 0;
-	case EPERM:
-		return NBD_EPERM;
-	case EINVAL:
-		return NBD_EINVAL;
-	case ENOSPC:
-		return NBD_ENOSPC;
-	case ENOMEM:
-		return NBD_ENOMEM;
-	case EOVERFLOW:
-		return NBD_EOVERFLOW;
-	case EOPNOTSUPP:
-		return NBD_ENOTSUP;
-	case ESHUTDOWN:
-		return NBD_ESHUTDOWN;
-	default:
-		return NBD_EIO;
-	}
-}
 
 /* --- pieces ----------------------------------------------------------------------------------- */
 
@@ -45,7 +21,7 @@ void nbd_free_piece(struct nbd_piece *p)
 }
 
 /* A piece with `room` bytes of the pool (0: none needed); NULL when there is no memory now. */
-static struct nbd_piece *new_piece(struct nbd_client *c, struct nbd_job *job, uint32_t room)
+struct nbd_piece *nbd_new_piece(struct nbd_client *c, struct nbd_job *job, uint32_t room)
 {
 	struct nbd_piece *p = calloc(1, sizeof *p);
 
@@ -71,7 +47,7 @@ static struct nbd_piece *data_piece(struct nbd_client *c, struct nbd_job *job, u
 	uint32_t room = nbd_grant(c, want < NBD_PIECE ? (want + 4095) & ~4095u : NBD_PIECE);
 
 	while (room) {
-		struct nbd_piece *p = new_piece(c, job, room);
+		struct nbd_piece *p = nbd_new_piece(c, job, room);
 
 		if (p) {
 			p->len = room < want ? room : want;
@@ -94,6 +70,24 @@ static void send_piece(struct nbd_piece *p, uint32_t type, uint32_t len)
 	nbd_submit(p);
 }
 
+void nbd_piece_done(struct nbd_piece *p)
+{
+	struct nbd_client *c = p->client;
+	struct nbd_job *j = c->dead ? NULL : p->job; /* a dead client has no jobs any more */
+
+	c->inflight--;
+	c->nbd->inflight--;
+	c->dirty = true;
+	p->done = true;
+	if (j) {
+		j->outstanding--;
+		if (p->req.error && !j->error)
+			j->error = p->req.error;
+	}
+	if (!j || j->type != NBD_CMD_READ)
+		nbd_free_piece(p);
+}
+
 /* --- jobs ------------------------------------------------------------------------------------- */
 
 static struct nbd_job *new_job(struct nbd_client *c, const struct nbd_request *h)
@@ -114,7 +108,7 @@ static struct nbd_job *new_job(struct nbd_client *c, const struct nbd_request *h
 	return j;
 }
 
-static void drop_job(struct nbd_client *c, struct nbd_job *j)
+void nbd_drop_job(struct nbd_client *c, struct nbd_job *j)
 {
 	c->first_job = j->next;
 	if (!c->first_job)
@@ -135,7 +129,7 @@ void nbd_drop_jobs(struct nbd_client *c)
 			if (p->done)
 				nbd_free_piece(p); /* else it is at the disk and frees itself */
 		}
-		drop_job(c, j);
+		nbd_drop_job(c, j);
 	}
 	c->current = NULL;
 }
@@ -263,7 +257,7 @@ static bool feed_ranges(struct nbd_client *c, struct nbd_job *j)
 {
 	while (j->next_off < j->length) {
 		unsigned n;
-		struct nbd_piece *p = nbd_grant(c, RANGE_BYTES) ? new_piece(c, j, RANGE_BYTES) : NULL;
+		struct nbd_piece *p = nbd_grant(c, RANGE_BYTES) ? nbd_new_piece(c, j, RANGE_BYTES) : NULL;
 
 		if (!p)
 			return false;
@@ -276,9 +270,9 @@ static bool feed_ranges(struct nbd_client *c, struct nbd_job *j)
 	return true;
 }
 
-static bool feed_flush(struct nbd_client *c, struct nbd_job *j)
+bool nbd_feed_flush(struct nbd_client *c, struct nbd_job *j)
 {
-	struct nbd_piece *p = new_piece(c, j, 0);
+	struct nbd_piece *p = nbd_new_piece(c, j, 0);
 
 	if (!p)
 		return false;
@@ -317,7 +311,7 @@ void nbd_feed(struct nbd_client *c)
 		fed = feed_write(c, j);
 		break;
 	case NBD_CMD_FLUSH:
-		fed = feed_flush(c, j);
+		fed = nbd_feed_flush(c, j);
 		break;
 	default:
 		fed = feed_ranges(c, j);
@@ -353,160 +347,4 @@ bool nbd_transmit(struct nbd_client *c)
 	if (c->current)
 		return false; /* waits for memory */
 	return take_request(c);
-}
-
-/* --- and back --------------------------------------------------------------------------------- */
-
-void nbd_piece_done(struct nbd_piece *p)
-{
-	struct nbd_client *c = p->client;
-	struct nbd_job *j = c->dead ? NULL : p->job; /* a dead client has no jobs any more */
-
-	c->inflight--;
-	c->nbd->inflight--;
-	c->dirty = true;
-	p->done = true;
-	if (j) {
-		j->outstanding--;
-		if (p->req.error && !j->error)
-			j->error = p->req.error;
-	}
-	if (!j || j->type != NBD_CMD_READ)
-		nbd_free_piece(p);
-}
-
-static void head_simple(struct nbd_piece *p, const struct nbd_job *j, int error)
-{
-	struct nbd_simple_reply h = {
-		.magic = htobe32(NBD_SIMPLE_MAGIC),
-		.error = htobe32(nbd_errno(error)),
-		.cookie = j->cookie,
-	};
-
-	memcpy(p->head, &h, sizeof h);
-	p->head_len = sizeof h;
-}
-
-static void head_chunk(struct nbd_piece *p, const struct nbd_job *j, uint16_t flags, uint16_t type,
-		       uint32_t len)
-{
-	struct nbd_chunk h = {
-		.magic = htobe32(NBD_STRUCTURED_MAGIC),
-		.flags = htobe16(flags),
-		.type = htobe16(type),
-		.cookie = j->cookie,
-		.length = htobe32(len),
-	};
-
-	memcpy(p->head, &h, sizeof h);
-	p->head_len = sizeof h;
-}
-
-static void append(struct nbd_client *c, struct nbd_piece *p)
-{
-	p->next = NULL;
-	*c->out_tail = p;
-	c->out_tail = &p->next;
-}
-
-/* The reply that ends a job without data; in structured mode only READ needs a chunk. */
-static bool finish_plain(struct nbd_client *c, const struct nbd_job *j)
-{
-	struct nbd_piece *p = new_piece(c, NULL, 0);
-
-	if (!p) {
-		nbd_bad_client(c);
-		return false;
-	}
-	if (j->type != NBD_CMD_READ || !c->structured) {
-		head_simple(p, j, j->error);
-	} else if (j->error) {
-		uint32_t error = htobe32(nbd_errno(j->error));
-		uint16_t no_text = 0;
-
-		head_chunk(p, j, NBD_REPLY_FLAG_DONE, NBD_REPLY_ERROR, 6);
-		memcpy(p->head + p->head_len, &error, sizeof error);
-		memcpy(p->head + p->head_len + 4, &no_text, sizeof no_text);
-		p->head_len += 6;
-	} else {
-		head_chunk(p, j, NBD_REPLY_FLAG_DONE, NBD_REPLY_NONE, 0);
-	}
-	append(c, p);
-	return true;
-}
-
-/* Queue one finished piece of a READ. */
-static void append_data(struct nbd_client *c, struct nbd_job *j, struct nbd_piece *p)
-{
-	bool last = !j->first && j->next_off == j->length;
-
-	p->data_len = p->len;
-	if (c->structured) {
-		uint64_t offset = htobe64(p->offset);
-
-		head_chunk(p, j, last ? NBD_REPLY_FLAG_DONE : 0, NBD_REPLY_OFFSET_DATA, 8 + p->len);
-		memcpy(p->head + p->head_len, &offset, sizeof offset);
-		p->head_len += sizeof offset;
-	} else if (!j->begun) {
-		head_simple(p, j, 0);
-	}
-	j->begun = true;
-	append(c, p);
-}
-
-/* True when the whole reply of a READ is queued. */
-static bool collect_read(struct nbd_client *c, struct nbd_job *j)
-{
-	while (j->first && j->first->done) {
-		struct nbd_piece *p = j->first;
-
-		j->first = p->next;
-		if (!j->first)
-			j->tail = &j->first;
-		if (j->error)
-			nbd_free_piece(p);
-		else
-			append_data(c, j, p);
-	}
-	if (j->outstanding || j->next_off < j->length)
-		return false;
-	if (j->error && j->begun && !c->structured) {
-		nbd_bad_client(c); /* a simple reply cannot take its success back */
-		return false;
-	}
-	return j->begun && !j->error ? true : finish_plain(c, j);
-}
-
-/* The rest of a failed READ need not be read. */
-static void give_up_rest(struct nbd_client *c, struct nbd_job *j)
-{
-	if (j->error && j->type == NBD_CMD_READ && c->current == j) {
-		j->next_off = j->length;
-		c->current = NULL;
-		c->stalled = false;
-	}
-}
-
-void nbd_collect_replies(struct nbd_client *c)
-{
-	struct nbd_job *j;
-
-	while (!c->broken && (j = c->first_job)) {
-		give_up_rest(c, j);
-		if (j->type == NBD_CMD_READ) {
-			if (!collect_read(c, j))
-				return;
-		} else {
-			if (j->outstanding || c->current == j)
-				return;
-			if (!j->error && j->flags & NBD_CMD_FLAG_FUA && !j->flushing) {
-				if (!feed_flush(c, j))
-					nbd_bad_client(c);
-				return;
-			}
-			if (!finish_plain(c, j))
-				return;
-		}
-		drop_job(c, j);
-	}
 }

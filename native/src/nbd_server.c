@@ -1,4 +1,4 @@
-/* NBD server: sockets, buffers, fairness and the loop. */
+/* NBD server: its clients, the pool they share, and the loop. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -6,7 +6,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "mic/barrier.h"
@@ -14,8 +13,7 @@
 
 #define MAX_EVENTS 24
 #define REAP       64u
-#define OUT_IOV    64u
-#define ROUNDS     32u /* buffer-fulls of one client before the others have their turn */
+#define NO_FDS_MS  100
 #define STALL_MS   20
 #define DESTROY_NS 5000000000ull /* how long destroy waits for what the device holds */
 
@@ -168,51 +166,11 @@ static void kick(struct mic_nbd *nbd)
 
 /* --- clients ---------------------------------------------------------------------------------- */
 
-void nbd_bad_client(struct nbd_client *c)
-{
-	if (!c->broken)
-		c->nbd->stats.bad_clients++;
-	c->broken = true;
-}
-
-static void forget(struct mic_nbd *nbd, struct nbd_client *c)
-{
-	for (unsigned i = 0; i < MIC_NBD_CLIENTS; i++)
-		if (nbd->client[i] == c)
-			nbd->client[i] = NULL;
-	free(c);
-}
-
-/* Close the socket and free all but what the disk still holds; the last piece frees the rest. */
-static void disconnect(struct nbd_client *c)
-{
-	struct mic_nbd *nbd = c->nbd;
-
-	if (!c->dead) {
-		epoll_ctl(nbd->ep, EPOLL_CTL_DEL, c->fd, NULL); /* a fork may hold the socket open */
-		close(c->fd);
-		nbd_drop_jobs(c);
-		if (c->filling)
-			nbd_free_piece(c->filling);
-		c->filling = NULL;
-		while (c->out) {
-			struct nbd_piece *p = c->out;
-
-			c->out = p->next;
-			nbd_free_piece(p);
-		}
-		c->dead = true;
-		mic_store_relaxed(&nbd->clients, nbd->clients - 1);
-	}
-	if (!c->inflight)
-		forget(nbd, c);
-}
-
 static void set_listening(struct mic_nbd *nbd)
 {
 	bool want = false;
 
-	for (unsigned i = 0; i < MIC_NBD_CLIENTS; i++)
+	for (unsigned i = 0; i < MIC_NBD_CLIENTS && !nbd->no_fds; i++)
 		want |= !nbd->client[i];
 	if (want == nbd->listening)
 		return;
@@ -254,197 +212,14 @@ static void accept_clients(struct mic_nbd *nbd)
 			continue;
 		int fd = accept4(nbd->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 
-		if (fd < 0)
-			return;
-		add_client(nbd, fd, &nbd->client[i]);
-	}
-}
-
-/* --- output ----------------------------------------------------------------------------------- */
-
-static unsigned add_part(struct iovec *iov, unsigned n, void *base, size_t len, size_t *skip)
-{
-	if (*skip >= len) {
-		*skip -= len;
-		return n;
-	}
-	iov[n] = (struct iovec){.iov_base = (uint8_t *)base + *skip, .iov_len = len - *skip};
-	*skip = 0;
-	return n + 1;
-}
-
-static unsigned gather(struct nbd_client *c, struct iovec *iov)
-{
-	size_t skip = c->out_sent, none = 0;
-	unsigned n = 0;
-
-	if (c->out_len > c->out_at)
-		n = add_part(iov, n, c->outbuf + c->out_at, c->out_len - c->out_at, &none);
-	for (struct nbd_piece *p = c->out; p && n + 2 <= OUT_IOV; p = p->next) {
-		n = add_part(iov, n, p->head, p->head_len, &skip);
-		if (p->data_len)
-			n = add_part(iov, n, mic_blk_at(c->nbd->drv, p->req.addr, p->data_len), p->data_len,
-				     &skip);
-	}
-	return n;
-}
-
-static void sent(struct nbd_client *c, size_t bytes)
-{
-	size_t plain = c->out_len - c->out_at < bytes ? c->out_len - c->out_at : bytes;
-
-	c->out_at += (uint32_t)plain;
-	if (c->out_at == c->out_len)
-		c->out_at = c->out_len = 0;
-	bytes -= plain;
-	while (c->out) {
-		struct nbd_piece *p = c->out;
-		size_t left = p->head_len + p->data_len - c->out_sent;
-
-		if (bytes < left) {
-			c->out_sent += (uint32_t)bytes;
+		if (fd < 0) {
+			/* Out of descriptors: the connection stays in the queue; look again later. */
+			nbd->no_fds =
+				errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS;
 			return;
 		}
-		bytes -= left;
-		c->out_sent = 0;
-		c->out = p->next;
-		if (!c->out)
-			c->out_tail = &c->out;
-		nbd_free_piece(p);
+		add_client(nbd, fd, &nbd->client[i]);
 	}
-}
-
-/* Send what can be sent: true when everything is gone. */
-static bool flush(struct nbd_client *c)
-{
-	struct iovec iov[OUT_IOV];
-
-	while (!c->broken) {
-		struct msghdr m = {.msg_iov = iov, .msg_iovlen = gather(c, iov)};
-
-		if (!m.msg_iovlen)
-			return true;
-		ssize_t n = sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
-
-		if (n >= 0)
-			sent(c, (size_t)n);
-		else if (errno == EAGAIN || errno == EWOULDBLOCK)
-			return false;
-		else if (errno != EINTR)
-			c->broken = true; /* the client has gone: nobody's fault */
-	}
-	return false;
-}
-
-/* --- input ------------------------------------------------------------------------------------ */
-
-static void drop_skipped(struct nbd_client *c)
-{
-	uint32_t have = c->in_len - c->in_at, n = c->skip < have ? (uint32_t)c->skip : have;
-
-	c->in_at += n;
-	c->skip -= n;
-}
-
-/* Consume what the input buffer holds. */
-static void consume(struct nbd_client *c)
-{
-	bool more = true;
-
-	while (more && !c->broken && !c->closing) {
-		drop_skipped(c);
-		if (c->skip)
-			break;
-		more = c->phase == NBD_TRANSMISSION ? nbd_transmit(c) : nbd_negotiate(c);
-	}
-	if (c->in_at == c->in_len)
-		c->in_at = c->in_len = 0;
-}
-
-/* Does the client's next byte have somewhere to go? */
-static bool wants_input(const struct nbd_client *c)
-{
-	return !c->closing && !c->broken && !c->stalled && c->jobs < NBD_MAX_JOBS &&
-	       (c->filling || c->skip || c->in_len - c->in_at < NBD_INBUF / 2) &&
-	       (c->phase == NBD_TRANSMISSION || c->out_len < NBD_OUTBUF / 2);
-}
-
-static void compact(struct nbd_client *c)
-{
-	if (!c->in_at)
-		return;
-	memmove(c->inbuf, c->inbuf + c->in_at, c->in_len - c->in_at);
-	c->in_len -= c->in_at;
-	c->in_at = 0;
-}
-
-/* One read: payload straight to its pages, what follows into the buffer. True when bytes came. */
-static bool receive(struct nbd_client *c)
-{
-	struct nbd_piece *p = c->filling;
-	struct iovec iov[2];
-	int n = 0;
-	size_t direct = 0;
-
-	compact(c);
-	if (p && !c->in_len) {
-		direct = p->len - p->filled;
-		iov[n++] = (struct iovec){mic_blk_at(c->nbd->drv, p->req.addr + p->filled, (uint32_t)direct),
-					  direct};
-	}
-	iov[n++] = (struct iovec){c->inbuf + c->in_len, NBD_INBUF - c->in_len};
-	ssize_t got = readv(c->fd, iov, n);
-
-	if (got <= 0) {
-		if (got == 0 || (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR))
-			c->broken = true;
-		return false;
-	}
-	size_t payload = (size_t)got < direct ? (size_t)got : direct;
-
-	if (payload)
-		p->filled += (uint32_t)payload;
-	c->in_len += (uint32_t)((size_t)got - payload);
-	return true;
-}
-
-static void set_interest(struct nbd_client *c, bool all_sent)
-{
-	uint32_t want = (wants_input(c) ? (uint32_t)EPOLLIN : 0) | (all_sent ? 0 : (uint32_t)EPOLLOUT);
-
-	if (want == c->events)
-		return;
-	struct epoll_event ev = {.events = want, .data.ptr = c};
-
-	epoll_ctl(c->nbd->ep, EPOLL_CTL_MOD, c->fd, &ev);
-	c->events = want;
-}
-
-/* Move a client forward as far as it goes. */
-static void pump(struct nbd_client *c, bool readable)
-{
-	c->dirty = false;
-	if (c->dead) {
-		disconnect(c);
-		return;
-	}
-	for (unsigned round = 0; round < ROUNDS; round++) {
-		if (c->current && !c->filling)
-			nbd_feed(c);
-		consume(c);
-		nbd_collect_replies(c);
-		if (!readable || !wants_input(c) || !receive(c))
-			break;
-	}
-	consume(c);
-	nbd_collect_replies(c);
-	bool all_sent = flush(c);
-
-	if (c->broken || (c->closing && all_sent && !c->jobs)) {
-		disconnect(c);
-		return;
-	}
-	set_interest(c, all_sent);
 }
 
 /* --- the loop --------------------------------------------------------------------------------- */
@@ -469,7 +244,7 @@ static unsigned pump_dirty(struct mic_nbd *nbd)
 		struct nbd_client *c = nbd->client[i];
 
 		if (c && (c->dirty || c->stalled || (c->dead && !c->inflight)))
-			pump(c, false);
+			nbd_pump(c, false);
 		c = nbd->client[i];
 		stalled += c && c->stalled;
 	}
@@ -481,7 +256,7 @@ static void disconnect_all(struct mic_nbd *nbd)
 {
 	for (unsigned i = 0; i < MIC_NBD_CLIENTS; i++)
 		if (nbd->client[i])
-			disconnect(nbd->client[i]);
+			nbd_disconnect(nbd->client[i]);
 }
 
 /* Other users of the disk ring the line as well: it is watched only while something of ours is there. */
@@ -494,6 +269,15 @@ static void watch_line(struct mic_nbd *nbd, bool on)
 	else
 		epoll_ctl(nbd->ep, EPOLL_CTL_DEL, nbd->line_fd, NULL);
 	nbd->line_watched = on;
+}
+
+/* The line rang. What it announced is reaped after this, in the same round. */
+static void take_line(struct mic_nbd *nbd)
+{
+	if (nbd->inflight)
+		mic_line_take(nbd->line_fd);
+	else
+		watch_line(nbd, false);
 }
 
 /* Returns how many events there were, or -errno; *stop when stop_fd is one of them. */
@@ -509,12 +293,12 @@ static int handle_events(struct mic_nbd *nbd, int timeout_ms, bool *stop)
 
 		if (t == TAG_STOP)
 			*stop = true;
-		else if (t == TAG_LINE && !nbd->inflight)
-			watch_line(nbd, false);
+		else if (t == TAG_LINE)
+			take_line(nbd);
 		else if (t == TAG_LISTEN)
 			accept_clients(nbd);
 		else if (t > TAG_WAKE)
-			pump(ev[i].data.ptr, true);
+			nbd_pump(ev[i].data.ptr, true);
 	}
 	return n;
 }
@@ -543,12 +327,13 @@ static bool spin(struct mic_nbd *nbd, bool *stop)
 static int sleep_until_event(struct mic_nbd *nbd, unsigned stalled, bool *stop)
 {
 	/* Pool pages that other users of the driver give back ring no bell. */
-	int timeout_ms = stalled ? STALL_MS : -1;
+	int timeout_ms = stalled ? STALL_MS : nbd->no_fds ? NO_FDS_MS : -1;
 
 	if (nbd->inflight)
 		watch_line(nbd, true);
 	if (!mic_blk_arm(nbd->user, nbd->queue != NULL))
 		return 0;
+	nbd->no_fds = false; /* not listening during this sleep; afterwards it is tried again */
 	mic_spin_sleeping(&nbd->spin);
 	int n = handle_events(nbd, timeout_ms, stop);
 

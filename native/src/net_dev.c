@@ -44,7 +44,8 @@ struct mic_net_dev {
 	uint64_t held_at; /* how much of it lies in the chains already; the rest is in `over` */
 	bool starved;     /* the local end is not read: no chains */
 	bool mergeable, data_valid;
-	uint64_t want; /* bytes of chains that hold any frame */
+	uint64_t accepted; /* features that the card took */
+	uint64_t want;     /* bytes of chains that hold any frame */
 	struct iovec tx[CHAIN_SEGS];
 };
 
@@ -55,6 +56,7 @@ struct mic_net_dev *mic_net_dev_create(struct mic_vdev *dev, int local_fd, struc
 	if (!nd)
 		return NULL;
 	nd->dev = dev;
+	nd->accepted = UINT64_MAX;
 	nd->over = malloc(MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL);
 	int rc = mic_net_end_init(&nd->end, local_fd, resp);
 
@@ -79,6 +81,11 @@ void mic_net_dev_destroy(struct mic_net_dev *nd)
 int mic_net_dev_error(const struct mic_net_dev *nd)
 {
 	return nd->end.error;
+}
+
+void mic_net_dev_accepted(struct mic_net_dev *nd, uint64_t features)
+{
+	nd->accepted = features;
 }
 
 void mic_net_dev_capture(struct mic_net_dev *nd, struct mic_pcap *cap)
@@ -320,13 +327,14 @@ static void settle(struct mic_net_dev *nd)
 {
 	const struct mic_vq *vq = &nd->dev->vq[TO_CARD];
 	uint64_t tso = MIC_NET_F(GUEST_TSO4) | MIC_NET_F(GUEST_TSO6);
+	uint64_t features = vq->features & nd->accepted;
 
 	if ((uint16_t)(vq->last_avail - vq->used_idx) != nd->stash.count)
 		stash_clear(nd);
-	nd->end.hdr_len = mic_net_hdr_len(vq->features);
-	nd->mergeable = vq->features & MIC_NET_F(MRG_RXBUF);
-	nd->data_valid = (vq->features & tso) && !(vq->features & MIC_NET_F(GUEST_CSUM));
-	nd->want = MIC_NET_HDR_FULL + (vq->features & tso ? MIC_NET_FRAME_MAX : 2048u);
+	nd->end.hdr_len = mic_net_hdr_len(features);
+	nd->mergeable = features & MIC_NET_F(MRG_RXBUF);
+	nd->data_valid = (features & tso) && !(features & MIC_NET_F(GUEST_CSUM));
+	nd->want = MIC_NET_HDR_FULL + (features & tso ? MIC_NET_FRAME_MAX : 2048u);
 }
 
 static bool ring_ready(const struct mic_vq *vq)

@@ -26,8 +26,10 @@
 _Static_assert(MIC_NS_USER == CLONE_NEWUSER && MIC_NS_MNT == CLONE_NEWNS && MIC_NS_PID == CLONE_NEWPID &&
 		       MIC_NS_UTS == CLONE_NEWUTS && MIC_NS_IPC == CLONE_NEWIPC && MIC_NS_NET == CLONE_NEWNET,
 	       "namespace flags are the kernel's");
-_Static_assert((unsigned)MIC_MS_BIND == (unsigned)MS_BIND && (unsigned)MIC_MS_REC == (unsigned)MS_REC && (unsigned)MIC_MS_PRIVATE == (unsigned)MS_PRIVATE &&
-		       (unsigned)MIC_MS_RELATIME == (unsigned)MS_RELATIME && (unsigned)MIC_MS_NOATIME == (unsigned)MS_NOATIME,
+_Static_assert((unsigned)MIC_MS_BIND == (unsigned)MS_BIND && (unsigned)MIC_MS_REC == (unsigned)MS_REC &&
+		       (unsigned)MIC_MS_PRIVATE == (unsigned)MS_PRIVATE &&
+		       (unsigned)MIC_MS_RELATIME == (unsigned)MS_RELATIME &&
+		       (unsigned)MIC_MS_NOATIME == (unsigned)MS_NOATIME,
 	       "mount flags are the kernel's");
 
 /* struct mount_attr of <linux/mount.h>, which older C libraries do not have. */
@@ -68,14 +70,14 @@ int mic_ns_pivot_root(const char *new_root, const char *put_old)
 
 int mic_ns_read_only(const char *path)
 {
-	struct mic_mount_attr attr = { .set = 1 /* MOUNT_ATTR_RDONLY */ };
+	struct mic_mount_attr attr = {.set = 1 /* MOUNT_ATTR_RDONLY */};
 
 	return result((int)syscall(SYS_mount_setattr, AT_FDCWD, path, AT_RECURSIVE, &attr, sizeof(attr)));
 }
 
 int mic_ns_loopback_up(void)
 {
-	struct ifreq req = { .ifr_name = "lo" };
+	struct ifreq req = {.ifr_name = "lo"};
 	int rc;
 	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 

@@ -27,7 +27,11 @@ int mic_proc_set_name(const char *name)
 
 int mic_proc_no_core(void)
 {
-	struct rlimit none = { 0, 0 };
+	struct rlimit core;
 
-	return setrlimit(RLIMIT_CORE, &none) < 0 ? -errno : 0;
+	if (getrlimit(RLIMIT_CORE, &core) < 0)
+		return -errno;
+	/* The hard limit stays: a program that is run later may want its core. */
+	core.rlim_cur = 0;
+	return setrlimit(RLIMIT_CORE, &core) < 0 ? -errno : 0;
 }

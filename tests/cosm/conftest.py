@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "scif"))  # its fabric: nodes without boards
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -151,7 +151,8 @@ async def test_contents_end_at_one_page() -> None:
 @pytest.mark.parametrize(
     ("text_at", "length_at", "length", "expected"),
     [(0x100, 0x80, 5, b"hello"), (0x100, 0x80, 0, b""), (0x100, 0x80, 0xFFFFFFFF, b""), (0xFFB, 0x80, 5, b"\0" * 5),
-     (0xFFC, 0x80, 5, b""), (0x100, 0xFFC, 0, b""), (0x100, 0xFFD, 0, b""), (-1, 0x80, 5, b""), (0x100, -4, 5, b""), (1 << 40, 0x80, 5, b"")],
+     (0xFFC, 0x80, 5, b""), (0x100, 0xFFC, 0, b""), (0x100, 0xFFD, 0, b""), (-1, 0x80, 5, b""),
+     (0x100, -4, 5, b""), (1 << 40, 0x80, 5, b"")],
 )  # fmt: skip
 def test_cosm_62_log_has_exactly_the_length_words_bytes(
     text_at: int, length_at: int, length: int, expected: bytes

@@ -77,7 +77,16 @@ def test_cosm_1_2_3_9_11_56_files_modes_and_errnos(machine: Machine, tree: Path)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in mic.iterdir() if p.is_file()}
     for name in ("family", "stepping", "shutdown_status"):
         assert modes[name] == 0o444
-    for name in ("state", "bootmode", "cmdline", "firmware", "ramdisk", "heartbeat_enable", "log_buf_addr", "log_buf_len"):
+    for name in (
+        "state",
+        "bootmode",
+        "cmdline",
+        "firmware",
+        "ramdisk",
+        "heartbeat_enable",
+        "log_buf_addr",
+        "log_buf_len",
+    ):
         assert modes[name] == 0o644
     assert ((mic / "family").read_text(), (mic / "stepping").read_text()) == ("x100\n", "C0\n")
     assert (mic / "state").read_text() == "ready\n"
@@ -109,11 +118,17 @@ def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine,
     fd = os.open(mic / "state", os.O_RDONLY)
     try:
         assert read(fd) == "ready\n"
-        script = "cd $0; echo linux >bootmode; echo mic/uos.img >firmware; echo mic/mic0.image >ramdisk; echo boot >state && cat state"
-        out = subprocess.run(["sh", "-c", script, str(mic)], capture_output=True, text=True, check=True).stdout
+        script = (
+            "cd $0; echo linux >bootmode; echo mic/uos.img >firmware; echo mic/mic0.image >ramdisk; "
+            "echo boot >state && cat state"
+        )
+        out = subprocess.run(
+            ["sh", "-c", script, str(mic)], capture_output=True, text=True, check=True
+        ).stdout
         assert out in ("booting\n", "online\n")
         assert set(wait_for(fd, "online")) <= {"booting", "online"}
-        assert "card is up" in (tree / "kernel/debug/mic_cosm/mic0/log_buf").read_text()
+        log = tree / "kernel/debug/mic_cosm/mic0/log_buf"
+        eventually(lambda: "card is up" in log.read_text(), 10, "the card's log in debugfs")
         assert (tree / "kernel/debug/mic_host/mic0/post_code").read_text() == "FF"
         (mic / "state").write_text("shutdown")
         assert set(wait_for(fd, "ready")) <= {"online", "shutting_down", "resetting", "ready"}

@@ -153,6 +153,17 @@ def test_cosm_64_crash_policy_reboot_gives_up_after_its_limit(machine: Machine, 
     assert seen(machine) == ("ready", "nop")
 
 
+def test_cosm_21_66_command_line_reaches_the_card_and_is_cut(machine: Machine) -> None:
+    """` mem=<MiB>M`, the daemon's network words, the administrator's text with stray quotes; 2047 characters."""
+    machine.boot("--memory", "256M", "--cmdline", "don't=panic " + "x" * 3000, *QUICK)
+    log = machine.micemu("dump", "log").stdout
+    line = next(row for row in log.splitlines() if "Command line: " in row).partition("Command line: ")[2]
+    assert line.startswith(" mem=256M ")
+    assert "ifcfg=static;address,172.31.1.1;netmask,255.255.255.0" in line
+    assert (len(line), line[-1]) == (2047, "x")
+    assert machine.card()["addresses"] == {"host": "172.31.1.254", "card": "172.31.1.1"}
+
+
 def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: Machine) -> None:
     """The kernel log lies in GDDR: it outlives the card OS and goes with the reset."""
     pids = machine.boot(*QUICK)["cards"][0]["pids"]

@@ -219,3 +219,11 @@ def test_hw_07_random_maps_translate_back(
                 assert smpt.to_host(card + delta) == host + delta
     assert [r.register for r in smpt.rows()] == [r.host_addr >> PAGE_SHIFT << 2 for r in smpt.rows()]
     assert sum(r.refs for r in smpt.rows()) == sum(size for _, _, size in live)
+
+
+def test_hw_11_a_view_does_not_cross_entries(bus: Bus, smpt: Smpt) -> None:
+    """HW-11: entries need not be neighbours in host memory, so one view ends at the boundary."""
+    bus.write("smpt", 1 << 2, 0)
+    bus.card_view(BASE + PAGE_SIZE - 64, 64)
+    with pytest.raises(IndexError):
+        bus.card_view(BASE + PAGE_SIZE - 64, 65)

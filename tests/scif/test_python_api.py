@@ -7,7 +7,6 @@ import errno
 import os
 import select
 import threading
-from collections.abc import Iterator
 
 import pytest
 from scif_server import Server, settled
@@ -16,10 +15,10 @@ from mic_emu import scif
 
 
 @pytest.fixture
-def node(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def node(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """This process is a program on the host; afterwards the nodes hold nothing."""
     monkeypatch.setenv("MICEMU_SCIF_SOCKET", str(server.where / "node0.sock"))
-    yield server
+    return server
 
 
 def pair() -> tuple[scif.Endpoint, scif.Endpoint]:

@@ -45,7 +45,15 @@ def storm(server: Server, program: Path, clients: int, seconds: float, seed: int
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stress") / "stress"
     c = HERE / "c"
-    build = ["cc", "-O1", "-g", "-pthread", f"-I{PACKAGE / 'include'}", str(c / "stress.c"), str(c / "main.c")]
+    build = [
+        "cc",
+        "-O1",
+        "-g",
+        "-pthread",
+        f"-I{PACKAGE / 'include'}",
+        str(c / "stress.c"),
+        str(c / "main.c"),
+    ]
     subprocess.run([*build, f"-L{PACKAGE / 'lib'}", "-lscif", "-o", str(out)], check=True)
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -58,6 +59,7 @@ def userland() -> tuple[str, dict[str, str]]:
 
     root = Path("/tmp") / f"micemu-test-userland-{os.getpid()}"
     shutil.rmtree(root, ignore_errors=True)
+    atexit.register(forget_userland)
     shared, card = Path(mic_emu.__path__[0]), Path(mic_emu.card.__path__[0])
     skip = shutil.ignore_patterns("__pycache__", "*.c", "testing")
     shutil.copytree(shared, root / "mic_emu", ignore=skip)

@@ -15,7 +15,8 @@ from typing import Any
 import cardlab
 from cardlab import Board, board
 
-from mic_emu import wire
+from mic_emu import runproto, wire
+from mic_emu.runproto import RunRequest
 from mic_emu.wire import Channel
 
 # The card OS of these tests: init, and words on stdin for its handle.
@@ -99,11 +100,39 @@ class Card:
         prefix = cardlab.as_user() if user else []
         return subprocess.Popen([*prefix, exe, "-c", CLIENT, str(self.path), *argv], env=env, cwd=cwd, **kw)
 
-    def run(self, argv: Sequence[str], stdin: bytes = b"", **kw: Any) -> tuple[int, str]:
-        """(exit status, output) of a program."""
-        p = self.client(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw)
+    def run(
+        self,
+        argv: Sequence[str],
+        stdin: bytes = b"",
+        user: bool = False,
+        cwd: Path | str | None = None,
+        relay: bool = False,
+    ) -> tuple[int, str]:
+        """(exit status, output) of a program; through the real ``micemu run`` relay for ``user`` and ``relay``."""
+        if not (user or relay):
+            return self.ask(RunRequest(list(argv), str(cwd or os.getcwd()), dict(os.environ)), stdin)
+        p = self.client(
+            argv, user=user, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         out, _ = p.communicate(stdin, timeout=30)
         return p.returncode, out.decode()
+
+    def ask(self, request: RunRequest, stdin: bytes) -> tuple[int, str]:
+        """The same by init's protocol, without a process of our own."""
+        files = [os.memfd_create(name) for name in ("in", "out")]
+        try:
+            os.write(files[0], stdin)
+            os.lseek(files[0], 0, os.SEEK_SET)
+            with self.raw() as channel:
+                channel.send(request.message(), [files[0], files[1], files[1]])
+                answer, _ = channel.recv(30, "the program started")
+                if "error" in answer:
+                    return runproto.exit_code(answer["error"]), f"mic0: {answer['message']}\n"
+                status: int = channel.recv(30, "the program's end")[0]["exited"]
+            return status, os.pread(files[1], 1 << 24, 0).decode()
+        finally:
+            for fd in files:
+                os.close(fd)
 
     def sh(self, script: str, **kw: Any) -> str:
         """Output of a shell script that must succeed."""
@@ -118,7 +147,8 @@ class Card:
 
 CLIENT = """
 import sys
-from mic_emu import wire
+from mic_emu import runproto, wire
+from mic_emu.runproto import RunRequest
 from mic_emu.cli import run_client
 from mic_emu.errors import MicemuError
 try:

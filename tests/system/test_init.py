@@ -22,6 +22,8 @@ import cardlab
 import pytest
 from cardlab import eventually
 from cardrun import CLIENT, Card, booted
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mic_emu import namespaces, wire
 from mic_emu.cli.terminal import set_window_size
@@ -45,15 +47,17 @@ def card(request: pytest.FixtureRequest) -> Iterator[Card]:
 
 
 def test_exit_statuses(card: Card) -> None:
-    """Every exit status comes through (a sample of 0..255)."""
-    for status in (0, 1, 2, 3, 64, 125, 126, 127, 128, 130, 200, 254, 255):
+    """Every exit status 0..255 comes through, a sample of them through the caller's relay, too."""
+    for status in range(256):
         assert card.run(["sh", "-c", f"exit {status}"])[0] == status
+    for status in (0, 1, 77, 126, 127, 128, 255):
+        assert card.run(["sh", "-c", f"exit {status}"], relay=True)[0] == status
 
 
 @pytest.mark.parametrize("sig", ["TERM", "KILL", "INT", "SEGV", "ABRT", "PIPE", "USR1", "HUP"])
 def test_death_by_signal(card: Card, sig: str) -> None:
     """A program that dies by a signal makes the caller die by it."""
-    assert card.run(["sh", "-c", f"kill -{sig} $$"])[0] == -signal.Signals[f"SIG{sig}"]
+    assert card.run(["sh", "-c", f"kill -{sig} $$"], relay=True)[0] == -signal.Signals[f"SIG{sig}"]
 
 
 def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
@@ -61,7 +65,10 @@ def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no program")
     (tmp_path / "junk").write_bytes(b"\x01\x02\x03")
     (tmp_path / "junk").chmod(0o755)
-    assert card.run(["no-such-program"]) == (127, "mic0: no-such-program: not found on the card\n")
+    assert card.run(["no-such-program"], relay=True) == (
+        127,
+        "mic0: no-such-program: not found on the card\n",
+    )
     status, out = card.run(["./text"], cwd=tmp_path)
     assert (status, out) == (126, "mic0: ./text: cannot be executed on the card: Permission denied\n")
     status, out = card.run(["./junk"], cwd=tmp_path)
@@ -93,6 +100,8 @@ def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
         ({"run": 1, "argv": ["x"], "tty": True}, 1),
         ({"run": 1, "argv": ["x"], "rows": -1}, 3),
         ({"run": 1, "argv": ["x"], "umask": 512}, 3),
+        ({"run": 1, "argv": ["x"], "limits": {"nice": 1}}, 3),
+        ({"run": 1, "argv": ["x"], "limits": {"core": "1"}}, 3),
         ({"run": 1, "argv": ["x"], "cwd": "\ud800"}, 3),
     ],
 )
@@ -107,6 +116,37 @@ def test_malformed_requests_are_refused(card: Card, msg: dict[str, Any], nfds: i
         s.sendall(b"garbage\n")
         assert s.recv(1) == b""
     assert card.run(["true"])[0] == 0
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.text(max_size=5)
+    | st.floats(allow_nan=False),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=6,
+)
+KEYS = ("run", "argv", "env", "cwd", "tty", "rows", "cols", "umask", "limits", "signal")
+
+
+@settings(max_examples=150, deadline=None)
+@given(noise=st.dictionaries(st.sampled_from(KEYS), JSON), nfds=st.integers(0, 4), second=JSON)
+def test_any_request_gets_an_answer_or_the_end(
+    card: Card, noise: dict[str, Any], nfds: int, second: Any
+) -> None:
+    """Whatever a client sends, init answers or hangs up within a moment, and lives."""
+    good = RunRequest(["true"], "/").message()
+    with card.raw() as ch, open("/dev/null") as null:
+        ch.send({**good, **noise}, [null.fileno()] * nfds)
+        try:
+            ch.send({"signal": second})
+            while True:
+                for fd in ch.recv(5, "an answer or the end")[1]:
+                    os.close(fd)
+        except PeerClosed:
+            pass
+    assert Path(f"/proc/{card.board.os_pid}").exists()
 
 
 def test_100_mb_through_stdin_to_stdout(card: Card) -> None:
@@ -228,7 +268,7 @@ def test_umask_and_files_are_the_callers(card: Card, tmp_path: Path) -> None:
     """A file that a program makes has the caller's umask and owner."""
     before = os.umask(0o027)
     try:
-        card.sh("echo x > file; mkdir sub", cwd=tmp_path)
+        card.sh("echo x > file; mkdir sub", cwd=tmp_path, relay=True)
     finally:
         os.umask(before)
     st = (tmp_path / "file").stat()
@@ -242,6 +282,15 @@ def test_many_at_once(card: Card) -> None:
     for n, p in enumerate(ps):
         out, _ = p.communicate(timeout=30)
         assert (out, p.returncode) == (f"{n}\n".encode(), n)
+
+
+def test_resource_limits_are_the_callers(card: Card) -> None:
+    """Soft limits of the caller hold for the program."""
+    script = 'ulimit -S -s 4096; ulimit -S -n 77; ulimit -S -c 1234; exec "$@"'
+    argv = ["bash", "-c", "ulimit -s; ulimit -n; ulimit -c"]
+    run = ["bash", "-c", script, "bash", sys.executable, "-c", CLIENT, str(card.path), *argv]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["4096", "77", "1234"], done.stderr
 
 
 def test_init_survives_running_out_of_descriptors() -> None:

@@ -8,6 +8,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from struct import pack
 
 import pytest
 
+import mic_emu
 from mic_emu.testing.machine import MICEMU, Machine
 
 pytestmark = pytest.mark.system
@@ -92,12 +94,20 @@ def test_run_on_a_card_that_is_down_says_so(machine: Machine) -> None:
     assert failed.stderr == "micemu: mic0 is ready: boot it first (micemu boot)\n"
 
 
+def test_the_installation_is_on_the_card_wherever_it_lies(machine: Machine) -> None:
+    """A package installed below /tmp, which on the card is another /tmp, can be imported there all the same."""
+    machine.boot("--disk", "none", "--net", "none")
+    script = "import mic_emu.scif, os; print(os.environ['MICEMU_CARD'], mic_emu.__file__)"
+    out = machine.on_card(sys.executable, "-c", script).stdout.split()
+    assert out == ["mic0", mic_emu.__file__]
+
+
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_standard_descriptor_is_dev_null_on_the_card(machine: Machine, closed: int) -> None:
     """Closed stdin, stdout or stderr never become a socket of ours: the program finds /dev/null there."""
     machine.boot("--disk", "none", "--net", "none")
     shown = 1 if closed == 2 else 2
-    script = f"readlink /proc/$$/fd/{closed} >&{shown}"
+    script = f'link=$(readlink /proc/$$/fd/{closed}); echo "$link" >&{shown}'
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *MICEMU, "run", "mic0", "--", "sh", "-c", script],
         env=machine.env, capture_output=True, text=True, timeout=30,

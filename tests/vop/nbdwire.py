@@ -30,10 +30,11 @@ class Chunk(NamedTuple):
 class NbdClient:
     """One connection; ``go`` negotiates, then requests by hand. Context manager."""
 
-    def __init__(self, path: str, *, greet: bool = True) -> None:
+    def __init__(self, path: str, *, greet: bool = True, connect: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(10)
-        self.sock.connect(path)
+        if connect:
+            self.sock.connect(path)
         self.size = self.flags = 0
         self._cookie = 0
         if greet:

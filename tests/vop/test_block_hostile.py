@@ -6,7 +6,6 @@ import errno
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +21,8 @@ SEEDS = range(4)
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Iterator[int]:
-    fd = os.open(tmp_path / "disk.img", os.O_RDWR | os.O_CREAT, 0o600)
+def image() -> Iterator[int]:
+    fd = os.memfd_create("disk")
     os.pwrite(fd, random.Random(3).randbytes(SECTORS * SECTOR), 0)
     yield fd
     os.close(fd)

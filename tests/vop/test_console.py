@@ -225,6 +225,26 @@ def test_input_typed_before_anybody_listens_waits(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_vop_64_input_that_waits_does_not_stop_output(tmp_path: Path) -> None:
+    """VOP-64: the card posts no buffer for input, 20 KB of which wait; its output still arrives."""
+    with Line(tmp_path, driver=False) as line:
+        client = line.client()
+        client.settimeout(0.05)
+        try:
+            client.sendall(console.input_message(bytes(MB)))
+        except TimeoutError:
+            pass  # the backend takes no more, as it should
+        buf = line.rig.alloc(4096)
+        line.rig.bus.gddr.write(buf, b"output")
+        for i in range(20):
+            line.fake.add([(buf, 6)], [], token=i, i=1)
+            line.fake.kick(1)
+            assert eventually(lambda: line.fake.get(1), "the completion") == (i, 0)
+        client.settimeout(5)
+        assert read_exactly(client.fileno(), 120) == b"output" * 20
+        client.close()
+
+
 def test_clients_see_output_and_type(line: Line) -> None:
     """Two clients and the log get the card's bytes; input from either reaches the card."""
     a, b = line.client(), line.client()

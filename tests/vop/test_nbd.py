@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import random
+import resource
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +50,9 @@ class Served:
 
 
 def serve(tmp_path: Path, *, read_only: bool = False, spin_us: int = 50) -> Iterator[Served]:
-    image, path = tmp_path / "disk.img", str(tmp_path / "nbd.sock")
-    fd = os.open(image, os.O_RDWR | os.O_CREAT, 0o600)
+    path = str(tmp_path / "nbd.sock")
+    fd = os.memfd_create("disk")  # a flush must not wait for the machine's real disk
+    image = Path(f"/proc/self/fd/{fd}")
     os.pwrite(fd, NOISE, 0)
     with (
         Disk(fd, SIZE // 512, pool=POOL, read_only=read_only, spin_us=spin_us) as disk,
@@ -405,6 +408,25 @@ def test_more_clients_than_places(served: Served) -> None:
     assert late.recv(18)[:8] == b"NBDMAGIC"
     for c in [*first, late]:
         c.close()
+
+
+def test_out_of_descriptors(served: Served) -> None:
+    """No descriptor for a new client: it waits without burning CPU, and is served when there is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    late = NbdClient(served.path, greet=False, connect=False)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        late.sock.connect(served.path)
+        late.sock.settimeout(0.3)
+        before = time.process_time()
+        with pytest.raises(TimeoutError):
+            late.recv(1)
+        assert time.process_time() - before < 0.1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    late.sock.settimeout(5)
+    assert late.recv(8) == b"NBDMAGIC"
+    late.close()
 
 
 def test_random_bytes(served: Served) -> None:

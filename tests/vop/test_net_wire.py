@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 
@@ -125,6 +127,22 @@ def test_vop_64_blocked_direction_does_not_stop_the_other(features: int) -> None
         w.fake.kick(0)
         token, length = eventually(lambda: w.fake.get(0), "a received frame")
         assert (token, length) == (7, w.hdr + 1000)
+
+
+def test_device_follows_what_the_card_accepted() -> None:
+    """VOP 4.4: offered is not accepted. A card that took no feature gets 10-byte headers, one buffer per
+    frame and no DATA_VALID, although the host offered everything."""
+    with Wire(MODERN, card=False, host=False) as w:
+        w.nd.accepted(0)
+        w.loops.append(Loop(w.nd.run, w.stop_fds[0], Wire._again))
+        bufs = _post(w, [2048] * 4)
+        big, small = frames([4000, 1400])
+        w.host.send(bytes(10) + big)
+        w.host.send(bytes(10) + small)
+        token, length = eventually(lambda: w.fake.get(0), "the small frame")
+        assert (token, length) == (0, 1410)
+        assert w.rig.rig.bus.gddr.read(bufs[0][0], length) == bytes(10) + small
+        assert w.stats().to_card_drops == 1
 
 
 def _post(w: Wire, sizes: list[int]) -> list[tuple[int, int]]:
@@ -397,3 +415,54 @@ def test_idle_pair_uses_no_cpu() -> None:
         select.select([], [], [], 0.5)
         assert w.stats().sleeps == before
         assert time.process_time() - cpu < 0.02
+
+
+def test_signal_returns_to_the_caller() -> None:
+    """A signal while the loop sleeps ends the C call with MIC_RUN_SIGNAL, so that Python's handler runs."""
+    seen: list[int] = []
+    old = signal.signal(signal.SIGUSR1, lambda n, f: seen.append(n))
+    main = threading.main_thread().ident
+    assert main
+    try:
+        with Wire(MODERN, host=False) as w:
+
+            def poke() -> None:
+                eventually(lambda: w.stats().sleeps, "the loop asleep")
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+            t = threading.Thread(target=poke, daemon=True)
+            t.start()
+            assert w.nd.run() == lib.MIC_RUN_SIGNAL
+            t.join(5)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_control_is_seen_under_load() -> None:
+    """While frames pour in both directions a readable control descriptor ends the run within a second."""
+    with Wire(MODERN) as w:
+        stop = threading.Event()
+
+        def bounce(side: str) -> None:
+            sock = w.host if side == "host" else w.card
+            while not stop.is_set():
+                try:
+                    sock.send(sock.recv(BIG + 64))
+                except TimeoutError:
+                    return
+
+        w.host.settimeout(0.5)
+        w.card.settimeout(0.5)
+        for frame in frames([200] * 40):  # they go round and round
+            w.send("host", frame)
+        threads = [threading.Thread(target=bounce, args=(s,), daemon=True) for s in ("host", "card")]
+        for t in threads:
+            t.start()
+        eventually(lambda: w.stats().to_card_packets > 2000, "the traffic")
+        os.write(w.stop_fds[0], (1).to_bytes(8, "little"))
+        w.host_loop.join(1.0)
+        assert w.host_loop.results[-1] == lib.MIC_RUN_CONTROL
+        stop.set()
+        for t in threads:
+            t.join(5)

@@ -18,9 +18,10 @@
 #include "mic/barrier.h"
 #include "mic/vring.h"
 
-#define MIC_LINGER_TOKENS_MAX 2000000u /* ns */
-#define MIC_LINGER_YIELD_NS   40000u   /* a yield that takes longer has met a thread that computes */
-#define MIC_LINGER_BACKOFF_NS 5000000u
+#define MIC_LINGER_TOKENS_MAX  2000000u   /* ns */
+#define MIC_LINGER_YIELD_NS    40000u     /* a yield that takes longer has met a thread that computes */
+#define MIC_LINGER_BACKOFF_MIN 5000000u   /* ns without looking after such a meeting ... */
+#define MIC_LINGER_BACKOFF_MAX 640000000u /* ... doubling up to this until a look has paid again */
 
 struct mic_linger {
 	uint64_t slice;   /* ns, longest single look */
@@ -28,6 +29,7 @@ struct mic_linger {
 	uint64_t filled;  /* when tokens were last topped up */
 	uint64_t begun;   /* start of the current look, 0 = not looking */
 	uint64_t blocked; /* no looking before this time: the CPU is wanted */
+	uint64_t backoff; /* the last one, 0 = the CPU is ours as far as we know */
 };
 
 static inline void mic_linger_init(struct mic_linger *s, unsigned spin_us)
@@ -42,6 +44,8 @@ static inline void mic_linger_init(struct mic_linger *s, unsigned spin_us)
 /* There was work: the look, if any, has paid. */
 static inline void mic_linger_hit(struct mic_linger *s)
 {
+	if (s->begun)
+		s->backoff = 0;
 	s->begun = 0;
 }
 
@@ -62,7 +66,9 @@ static inline bool mic_linger_again(struct mic_linger *s)
 	uint64_t now = mic_now_ns();
 
 	if (!s->begun) {
-		if (now < s->blocked)
+		/* After a backoff the runnable threads are counted first: a yield to a thread that
+		 * computes costs milliseconds, which a sleeper that is woken does not pay. */
+		if (now < s->blocked || (s->backoff && !mic_spin_allowed()))
 			return false;
 		mic_linger_start(s, now);
 	}
@@ -76,7 +82,10 @@ static inline bool mic_linger_again(struct mic_linger *s)
 	sched_yield();
 	if (mic_now_ns() - now > MIC_LINGER_YIELD_NS) {
 		/* Work may have come meanwhile, so one more look, but no more spinning for now. */
-		s->blocked = now + MIC_LINGER_BACKOFF_NS;
+		s->backoff = s->backoff ? s->backoff * 2 : MIC_LINGER_BACKOFF_MIN;
+		if (s->backoff > MIC_LINGER_BACKOFF_MAX)
+			s->backoff = MIC_LINGER_BACKOFF_MAX;
+		s->blocked = now + s->backoff;
 		s->begun = 0;
 		return true;
 	}

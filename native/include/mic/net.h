@@ -61,6 +61,9 @@ struct mic_net_dev;
  * the vdev alive. NULL with errno set on failure. */
 struct mic_net_dev *mic_net_dev_create(struct mic_vdev *dev, int local_fd, struct mic_resp *resp);
 void mic_net_dev_destroy(struct mic_net_dev *nd);
+/* What the card has accepted of the offered features (default: all): header length, merged buffers and
+ * DATA_VALID follow it. Call it before a run when the rings were set up. */
+void mic_net_dev_accepted(struct mic_net_dev *nd, uint64_t features);
 /* Serve the rings until something needs a decision; returns an enum mic_run. MIC_RUN_LOCAL: the
  * local end failed, mic_net_dev_error() has the errno. MIC_RUN_SIGNAL also comes now and then under
  * load, so that the caller's signal handlers run. */

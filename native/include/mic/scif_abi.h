@@ -16,21 +16,18 @@
 struct mic_scif_qpage {
 	uint64_t magic;
 	uint8_t reserved0[120];
-	/* 128: written by the peer as sender */
+	/* 128: written by the peer with every message it sends */
 	uint32_t local_write; /* its write index */
-	uint32_t tx_asleep;   /* it sleeps on tx_seq of its own page until there is room */
-	uint32_t tx_native;   /* it wants its descriptor writable again when there is room */
-	uint32_t told;        /* 1 + rx_epoch when it last had a token put on our descriptor */
-	uint8_t reserved1[48];
-	/* 192: written by the peer as receiver */
+	uint32_t inline_at;   /* read index at which the bytes below begin, MIC_SCIF_NOT_INLINE: none */
+	uint32_t inline_len;
+	uint8_t inline_data[40]; /* a copy of its last message, if short: it comes with the index */
+	uint8_t reserved1[12];
+	/* 192: written by the peer whenever it has received */
 	uint32_t local_read;  /* its read index */
 	uint32_t reserved2;
 	uint64_t remote_qp, local_buf, local_qp, remote_buf; /* ours: bus addresses */
 	uint32_t qp_state;
-	uint32_t reserved3;
-	uint64_t rx_wait;     /* 1 + count of bytes received when it began to wait in recv, 0 = does not */
-	uint32_t rx_asleep;   /* it sleeps on rx_seq of its own page until there are bytes */
-	uint32_t rx_epoch;    /* how often it took the token off its descriptor */
+	uint8_t reserved3[20];
 	/* 256, 320: our futex words; the peer and our node raise them */
 	uint32_t rx_seq;
 	uint8_t reserved4[60];
@@ -40,6 +37,16 @@ struct mic_scif_qpage {
 	uint64_t notify_addr; /* bus address of our node's notify page */
 	uint32_t notify_slot; /* our bit in it */
 	uint32_t abi;         /* MIC_SCIF_ABI */
+	uint8_t reserved6[48];
+	/* 448: written by the peer when it waits to receive */
+	uint64_t rx_wait;     /* 1 + count of bytes received when it began to wait in recv, 0 = does not */
+	uint32_t rx_asleep;   /* it sleeps on rx_seq of its own page until there are bytes */
+	uint32_t rx_epoch;    /* how often it took the token off its descriptor */
+	uint8_t reserved7[48];
+	/* 512: written by the peer when it waits to send */
+	uint32_t tx_asleep;   /* it sleeps on tx_seq of its own page until there is room */
+	uint32_t tx_native;   /* it wants its descriptor writable again when there is room */
+	uint32_t told;        /* 1 + rx_epoch when it last had a token put on our descriptor */
 };
 
 /* State word of the control page. */
@@ -61,7 +68,7 @@ struct mic_scif_ctl {
 	uint64_t sent;         /* bytes, ever */
 	uint32_t tx_write, tx_read;
 	uint32_t notified;     /* rx_epoch of the peer at our last notification, + 1 */
-	uint32_t tx_filled;    /* our descriptor was made unwritable */
+	uint32_t tx_inline;    /* the peer's page holds a copy of our last message */
 	uint8_t reserved1[64];
 	/* 192: the receiving end, under rx_lock */
 	uint64_t rx_lock[5];
@@ -76,6 +83,7 @@ struct mic_scif_ctl {
 	uint8_t reserved3[56];
 };
 
+#define MIC_SCIF_NOT_INLINE 0xffffffff
 #define MIC_SCIF_SLOTS 15872
 struct mic_scif_notify {
 	uint32_t seq;          /* futex of the notifier thread */
@@ -122,6 +130,8 @@ _Static_assert(offsetof(struct mic_scif_qpage, local_write) == 128, "qpage");
 _Static_assert(offsetof(struct mic_scif_qpage, local_read) == 192, "qpage");
 _Static_assert(offsetof(struct mic_scif_qpage, qp_state) == 232, "qpage");
 _Static_assert(offsetof(struct mic_scif_qpage, rx_seq) == 256, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, rx_wait) == 448, "qpage");
+_Static_assert(offsetof(struct mic_scif_qpage, tx_asleep) == 512, "qpage");
 _Static_assert(offsetof(struct mic_scif_qpage, notify_addr) == 384, "qpage");
 _Static_assert(offsetof(struct mic_scif_ctl, tx_lock) == 64, "ctl");
 _Static_assert(offsetof(struct mic_scif_ctl, rx_lock) == 192, "ctl");
@@ -161,6 +171,7 @@ enum mic_scif_op {
 	MIC_SCIF_DROP,       /* data: struct mic_scif_seg: pages that this process no longer maps */
 	MIC_SCIF_FENCE_MARK, /* peer's mark -> v0 */
 	MIC_SCIF_FENCE_WAIT, /* a0 peer's mark */
+	MIC_SCIF_TABLES,     /* -> data: JSON of endpoints and windows, for people */
 	MIC_SCIF_FENCE_SIGNAL, /* peer executes: a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
 };
 

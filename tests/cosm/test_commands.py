@@ -1,0 +1,126 @@
+"""micctrl, info, check, cp and shell against a whole machine (COSM 10.4, 11, 13)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+QUICK = ("--disk", "none", "--net", "none")
+
+
+def micctrl(machine: Machine, *args: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mic_emu.cli.micctrl", *args], env=machine.env, cwd=machine.home, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_cosm_67_without_driver_and_with_wrong_options(machine: Machine) -> None:
+    """`Module unloaded ` and 3; usage and 2; MPSS 3: 150 for a bad option, 2 for a bad name, 1 without daemon."""
+    for option in ("-s", "-b", "-r", "-S", "-w"):
+        assert micctrl(machine, option) == (3, "Module unloaded \n", "")
+    for bad in ((), ("-x",), ("mic0",)):
+        code, out, _ = micctrl(machine, *bad)
+        assert (code, out.startswith("usage: micctrl")) == (2, True)
+    assert micctrl(machine, "--nonsense")[0] == 150
+    code, out, _ = micctrl(machine, "-s", "card0")
+    assert (code, len(out.splitlines())) == (2, 2)
+    code, out, _ = micctrl(machine, "--boot")
+    assert (code, out) == (1, "  [Error] Cannot boot cards - mpssd daemon is not running\n")
+    assert micctrl(machine, "--status", "-t", "1801")[0] == 3
+    assert micctrl(machine, "--useradd=x")[0] == 1
+
+
+def test_cosm_67_68_69_script_words(machine: Machine) -> None:
+    """-s -S -w -b -r for two cards: lines, exit codes; an online card is left alone by -b."""
+    machine.boot("-n", "2", *QUICK)
+    assert micctrl(machine, "-s") == (
+        0, "mic0 state: online shutdown_status: nop\nmic1 state: online shutdown_status: nop\n", "",
+    )  # fmt: skip
+    pids = machine.card()["pids"]
+    code, out, err = micctrl(machine, "-b", "mic0")
+    assert (code != 0, out, "Invalid argument" in err) == (True, "", True)
+    assert machine.card()["pids"] == pids
+    assert micctrl(machine, "-S", "mic1")[:2] == (0, "")
+    code, out, _ = micctrl(machine, "-w", "mic1")
+    assert (code, set(out.splitlines()) <= {"Waiting for mic1 to go offline"}) == (0, True)
+    machine.micemu("wait", "ready", "mic1")
+    code, out, err = micctrl(machine, "-b")  # mic0 is online: stops at the first failing one
+    assert (code, machine.card("mic1")["state"]) == (1, "ready")
+    assert micctrl(machine, "-b", "mic1")[0] == 0
+    machine.micemu("wait", "online", "mic1")
+    assert micctrl(machine, "-r", "mic1")[0] == 0
+    machine.micemu("wait", "ready", "mic1")
+    assert micctrl(machine, "-r", "mic1")[0] == 1
+    assert micctrl(machine, "-s", "mic9")[0] == 1
+
+
+def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
+    """Long forms as MPSS 3; a crash reads as lost; shut down, all ready, and `stop` leaves no daemon."""
+    image = machine.boot(*QUICK) and json.loads(machine.micemu("status", "--json").stdout)
+    assert image
+    code, out, _ = micctrl(machine, "--status")
+    assert (code, out.startswith("mic0: online (mode: linux image: /")) == (0, True)
+    assert micctrl(machine, "--reset", "mic3") == (1, "mic3: Reset aborted - non existent MIC device\n", "")
+    assert micctrl(machine, "--shutdown", "-w")[1].splitlines()[0] == "mic0: Shutting down"
+    machine.micemu("wait", "ready")
+    assert micctrl(machine, "--reset") == (1, "  [Error] mic0 Reset failed - card state ready\n", "")
+    code, out, _ = micctrl(machine, "-b", "-w", "mic0")
+    assert (code, out.splitlines()[1:]) == (0, ["mic0: online"])
+    code, out, _ = micctrl(machine, "-R", "-w")
+    assert (code, out.splitlines()[0], out.splitlines()[-1]) == (0, "mic0: shutting down", "mic0: online")
+    os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
+    machine.micemu("wait", "crashed")
+    assert micctrl(machine, "--status")[1] == "mic0: lost\n"
+    assert "BootOnStart" in micctrl(machine, "--config")[1]
+    machine.micemu("reset")
+    machine.micemu("stop")
+    assert micctrl(machine, "-s")[0] == 3
+
+
+def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) -> None:
+    """All checks pass when every card is online and name the card that is not; info says Not Available; files travel."""
+    machine.boot("-n", "2", "--disk", "none", "--net", "responder")
+    done = machine.micemu("check", "--ping")
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("Executing default tests for host", "Status: OK")
+    assert "  Test 5 (mic1): Check systoolsd is running in device ... pass" in lines
+    info = machine.micemu("info").stdout
+    assert "Device No: 1, Device Name: mic1 [x100]" in info
+    assert "Die Temp                   : Not Available" in info
+    assert machine.json("info", "mic0", "-g", "board")["mic0"]["board"]["PCIe Width"] == "x16"
+
+    folder = tmp_path / "some folder"
+    folder.mkdir()
+    (folder / "x").write_bytes(os.urandom(100_000))
+    (folder / "run me").write_text("#!/bin/sh\necho ran\n")
+    (folder / "run me").chmod(0o755)
+    machine.micemu("cp", str(folder), "mic0:/tmp/there")
+    assert machine.on_card("/tmp/there/run me").stdout == "ran\n"
+    machine.micemu("cp", "mic0:/tmp/there/x", "mic1:/tmp")
+    machine.micemu("cp", "mic1:/tmp/x", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == (folder / "x").read_bytes()
+    missing = machine.micemu("cp", "mic0:/tmp/none", ".", check=False)
+    assert (missing.returncode, "cannot read mic0:/tmp/none" in missing.stderr) == (1, True)
+    assert machine.micemu("shell", "mic1", "-c", "hostname; exit 3", check=False).stdout == "mic1\n"
+
+    os.kill(machine.card("mic1")["pids"]["os"], signal.SIGKILL)
+    eventually(lambda: machine.card("mic1")["shutdown_status"] == "crashed", 5, "the crash of mic1")
+    done = machine.micemu("check", check=False)
+    assert done.returncode == 1
+    assert "Test 4 (mic1)" in done.stdout
+    assert "Test 5 (mic1)" not in done.stdout
+    assert (
+        "Failure: mic1: Check device state and POST code: the device is in state shutting_down (crashed), not online"
+        in done.stderr
+    )

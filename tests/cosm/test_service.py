@@ -1,0 +1,128 @@
+"""``micemu host`` as a service: notify, autoboot, reload, orderly end (issue: running as a service)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = pytest.mark.system
+CONFIG = """
+[[card]]
+disk = "none"
+net = "none"
+
+[[card]]
+disk = "none"
+net = "none"
+autoboot = false
+"""
+
+
+def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_path: Path) -> None:
+    """READY=1 when autoboot cards are online; SIGHUP takes a new file and survives a bad one; SIGTERM shuts down."""
+    config = tmp_path / "lab.toml"
+    config.write_text(CONFIG)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "JOURNAL_STREAM": "1:2"}
+        errors = (tmp_path / "journal").open("w+")
+        with errors, machine.popen("host", "--foreground", "--config", str(config), stderr=errors) as service:
+            try:
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
+                again = machine.micemu("host", check=False)
+                assert (again.returncode, "runs already" in again.stderr) == (4, True)
+
+                config.write_text(CONFIG.replace("autoboot = false", 'cmdline = "quiet"'))
+                service.send_signal(signal.SIGHUP)
+                assert manager.recv(4096).startswith(b"RELOADING=1")
+                assert manager.recv(4096) == b"READY=1"
+                assert machine.json("config", "show")["card"][1]["cmdline"] == "quiet"
+                config.write_text("[[card]]\nnonsense = 1\n")
+                service.send_signal(signal.SIGHUP)
+                assert manager.recv(4096).startswith(b"RELOADING=1")
+                assert manager.recv(4096) == b"READY=1"
+                assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
+
+                service.send_signal(signal.SIGTERM)
+                assert manager.recv(4096) == b"STOPPING=1"
+                assert service.wait(timeout=30) == 0
+            finally:
+                service.kill()
+    journal = (tmp_path / "journal").read_text()
+    assert "<6>mic0: booting -> online" in journal
+    assert "<6>mic0: shutdown status poweroff" in journal
+    assert "<3>the configuration stays as it was" in journal
+    machine.check_clean()
+
+
+def test_cosm_63_no_cards_is_exit_3_and_an_unusable_run_directory_exit_1(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Nothing is started in either case."""
+    config = tmp_path / "none.toml"
+    config.write_text("card = []\n")
+    done = machine.micemu("host", "--foreground", "--config", str(config), check=False)
+    assert (done.returncode, "the list of cards is empty" in done.stderr) == (3, True)
+    machine.run_dir.parent.touch()  # a file where the log's directory should be
+    done = machine.micemu("host", "--foreground", check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    machine.run_dir.parent.unlink()
+
+
+def test_service_ends_when_the_host_process_dies(machine: Machine, tmp_path: Path) -> None:
+    """kill -9 of the host process: the service fails, so that its manager starts it again; which works."""
+    config = tmp_path / "lab.toml"
+    config.write_text(CONFIG)
+    for _ in range(2):
+        with machine.popen(
+            "host", "--foreground", "--config", str(config), stderr=subprocess.DEVNULL
+        ) as service:
+            try:
+                eventually(
+                    lambda: [c["state"] for c in machine.status()["cards"]] == ["online", "ready"],
+                    20,
+                    "the cards",
+                )
+                os.kill(machine.status()["host"]["pid"], signal.SIGKILL)
+                assert service.wait(timeout=20) == 1
+            finally:
+                service.kill()
+
+
+def test_reload_swaps_the_disk_of_a_card_that_is_up(machine: Machine, tmp_path: Path) -> None:
+    """VOP-62: another image in the file, SIGHUP: the card keeps running and has the other disk."""
+    config = tmp_path / "lab.toml"
+    config.write_text('[[card]]\nnet = "none"\ndisk = "one.img"\n')
+    machine.micemu("host", "--config", str(config))
+    before = machine.card()
+    assert machine.device("block")["path"] == str(tmp_path / "one.img")
+    config.write_text('[[card]]\nnet = "none"\ndisk = "two.img"\n')
+    with machine.popen("host", "--foreground", "--config", str(config), stderr=subprocess.PIPE) as second:
+        assert second.wait(timeout=20) == 4  # a second service of the same instance is refused
+        assert second.stderr
+        second.stderr.close()
+    reload_by_request(machine, config)
+    eventually(
+        lambda: machine.device("block")["path"] == str(tmp_path / "two.img") and machine.device("block")["state"] == "running",
+        10, "the other disk",
+    )  # fmt: skip
+    assert machine.card()["pids"] == before["pids"]
+
+
+def reload_by_request(machine: Machine, config: Path) -> None:
+    """What the service does on SIGHUP."""
+    code = (
+        "import dataclasses, sys; from pathlib import Path; from mic_emu.cli import client; from mic_emu.config import load\n"
+        "client.ask('reload', cards=[dataclasses.asdict(c) for c in load(Path(sys.argv[1])).cards])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(config)], env=machine.env, check=True, timeout=30)

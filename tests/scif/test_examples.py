@@ -1,0 +1,83 @@
+"""The examples that users start from: built and run, host to card and back; the CLI's SCIF commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scif_server import PACKAGE, Server
+
+EXAMPLES = PACKAGE.parent / "examples" / "scif"
+
+
+def together(server: Server, first: list[str], second: list[str], nodes: tuple[int, int]) -> list[str]:
+    """Run a server and a client program, each on its node; returns both outputs."""
+    running = []
+    for command, node in ((first, nodes[0]), (second, nodes[1])):
+        env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{node}.sock")}
+        running.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+        )
+    try:
+        out = [p.communicate("ping\n" if p is running[1] else "", timeout=30)[0] for p in reversed(running)]
+        assert [p.returncode for p in running] == [0, 0]
+    finally:
+        for p in running:
+            p.kill()
+            p.wait()
+    return out[::-1]
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("echo", (0, 1)), ("rma", (1, 0)), ("flag", (2, 1))])
+def test_scif_39_c_examples(server: Server, tmp_path: Path, name: str, nodes: tuple[int, int]) -> None:
+    """Each C example builds with the flags that the CLI prints and does what it says."""
+    micemu = [sys.executable, "-m", "mic_emu.cli", "scif", "--cflags", "--libs"]
+    flags = subprocess.check_output(micemu, text=True).split()
+    subprocess.run(
+        [
+            "cc",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            str(EXAMPLES / f"{name}.c"),
+            *flags,
+            "-o",
+            str(tmp_path / name),
+        ],
+        check=True,
+    )
+    program = str(tmp_path / name)
+    port = str(3000 + len(name) + nodes[0])
+    out = together(server, [program, "server", port], [program, "client", str(nodes[0]), port], nodes)
+    assert {"echo": "hello over SCIF", "rma": "written", "flag": "round trip"}[name] in out[1]
+
+
+def test_scif_39_python_work_queue(server: Server) -> None:
+    """The Python example: a worker on a card, its master on the host."""
+    script = [sys.executable, str(EXAMPLES / "queue.py")]
+    out = together(server, [*script, "worker", "3100"], [*script, "master", "1", "3100"], (1, 0))
+    assert "100 jobs for node 0" in out[0]
+    assert "sum of 100 squares: 338350" in out[1]
+
+
+def test_scif_125_cli_tables_and_cat(server: Server) -> None:
+    """`micemu scif nodes`, `endpoints` and `cat` against live nodes."""
+    micemu = [sys.executable, "-m", "mic_emu.cli", "scif"]
+    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
+    rows = json.loads(subprocess.check_output([*micemu, "nodes", "--json"], env=env))
+    assert [r["name"] for r in rows if not r["self"]] == ["mic0", "mic1"]
+    listener = subprocess.Popen(
+        [*micemu, "cat", "-l", "3200"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    table: dict[str, list[dict[str, object]]] = {"endpoints": []}
+    while not any(e["port"] == 3200 and e["state"] == "listening" for e in table["endpoints"]):
+        table = json.loads(subprocess.check_output([*micemu, "endpoints", "--json"], env=env, timeout=20))
+        assert listener.poll() is None
+    other = {**env, "MICEMU_SCIF_SOCKET": str(server.where / "node1.sock")}
+    subprocess.run(
+        [*micemu, "cat", "0", "3200"], env=other, input=b"through the cat\n", check=True, timeout=20
+    )
+    assert listener.communicate(timeout=20)[0] == b"through the cat\n"

@@ -1,0 +1,105 @@
+"""Hostile programs and hostile peers: the node survives whatever arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+
+from fabric import fabric
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scif_server import Server, settled
+
+from mic_emu._native import lib
+from mic_emu.scif.proto import MSG_SIZE, Msg, Op
+
+REQUEST = struct.Struct("<IIQ6Q")
+OPS = [getattr(lib, n) for n in dir(lib) if n.startswith("MIC_SCIF_") and isinstance(getattr(lib, n), int)]
+NUMBERS = st.one_of(
+    st.integers(0, 5), st.sampled_from([1 << 62, (1 << 64) - 1, 4096, 1 << 63]), st.integers(0, (1 << 64) - 1)
+)
+
+
+def connect(server: Server) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(5)
+    sock.connect(str(server.where / "node0.sock"))
+    return sock
+
+
+def call(sock: socket.socket, op: int, sid: int = 0, args: tuple[int, ...] = (), data: bytes = b"") -> bytes:
+    sock.send(REQUEST.pack(op, len(data), sid, *(args + (0,) * 6)[:6]) + data)
+    return sock.recv(1 << 17)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(packets=st.lists(st.binary(max_size=200), min_size=1, max_size=5))
+def test_scif_135_rubbish_on_the_socket(server: Server, packets: list[bytes]) -> None:
+    """Any bytes on a new connection: it is closed, the node serves the next one."""
+    with connect(server) as sock, contextlib.suppress(OSError):
+        for p in packets:
+            sock.send(p)
+    with connect(server) as sock:
+        assert struct.unpack_from("<i", call(sock, lib.MIC_SCIF_HELLO))[0] == 0
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from(OPS), st.booleans(), st.tuples(*[NUMBERS] * 6), st.binary(max_size=64)),
+        max_size=8,
+    )
+)
+def test_scif_135_any_request_with_any_arguments(
+    server: Server, requests: list[tuple[int, bool, tuple[int, ...], bytes]]
+) -> None:
+    """Every request with arbitrary arguments ends in an answer or a closed connection, nothing stays."""
+    waits = {lib.MIC_SCIF_CANCEL, lib.MIC_SCIF_CONNECT, lib.MIC_SCIF_ACCEPT}
+    with connect(server) as endpoint, connect(server) as control, contextlib.suppress(OSError):
+        sid = struct.unpack_from("<iIQ", call(endpoint, lib.MIC_SCIF_OPEN, args=(12345,)))[2]
+        call(control, lib.MIC_SCIF_HELLO, args=(1,))
+        for op, ours, args, data in requests:
+            if op in waits:
+                continue
+            if not call(control, op & 0xFFFFFFFF, sid if ours else args[0], args, data):
+                break
+    with connect(server) as sock:
+        assert struct.unpack_from("<i", call(sock, lib.MIC_SCIF_HELLO))[0] == 0
+    assert settled(server) == server.idle
+
+
+def test_scif_135_random_messages_on_the_node_queue() -> None:
+    """20000 random and nearly right messages from a card: logged and dropped, the link goes on."""
+
+    async def main() -> None:
+        rng = random.Random(7)
+        async with fabric(2) as fab:
+            card = fab.cards[0]
+            ids = list(fab.host.endpoints) + [fab.host.open().id, 1, 0, (1 << 64) - 1]
+            quiet = {Op.INIT, Op.EXIT, Op.EXIT_ACK}
+            for _ in range(20000):
+                if rng.random() < 0.3:
+                    msg = Msg.unpack(rng.randbytes(MSG_SIZE))
+                else:
+                    op = rng.choice([o for o in Op if o not in quiet])
+                    words = [rng.choice([*ids, rng.getrandbits(rng.choice((8, 20, 63)))]) for _ in range(4)]
+                    msg = Msg(op, (1, rng.randrange(4)), (rng.choice((0, 0, 2)), rng.randrange(4)), *words)
+                card.card_link.send(msg)
+                await asyncio.sleep(0) if rng.random() < 0.05 else None
+            want = card.card_link.sent
+            while card.host_link.received < want:
+                await asyncio.sleep(0.001)
+            assert fab.host.node_ids() == [0, 1, 2]
+            listener = fab.host.open()
+            listener.bind(77)
+            listener.listen(1)
+            client = card.node.open()
+            _, conn = await asyncio.gather(client.connect((0, 77)), listener.accept())
+            await client.send(b"alive")
+            assert await conn.recv(5) == b"alive"
+            await asyncio.gather(client.close(), conn.close())
+
+    asyncio.run(asyncio.wait_for(main(), 50))

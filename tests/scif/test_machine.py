@@ -1,0 +1,74 @@
+"""SCIF programs on a booted machine: host and cards, through ``micemu run``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from scif_server import PACKAGE
+
+from mic_emu.testing.machine import MICEMU, Machine
+
+pytestmark = pytest.mark.system
+EXAMPLES = PACKAGE.parent / "examples" / "scif"
+SAYS = {"echo": "hello over SCIF", "rma": "written", "flag": "round trip"}
+
+
+def build(machine: Machine) -> Path:
+    """The examples with the library beside them, in the machine's own folder, which the cards see too."""
+    where = machine.home / "programs"
+    where.mkdir()
+    shutil.copy2(PACKAGE / "lib" / "libscif.so.0", where / "libscif.so.0")
+    for name in SAYS:
+        source = str(EXAMPLES / f"{name}.c")
+        command = ["cc", "-Wall", source, f"-I{PACKAGE / 'include'}", str(where / "libscif.so.0")]
+        subprocess.run([*command, "-Wl,-rpath,$ORIGIN", "-o", str(where / name)], check=True)
+    return where
+
+
+def start(machine: Machine, where: Path, place: str, *args: str) -> subprocess.Popen[str]:
+    command = [*MICEMU, "run", place, "--", *args]
+    return subprocess.Popen(
+        command, env=machine.env, cwd=where, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+
+
+@pytest.mark.timeout(120)
+def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> None:
+    """SCIF-39: host to card, card to host, card to card: messages, RMA with a fence, a mapping."""
+    machine.boot("-n", "2", "--disk", "none", "--net", "none")
+    where = build(machine)
+    nodes = {"host": 0, "mic0": 1, "mic1": 2}
+    port = 3000
+    for server, client in (("host", "mic0"), ("mic0", "host"), ("mic0", "mic1")):
+        for name, words in SAYS.items():
+            port += 1
+            a = start(machine, where, server, f"./{name}", "server", str(port))
+            b = start(machine, where, client, f"./{name}", "client", str(nodes[server]), str(port))
+            out = b.communicate(timeout=40)[0]
+            a.communicate(timeout=40)
+            assert (a.returncode, b.returncode) == (0, 0), f"{name}: {server} <- {client}: {out}"
+            assert words in out
+
+
+@pytest.mark.timeout(120)
+def test_scif_17_129_a_crashed_card_disconnects_host_programs(machine: Machine) -> None:
+    """SCIF-129: the card is reset under a connected program: ECONNRESET, ports and memory come back."""
+    machine.boot("--disk", "none", "--net", "none")
+    where = build(machine)
+    card = start(machine, where, "mic0", "./rma", "server", "3500")
+    listing = ""
+    while "3500" not in listing:
+        listing = machine.micemu("scif", "endpoints", "mic0").stdout
+        assert card.poll() is None
+    client = start(machine, where, "host", "./echo", "client", "1", "3500")  # it waits for an echo for ever
+    while "connected" not in [line.split()[2] for line in listing.splitlines()[1:] if " 3500 " in line]:
+        listing = machine.micemu("scif", "endpoints", "mic0").stdout
+    machine.micemu("reset", "mic0")
+    assert client.wait(40) == 1
+    card.communicate(timeout=40)
+    client.communicate()
+    table = machine.micemu("scif", "endpoints", "host").stdout.splitlines()[1:]
+    assert [line.split()[1:3] for line in table] == [["201", "listening"]]

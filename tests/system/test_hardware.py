@@ -1,0 +1,76 @@
+"""The hardware layer under whole machines: HW-15, HW-22, HW-47, HW-49 and the debug views."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from mic_emu.testing.machine import Machine
+
+pytestmark = pytest.mark.system
+
+
+@pytest.mark.parametrize("interrupts", ["msi", "intx"])
+def test_hw_15_card_works_without_msix(machine: Machine, interrupts: str) -> None:
+    """HW-15: with one interrupt line the card comes up, and its console, disk and programs work."""
+    config = machine.home / "card.toml"
+    config.write_text(f'[[card]]\ninterrupts = "{interrupts}"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    rows = json.loads(machine.micemu("dump", "interrupts", "--json").stdout)
+    assert [(r["mode"], r["vector"]) for r in rows] == [(interrupts, 0)]
+    assert machine.micemu("run", "mic0", "--", "sh", "-c", "echo on the card").stdout == "on the card\n"
+    machine.micemu("shutdown")
+    machine.micemu("boot", "--config", str(config))
+    assert machine.status()["cards"][0]["state"] == "online"
+
+
+def test_hw_47_vectors_of_a_card(machine: Machine) -> None:
+    """HW-47: four vectors for DMA, one for SCIF, the rest for virtio devices."""
+    machine.micemu("boot", "--net", "none")
+    users = [u for r in json.loads(machine.micemu("dump", "interrupts", "--json").stdout) for u in r["users"]]
+    assert users.count("mic dma_channel") == 4
+    assert users.count("SCIF_INTR") == 1
+    assert len(users) == 7  # console and block
+
+
+def test_hw_22_channels_follow_the_card(machine: Machine) -> None:
+    """HW-22, HW-49: both sides enable their four channels; after shutdown and reset all are off."""
+    machine.micemu("boot", "--net", "none", "--disk", "none")
+
+    def enabled() -> list[str]:
+        rows = json.loads(machine.micemu("dump", "dma", "--json").stdout)
+        assert not any(r["halted"] or r["error"] for r in rows)
+        return [r["owner"] for r in rows if r["enabled"]]
+
+    assert enabled() == ["host"] * 4 + ["card"] * 4
+    machine.micemu("shutdown")
+    machine.micemu("reset", check=False)
+    assert enabled() == []
+    machine.micemu("boot")
+    assert enabled() == ["host"] * 4 + ["card"] * 4
+
+
+def test_hw_01_lspci_of_a_running_card(machine: Machine) -> None:
+    """HW-1: the dump of a booted card decodes: mastering on, MSI-X on, INTx off."""
+    if not shutil.which("lspci"):
+        pytest.skip("lspci (pciutils) is not installed")
+    machine.micemu("boot", "--net", "none", "--disk", "none")
+    dump = machine.home / "mic0.txt"
+    dump.write_text(machine.micemu("dump", "pci").stdout)
+    out = subprocess.run(["lspci", "-F", dump, "-vv"], capture_output=True, text=True, timeout=20).stdout
+    assert "BusMaster+" in out
+    assert "DisINTx+" in out
+    assert "MSI-X: Enable+ Count=16 Masked-" in out
+
+
+def test_hw_54_debug_files(machine: Machine) -> None:
+    """HW-54: the real drivers' debug files, also of a card that is down."""
+    machine.micemu("boot", "--net", "none", "--disk", "none")
+    for _ in range(2):
+        text = machine.micemu("dump", "debugfs").stdout
+        for name in ("smpt", "post_code", "msi_irq_info", "mic_dma_reg"):
+            assert f"{name} <==" in text
+        machine.micemu("shutdown")

@@ -232,6 +232,19 @@ async def test_vop_16_order_of_a_removal() -> None:
 
 
 @in_loop
+async def test_vop_16_one_ring_for_announcement_and_removal() -> None:
+    """VOP-16: a device that is announced and removed at once costs no time-out, though both rings are one."""
+    clock = manual()
+    with Life(clock) as life:
+        await life.card.start()
+        for _ in range(20):
+            dev = await life.add()
+            await asyncio.wait_for(life.host.remove(dev), 5)
+        assert clock.monotonic() == 0.0
+        assert life.card.devices == {}
+
+
+@in_loop
 async def test_vop_16_guest_ack_alone_is_not_enough() -> None:
     """VOP-16: a stale guest_ack does not end the removal: rings are freed only when the card let go."""
     clock = manual()

@@ -21,7 +21,8 @@
 #define HOT_GAP_US 20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
-#define PIECE 1024u /* published at once: the other side copies while this one does */
+#define LINE 64u
+#define PIECE 1360u /* published at once, three fill the ring: the other side copies meanwhile */
 
 static uint32_t distance(uint32_t from, uint32_t to)
 {
@@ -425,6 +426,9 @@ static void get(struct ep *ep, uint8_t *p, uint32_t n)
 	if (head > n)
 		head = n;
 	if (!get_inline(ep, p, n)) {
+		/* Ask for all lines at once: each is in the sender's cache. */
+		for (uint32_t i = 0; i < head; i += LINE)
+			__builtin_prefetch(ep->ring + ctl->rx_read + i);
 		memcpy(p, ep->ring + ctl->rx_read, head);
 		if (n > head)
 			memcpy(p + head, ep->ring, n - head);

@@ -78,7 +78,7 @@ def test_scif_135_random_messages_on_the_node_queue() -> None:
         rng = random.Random(7)
         async with fabric(2) as fab:
             card = fab.cards[0]
-            ids = list(fab.host.endpoints) + [fab.host.open().id, 1, 0, (1 << 64) - 1]
+            ids = [*fab.host.endpoints, fab.host.open().id, 1, 0, (1 << 64) - 1]
             quiet = {Op.INIT, Op.EXIT, Op.EXIT_ACK}
             for _ in range(20000):
                 if rng.random() < 0.3:

@@ -128,6 +128,15 @@ def number(call: Callable[[], Any]) -> int:
     return int(e.value.errno or 0)
 
 
+def result(call: Callable[[], Any]) -> int:
+    """0, or the errno of a call that may fail."""
+    try:
+        call()
+    except OSError as e:
+        return int(e.errno or 0)
+    return 0
+
+
 class Copy:
     """A struct mic_copy_desc with its elements."""
 
@@ -198,19 +207,19 @@ def test_vop_36_header_that_changes(lab: Lab) -> None:
     thread = threading.Thread(target=flip)
     thread.start()
     seen: set[int] = set()
+    codes: set[int] = set()
     try:
         for _ in range(60):
             with lab.open() as f:
-                try:
-                    f.ioctl(ADD_DEVICE, ctypes.addressof(area))
-                except OSError as e:
-                    assert e.errno == EINVAL
-                else:
+                code = result(lambda: f.ioctl(ADD_DEVICE, ctypes.addressof(area)))
+                codes.add(code)
+                if code == 0:
                     seen.add(DESC.get(lab.life.page, f.slot_offset, "config_len"))
     finally:
         stop.set()
         thread.join()
     assert seen <= {8, 16}
+    assert codes <= {0, EINVAL}
 
 
 def test_vop_37_page_full_then_room(lab: Lab) -> None:
@@ -218,10 +227,9 @@ def test_vop_37_page_full_then_room(lab: Lab) -> None:
     files = []
     while True:
         f = lab.open()
-        try:
-            f.ioctl(ADD_DEVICE, block())
-        except OSError as e:
-            assert e.errno in (EINVAL, errno.ENOSPC)  # the page, or the card's nine vectors, whichever ends first
+        code = result(lambda: f.ioctl(ADD_DEVICE, block()))  # noqa: B023 - called at once
+        if code:
+            assert code in (EINVAL, errno.ENOSPC)  # the page, or the card's nine vectors, whichever ends first
             break
         files.append(f)
     assert len(files) >= 4
@@ -384,7 +392,7 @@ def test_vop_20_killed_process_takes_its_device_along(machine: Machine) -> None:
         assert child.stdout
         assert child.stdout.readline() == "0\n"
         log = machine.run_dir / "log.jsonl"
-        eventually(lambda: '"event": "device_up"' in log.read_text() and "virtio4" in log.read_text(), 10, "the device on the card")
+        eventually(lambda: "virtio4@" in log.read_text(), 10, "the device on the card")
         child.kill()
         eventually(lambda: "device is gone" in log.read_text(), 10, "the removal on the card")
     finally:

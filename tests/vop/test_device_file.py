@@ -269,6 +269,7 @@ def test_vop_40_bad_arguments(lab: Lab) -> None:
         assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4), ring=255).arg)) == EINVAL
         assert number(lambda: f.ioctl(COPY_DESC, 8)) == EFAULT
         assert number(lambda: f.ioctl(COPY_DESC, bytearray(23))) == EFAULT
+        assert number(lambda: f.ioctl(COPY_DESC, bytes(Copy(bytearray(4)).arg))) == EFAULT
         assert number(lambda: f.ioctl(ADD_DEVICE, 8)) == errno.EBUSY
         no_array = bytearray(L.COPY_DESC.pack(iov=8, iovcnt=1))
         assert number(lambda: f.ioctl(COPY_DESC, no_array)) == EINVAL
@@ -369,6 +370,45 @@ def test_vop_13_copy_without_status_is_enodev(lab: Lab) -> None:
         lab.call(dev.reset())
         assert lab.status(f) == 0
         assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == ENODEV
+
+
+def test_vop_54_card_dies_with_a_chain_pending(lab: Lab) -> None:
+    """VOP-54: copies still end at once; after the stop ENODEV and POLLERR; a new boot takes new files."""
+    f = lab.added()
+    lab.offer([b"12345678"], [8])
+    lab.life.host.peer_alive = lambda: False
+    lab.loop.call_soon_threadsafe(lab.life.host.peer_died)
+    began = time.monotonic()
+    pending = Copy(bytearray(4))  # alive during the call: the element array is its
+    result(lambda: f.ioctl(COPY_DESC, pending.arg))
+    lab.call(lab.files.close())
+    lab.call(lab.life.host.close())
+    assert time.monotonic() - began < 2
+    assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == ENODEV
+    assert f.poll(5) == select.POLLERR
+    f.close()
+
+    async def boot_again() -> None:
+        lab.life.page.zero(24, 4072)
+        lab.life.host, lab.life.card = lab.life.new_host(), lab.life.new_card()
+        await lab._start()
+
+    lab.call(boot_again())
+    with lab.added() as fresh:
+        assert fresh.slot_offset == 24
+
+
+def test_vop_29_close_wakes_a_waiting_poll(lab: Lab) -> None:
+    """A thread in poll without a limit returns POLLERR when another one closes the file."""
+    f = lab.added()
+    while f.poll(0.05):
+        pass
+    found: list[int] = []
+    waiter = threading.Thread(target=lambda: found.append(f.poll(None)))
+    waiter.start()
+    f.close()
+    waiter.join(5)
+    assert found == [select.POLLERR]
 
 
 @pytest.mark.system

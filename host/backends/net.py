@@ -60,9 +60,7 @@ class Net(BackendProcess):
     def _negotiated(self) -> None:
         """Follow what the card accepted of our features (VOP 4.4): it was written before the rings."""
         assert self.dev
-        shape = self.slot.shape
-        raw = self.bus.host.read(self.slot.desc + shape.accepted_off, shape.feature_len)
-        features = int.from_bytes(raw, "little") & self.slot.features
+        features = self.bottom.accepted_features()
         self.dev.accepted(features)
         if self.tap:
             net.prepare_tap(self.tap, features, card=False)

@@ -14,6 +14,7 @@ from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host import metrics
 from mic_emu.host.devices import block
+from mic_emu.host.logfile import keep_small
 from mic_emu.host.sysfs import Sysfs, watch_states
 from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
@@ -35,6 +36,7 @@ class Admin:
         self.sysfs = Sysfs(instance)
         self.suspended: set[str] = set()  # cards that a resume boots again
         self._metrics: asyncio.AbstractServer | None = None
+        self._rotation: asyncio.Task[None] | None = None
         self.requests: dict[str, Request] = {
             "sysfs_list": self._sysfs_list, "sysfs_read": self._sysfs_read, "sysfs_write": self._sysfs_write,
             "sysfs_watch": self._sysfs_watch, "suspend": self._suspend, "resume": self._resume,
@@ -47,11 +49,14 @@ class Admin:
         path = self.instance.rundir.path / "metrics.sock"
         self._metrics = await asyncio.start_unix_server(self._scrape, str(path))
         os.chmod(path, 0o600)
+        self._rotation = asyncio.ensure_future(keep_small(self.instance.rundir.log))
 
     async def close(self) -> None:
         """Stop serving."""
         if self._metrics:
             self._metrics.close()
+        if self._rotation:
+            self._rotation.cancel()
 
     # --- sysfs; bytes travel as Latin-1 text --------------------------------------------------------
 

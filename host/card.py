@@ -318,14 +318,14 @@ class Card:
         supervisor.add(backend)
         try:
             await self.until(
-                lambda: backend.ready.is_set() or bool(backend.failed), self.clock.limit(40.0), f"{backend.name} on the card"
+                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble), self.clock.limit(40.0), f"{backend.name} on the card"
             )
         except TimeoutError:
             await supervisor.remove(backend)
             raise
-        if backend.failed:
+        if backend.failed or backend.trouble:
             await supervisor.remove(backend)
-            raise MicemuError(f"{self.name}: {backend.name}: {backend.failed}")
+            raise MicemuError(f"{self.name}: {backend.name}: {backend.failed or backend.trouble}")
         return backend
 
     async def remove_device(self, name: str) -> None:
@@ -416,7 +416,7 @@ class Card:
             return True
         if self.cosm.state is not State.ONLINE or self.supervisor is None:
             return False
-        return all(b.ready.is_set() or b.failed for b in self.supervisor.backends)
+        return all(b.ready.is_set() or b.failed or b.trouble for b in self.supervisor.backends)
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
@@ -465,8 +465,8 @@ class Card:
         rows = []
         for b in self.supervisor.backends if self.supervisor else []:
             row = {"type": b.name, "pid": b.pid or None, "state": b.state, "restarts": b.restarts, **b.facts}
-            if b.failed:
-                row["error"] = b.failed
+            if b.failed or b.trouble:
+                row["error"] = b.failed or b.trouble
             rows.append(row)
         return rows
 

@@ -23,6 +23,7 @@ from mic_emu.log import Log
 from mic_emu.vop.bottom_half import DeviceSlot
 from mic_emu.wire_aio import AsyncChannel
 
+DRIVER_FAILED = "the card's driver could not start (micemu dump log says why)"
 STOP_LIMIT_S = 3.0
 MAX_PAUSE_S = 5.0
 
@@ -43,13 +44,14 @@ class Backend:
         self.restarts = 0
         self.wanted = True  # False: it is being removed for good
         self.failed = ""
+        self.trouble = ""  # what keeps a device that lives from working
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._next = 0
 
     @property
     def state(self) -> str:
         """What ``micemu status`` shows."""
-        if self.failed:
+        if self.failed or self.trouble:
             return "failed"
         if self.pid == 0:
             return "restarting" if self.restarts else "starting"
@@ -192,6 +194,11 @@ class Supervisor:
         elif op == "driver_ok":
             backend.ready.set()
             self.log.info(f"{backend.kind} runs", event="driver_ok", device=backend.kind)
+            self.on_change()
+        elif op == "driver_failed":
+            backend.trouble = DRIVER_FAILED if msg["failed"] else ""
+            if msg["failed"]:
+                self.log.error(f"{backend.kind}: {DRIVER_FAILED}", event="driver_failed", device=backend.kind)
             self.on_change()
         elif op == "driver_lost":
             backend.ready.clear()

@@ -269,23 +269,28 @@ class VopCard:
     async def scan(self) -> None:
         """Look at every slot (VOP 4.2); one scan at a time, new devices come up side by side."""
         async with self._scan_lock:
-            added = []
-            for slot in dp.walk(self.page):
-                if slot.type == dp.REMOVED or self._closing:
-                    continue
-                known = self.devices.get(slot.off)
-                if known is None:
-                    added.append(self._add(slot))
-                    continue
-                acked = CTRL.get(self.page, slot.ctrl, "guest_ack")  # before the change: the host clears it last
-                change = CTRL.get(self.page, slot.ctrl, "config_change")
-                if change == C["PARAM_DEV_REMOVE"]:
-                    await self._remove(known)
-                elif change == C["PARAM_CONFIG_CHANGED"] and not acked:
-                    known.config_changed()
-                    CTRL.put(self.page, slot.ctrl, "guest_ack", 1)
-                    known.kick()
-            await asyncio.gather(*added)
+            slots = [slot for slot in dp.walk(self.page) if slot.type != dp.REMOVED and not self._closing]
+            fresh = [slot for slot in slots if slot.off not in self.devices]
+            await self._look(slots)
+            await asyncio.gather(*(self._add(slot) for slot in fresh))
+            if fresh:
+                # One ring of the doorbell may have stood for both: announced and changed at once.
+                await self._look(slots)
+
+    async def _look(self, slots: list[dp.Slot]) -> None:
+        """What the host wants of the devices that we know."""
+        for slot in slots:
+            known = self.devices.get(slot.off)
+            if known is None:
+                continue
+            acked = CTRL.get(self.page, slot.ctrl, "guest_ack")  # before the change: the host clears it last
+            change = CTRL.get(self.page, slot.ctrl, "config_change")
+            if change == C["PARAM_DEV_REMOVE"]:
+                await self._remove(known)
+            elif change == C["PARAM_CONFIG_CHANGED"] and not acked:
+                known.config_changed()
+                CTRL.put(self.page, slot.ctrl, "guest_ack", 1)
+                known.kick()
 
     async def _add(self, slot: dp.Slot) -> None:
         """VOP 4.3 steps 5 to 12. A driver that fails leaves the device FAILED and known."""

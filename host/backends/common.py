@@ -43,6 +43,7 @@ class BackendProcess:
         self.kick_fd = -1
         self.rings_ready = False
         self.announced = False
+        self.driver_failed = False
         self.done = False
 
     # --- the subclass ---------------------------------------------------------------------------
@@ -159,9 +160,17 @@ class BackendProcess:
                 if self.announced:
                     self.announced = False
                     self.channel.send({"op": "driver_lost"})
+                self.notice_failure()
                 poller.poll()
                 drain(self.kick_fd)
             self.serve_requests()
+
+    def notice_failure(self) -> None:
+        """The card's driver gave up (FAILED in the status byte): whoever waits for the device learns it."""
+        failed = bool(self.bottom.status() & C["VIRTIO_FAILED"])
+        if failed != self.driver_failed:
+            self.driver_failed = failed
+            self.channel.send({"op": "driver_failed", "failed": failed})
 
     def serve_requests(self) -> None:
         """Requests of the host process that are here already."""

@@ -12,7 +12,6 @@ import signal
 import socket
 import string
 import struct
-import sys
 from contextlib import ExitStack
 
 from mic_emu.cli import terminal
@@ -74,7 +73,7 @@ def attach(sock: socket.socket, name: str, detach: bytes = b"\x1d") -> bool:
 
 def _say(text: str) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
+        os.write(2, text.encode() + b"\n")  # unbuffered: nothing is left to fail at exit
     except OSError:
         pass  # the terminal has gone
 

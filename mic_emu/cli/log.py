@@ -62,6 +62,9 @@ def follow(path: Path, position: int, chosen: Filter) -> None:
             sys.stdout.flush()
             if not path.exists():
                 return
+            if f.tell() > path.stat().st_size:  # rotated
+                f.seek(0)
+                continue
             select.select([watch], [], [])
             os.read(watch, 65536)
 

@@ -110,3 +110,28 @@ def umount(directory: str) -> None:
     from mic_emu.cosm.fuse import unmount
 
     unmount(directory)
+
+
+@command.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARG]...")
+def execute(program: tuple[str, ...]) -> None:
+    """Run a program that finds the tree at its real places, /sys/class/mic and /sys/kernel/debug.
+
+    In a mount namespace of its own; nobody else sees the mount, and it goes with the program.
+
+    \b
+    Examples:
+      micemu sysfs exec -- cat /sys/class/mic/mic0/state
+      micemu run host -- micemu sysfs exec -- ./daemon
+    """
+    from mic_emu.cosm import mount as server
+
+    argv = list(program[1:] if program[0] == "--" else program)
+    if not argv:
+        raise click.UsageError("name a program behind --")
+    where = client.rundir()
+    client.connect(where).close()
+    try:
+        server.become(argv, where.control)
+    except OSError as e:
+        raise MicemuError(f"cannot run {argv[0]}: {e.strerror or e}", e.errno or errno.EIO) from e

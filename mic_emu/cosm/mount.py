@@ -13,8 +13,10 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from mic_emu import namespaces
+from mic_emu._native import lib
 from mic_emu.cosm.fuse import Server, Stat, mount_at, unmount
 from mic_emu.wire import WireError, connect_unix
 from mic_emu.wire_aio import AsyncChannel
@@ -149,3 +151,37 @@ def run(target: str, control: Path, foreground: bool) -> None:
         pass
     finally:
         os._exit(0)
+
+
+def become(argv: list[str], control: Path) -> NoReturn:
+    """Become ``argv`` in a mount namespace of its own that has the tree at /sys/class/mic and /sys/kernel/debug.
+
+    The server is a child that dies with the program. Raises OSError, NamespaceError.
+    """
+    if lib.mic_ns_unshare(lib.MIC_NS_MNT) < 0:
+        namespaces.create(("user", "mnt"))  # not root: of our own user namespace
+    namespaces.mount(None, "/", None, lib.MIC_MS_REC | lib.MIC_MS_PRIVATE)
+    bind = lib.MIC_MS_BIND | lib.MIC_MS_REC
+    classes = os.open("/sys/class", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    names = [n for n in os.listdir("/sys/class") if n != "mic"]
+    namespaces.mount("micemu", "/sys/class", "tmpfs", lib.MIC_MS_NOSUID | lib.MIC_MS_NODEV, "mode=755")
+    for name in names:
+        os.mkdir(f"/sys/class/{name}")
+        namespaces.mount(f"/proc/self/fd/{classes}/{name}", f"/sys/class/{name}", None, bind)
+    os.close(classes)
+    staging = "/sys/class/.micemu"
+    for path in (staging, "/sys/class/mic"):
+        os.mkdir(path)
+    fd = mount_at(staging, SOURCE, FSTYPE)
+    me = os.getpid()
+    if os.fork() == 0:
+        try:
+            lib.mic_proc_die_with_parent(me)
+            asyncio.run(serve(fd, control))
+        finally:
+            os._exit(0)
+    os.close(fd)
+    namespaces.mount(f"{staging}/class/mic", "/sys/class/mic", None, bind)
+    if os.path.isdir("/sys/kernel/debug"):
+        namespaces.mount(f"{staging}/kernel/debug", "/sys/kernel/debug", None, bind)
+    os.execvp(argv[0], argv)

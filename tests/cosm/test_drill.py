@@ -40,7 +40,9 @@ def drill(machine: Machine, rounds: int) -> None:
         if n == 1:
             before = descriptors(host)
     if rounds > 2:
-        eventually(lambda: descriptors(host) <= before + 1, 5, f"{before} descriptors in the host process again")
+        eventually(
+            lambda: descriptors(host) <= before + 1, 5, f"{before} descriptors in the host process again"
+        )
 
 
 def test_cosm_54_55_62_crash_drill_three_rounds(machine: Machine) -> None:

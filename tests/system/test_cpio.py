@@ -222,4 +222,7 @@ def test_any_bytes_are_an_error_or_stay_inside(
     except (CpioError, OSError):
         pass
     assert os.listdir(top) == ["dest"]
+    for path, folders, _ in os.walk(top):
+        for name in folders:
+            os.chmod(os.path.join(path, name), 0o700)
     shutil.rmtree(top)

@@ -129,3 +129,20 @@ def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -
     assert card["net"] == "responder"
     assert machine.on_card("sh", "-c", "exit 3", check=False).returncode == 3
     assert machine.json("ping", "mic0")["received"] == 3
+
+
+@pytest.mark.root
+def test_small_shared_memory_is_enomem_for_the_devices_that_do_not_fit(machine: Machine) -> None:
+    """/dev/shm of 24 MiB: the card comes online, status says which devices could not start; nothing dies by SIGBUS."""
+    script = 'mount -t tmpfs -o size=24m none /dev/shm && exec "$@"'
+    boot = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *MICEMU, "boot", "--json"],
+        env=machine.env, cwd=machine.home, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert boot.returncode == 0, boot.stderr + machine.report()
+    card = machine.card()
+    assert card["state"] == "online"
+    failed = [d for d in card["devices"] if d["state"] == "failed"]
+    assert failed
+    assert all("could not start" in d["error"] for d in failed)
+    assert machine.on_card("true").returncode == 0

@@ -174,8 +174,12 @@ def test_the_card_runs_the_downloaded_bytes(built: bytes) -> None:
     assert hashlib.sha256(os.pread(fd, h.payload_len, 0)).digest() == h.sha256
     with pytest.raises(OSError, match="not permitted"):
         os.write(fd, b"x")
-    best = 1e9
+    best = plain = 1e9
     for _ in range(3):
+        started = time.clock_gettime(time.CLOCK_MONOTONIC)
+        code = "import time; print(time.clock_gettime(time.CLOCK_MONOTONIC))"
+        now = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True).stdout
+        plain = min(plain, float(now) - started)
         started = time.clock_gettime(time.CLOCK_MONOTONIC)
         path, argv, env = image.start_command(fd, [str(started), "hello"])
         run = subprocess.run(argv, executable=path, env=env, pass_fds=[fd], capture_output=True, text=True)
@@ -186,7 +190,8 @@ def test_the_card_runs_the_downloaded_bytes(built: bytes) -> None:
         assert (arg, page) == ("hello", "4096")
         best = min(best, float(seconds))
     os.close(fd)
-    assert best < 0.060
+    # 60 ms on a quiet machine; on a busy one, a few times what Python itself takes.
+    assert best < max(0.060, 5 * plain)
 
 
 def test_image_file_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from mic_emu.host.backends.common import BackendProcess
 from mic_emu.host.vop import VopDevice, VopError
 from mic_emu.vop import device_page as dp
 from mic_emu.vop.bottom_half import BottomHalf
-from mic_emu.wire import Channel
 
 NO_TYPE = TYPE + 1  # nobody drives it
 
@@ -232,6 +231,19 @@ async def test_vop_16_order_of_a_removal() -> None:
 
 
 @in_loop
+async def test_vop_16_one_ring_for_announcement_and_removal() -> None:
+    """VOP-16: a device that is announced and removed at once costs no time-out, though both rings are one."""
+    clock = manual()
+    with Life(clock) as life:
+        await life.card.start()
+        for _ in range(20):
+            dev = await life.add()
+            await asyncio.wait_for(life.host.remove(dev), 5)
+        assert clock.monotonic() == 0.0
+        assert life.card.devices == {}
+
+
+@in_loop
 async def test_vop_16_guest_ack_alone_is_not_enough() -> None:
     """VOP-16: a stale guest_ack does not end the removal: rings are freed only when the card let go."""
     clock = manual()
@@ -424,6 +436,24 @@ async def test_vop_56_hanging_card_holds_its_memory() -> None:
         assert life.memory.used_bytes == used - 4096 * 2
         BOOT.put(life.page, 0, "h2c_config_db", -1)
         await life.host.close()
+
+
+@in_loop
+async def test_vop_56_hanging_card_costs_one_limit() -> None:
+    """VOP-56: five devices of a hanging card are removed after 15 s together, not each."""
+    clock = manual()
+    with Life(clock) as life:
+        for _ in range(5):
+            await life.add()
+        await life.card.start()
+        asyncio.get_running_loop().remove_reader(life.card._config.fd)  # type: ignore[union-attr]
+        closing = asyncio.ensure_future(life.host.close())
+        await clock.advance(0)
+        await clock.advance(14.9)
+        assert not closing.done()
+        await clock.advance(0.2)
+        await asyncio.wait_for(closing, 5)
+        assert life.types == [-1] * 5
 
 
 @in_loop

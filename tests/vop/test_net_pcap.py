@@ -31,9 +31,9 @@ def records(data: bytes) -> list[tuple[float, bytes]]:
     return out
 
 
-def run_captured(fd: int, sent: list[bytes], w: Wire) -> net.Capture:
+def run_captured(fd: int, sent: list[bytes], w: Wire, buffer: int = 1 << 20) -> net.Capture:
     """Send frames host -> card with a capture attached between two runs of the loop."""
-    cap = net.Capture(fd, 1 << 20)
+    cap = net.Capture(fd, buffer)
     w.capture(cap)
     for frame in sent:
         w.send("host", frame)
@@ -49,7 +49,8 @@ def test_pcap_holds_both_directions(tmp_path: Path) -> None:
     sent = list(frames([60, 1514, 65000, 14, 9000] * 20))
     t0 = time.time()
     with path.open("wb") as f, Wire(MODERN) as w:
-        cap = run_captured(f.fileno(), sent, w)
+        # Larger than all of it: on a busy machine the writer may not run before the end.
+        cap = run_captured(f.fileno(), sent, w, 8 << 20)
         eventually(lambda: cap.stats()["captured"] == 2 * len(sent), "the last record")
         w.capture(None)
         cap.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -36,7 +37,8 @@ def ping(ends: Ends, side: str, target: str, count: int, *extra: str) -> bool:
     """Ping until ``count`` answers are there or 10 s have passed. (Without -w, ping gives the last answer
     no more than two round trips, which a busy machine does not keep.)"""
     argv = ["ping", "-n", "-q", "-c", str(count), "-w", "10", "-i", "0.01", *extra, target]
-    return f" {count} received" in ends.run(side, argv)
+    found = re.search(r" (\d+) received", ends.run(side, argv))
+    return found is not None and int(found[1]) >= count
 
 
 def in_ns(ns: netns.Namespaces, call: object) -> object:
@@ -225,7 +227,7 @@ def test_pcap_opens_in_tshark(tmp_path: Path) -> None:
         state["cap"].close()
 
     with NetPair(MODERN, before=before, after=after) as p:
-        p.run("host", ["ping", "-n", "-c", "3", "-i", "0.01", p.card_ip])
+        assert ping(p, "host", p.card_ip, 3)
         _tcp(p, "card", "host", 2_000_000)
     file.close()
     out = subprocess.run(
@@ -234,7 +236,7 @@ def test_pcap_opens_in_tshark(tmp_path: Path) -> None:
     ).stdout.splitlines()  # fmt: skip
     rows = [line.split("\t") for line in out]
     icmp = [r[1] for r in rows if r[0] == "ICMP"]
-    assert icmp == ["172.31.1.254", "172.31.1.1"] * 3
+    assert icmp.count("172.31.1.254") >= icmp.count("172.31.1.1") >= 3  # requests, replies
     assert sum(int(r[2]) for r in rows if r[0] == "TCP") > 2_000_000
     assert max(int(r[2]) for r in rows) > 20000
     times = subprocess.run(

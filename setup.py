@@ -26,6 +26,15 @@ CFLAGS = [
 ]
 
 
+PKG_CONFIG = """prefix=${pcfiledir}/..
+Name: libscif
+Description: SCIF, the Symmetric Communication Interface (emulated)
+Version: 0.0.1
+Cflags: -I${prefix}/include
+Libs: -L${prefix}/lib -lscif -Wl,-rpath,${prefix}/lib
+"""
+
+
 class BuildExt(build_ext):
     """Also builds the C library into mic_emu/lib and copies its header to mic_emu/include."""
 
@@ -36,6 +45,7 @@ class BuildExt(build_ext):
         lib.mkdir(parents=True, exist_ok=True)
         include.mkdir(parents=True, exist_ok=True)
         shutil.copy2(NATIVE / "include" / "scif.h", include / "scif.h")
+        (lib / "libscif.pc").write_text(PKG_CONFIG)  # PKG_CONFIG_PATH=<package>/lib
         target = lib / LIBRARY
         fresh = lib / (LIBRARY + ".new")  # programs may have the old one mapped: replace, never overwrite
         sources = sorted(str(p) for p in (NATIVE / "libscif").glob("*.c"))

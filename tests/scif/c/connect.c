@@ -652,3 +652,59 @@ TEST(scif_14_read_and_write_are_not_for_endpoints)
 	fcntl(e[0], F_SETFL, 0);
 	meet_both(e);
 }
+
+TEST(scif_7_16_errno_stays_zero_and_fork_before_open)
+{
+	int e[2], mark;
+	char buf[8], *p = pages(2);
+
+	errno = 0;
+	pid_t pid = fork(); /* before anything was opened */
+	if (pid == 0) {
+		int fd = scif_open();
+
+		CHECK(errno == 0 && scif_bind(fd, 0) > 0 && scif_listen(fd, 1) == 0 && scif_close(fd) == 0);
+		_exit(errno);
+	}
+	reap(pid);
+	pair(e);
+	errno = 0;
+	send_all(e[0], "12345678", 8);
+	recv_all(e[1], buf, 8);
+	off_t off = scif_register(e[0], p, 2 * PG, 0, 3, 0);
+	CHECK(off > 0);
+	CHECK(scif_vwriteto(e[1], buf, 8, off, 0) == 0);
+	CHECK(scif_fence_mark(e[1], 1, &mark) == 0 && scif_fence_wait(e[1], mark) == 0);
+	char *m = scif_mmap(NULL, PG, 3, 0, e[1], off);
+	CHECK(m != SCIF_MMAP_FAILED && scif_munmap(m, PG) == 0);
+	CHECK(scif_unregister(e[0], off, 2 * PG) == 0);
+	EQ(poll1(e[0], SCIF_POLLOUT, 0), SCIF_POLLOUT);
+	CHECK(scif_close(e[0]) == 0 && scif_close(e[1]) == 0);
+	EQ(errno, 0);
+}
+
+static void sleepy(int ep)
+{
+	static char buf[10000];
+
+	meet(ep);
+	usleep(100000);
+	recv_all(ep, buf, sizeof buf);
+	meet(ep);
+}
+
+TEST(scif_58_60_ten_thousand_bytes_stall_until_they_are_read)
+{
+	static char buf[10000];
+	pid_t pid;
+	int ep = with_peer(sleepy, &pid);
+
+	meet(ep);
+	uint64_t t0 = now_us();
+	EQ(scif_send(ep, buf, 4095, SCIF_SEND_BLOCK), 4095); /* fits without a reader */
+	CHECK(now_us() - t0 < 80000);
+	EQ(scif_send(ep, buf, 5905, SCIF_SEND_BLOCK), 5905);
+	CHECK(now_us() - t0 > 80000);
+	meet(ep);
+	reap(pid);
+}

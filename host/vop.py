@@ -75,6 +75,7 @@ class VopHost:
         self.peer_alive: Callable[[], bool] = lambda: True
         self.hold: Callable[[Callable[[], None]], None] = lambda free: None
         """Keeps memory that a hung card may still write to until the card is reset (VOP-56)."""
+        self._deaf = False  # the card let the limit of a removal pass: the next one does not wait again
         self._slots: list[dp.Slot] = []  # what the page holds, whatever the card makes of it (VOP-50)
         self._lock = asyncio.Lock()  # the page and the list (VOP 4.10)
 
@@ -252,7 +253,8 @@ class VopHost:
                 CTRL.put(self.page, ctrl, "config_change", C["PARAM_DEV_REMOVE"])
                 if self._config_db() != -1:
                     self.ring_config()
-                    await self._await_ack(dev, lambda: self._card_let_go(dev), REMOVE_LIMIT)
+                    limit = 0.0 if self._deaf else REMOVE_LIMIT
+                    self._deaf = not await self._await_ack(dev, lambda: self._card_let_go(dev), limit)
             # A card that never took the device (no config doorbell, status 0) cannot write to it.
             acked = self._card_let_go(dev) or (self._config_db() == -1 and dev.bottom.status() == 0)
             CTRL.put(self.page, ctrl, "config_change", 0)

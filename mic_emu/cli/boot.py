@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,12 @@ def override(
 def hint(status: client.Message) -> None:
     """The next commands to try."""
     name = status["cards"][0]["name"]
+    own = os.path.relpath(sys.argv[0])
+    # As it can be typed: make boot calls it from a virtual environment that is not in PATH.
+    micemu = "micemu" if shutil.which("micemu") or not os.access(own, os.X_OK) else own
     click.echo(
-        f"\nTry: micemu console {name}          a shell on the card (leave with Ctrl-])\n"
-        f"     micemu run {name} -- uname -a   a program on the card\n"
-        f"     micemu ping {name}              the card's network\n"
-        f"     micemu shutdown && micemu stop"
+        f"\nTry: {micemu} console {name}          a shell on the card (leave with Ctrl-])\n"
+        f"     {micemu} run {name} -- uname -a   a program on the card\n"
+        f"     {micemu} ping {name}              the card's network\n"
+        f"     {micemu} shutdown && {micemu} stop"
     )

@@ -8,7 +8,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.config import format_size
-from mic_emu.errors import NotRunning
+from mic_emu.errors import NoSuchCard, NotRunning
 
 
 def render(status: dict[str, Any]) -> None:
@@ -36,8 +36,9 @@ def render(status: dict[str, Any]) -> None:
 
 
 @click.command()
+@client.cards_argument
 @client.json_option
-def command(as_json: bool) -> None:
+def command(cards: tuple[str, ...], as_json: bool) -> None:
     """Show the cards, their devices and processes.
 
     Exit status 3 when no emulator runs. The JSON form is a contract (schema 1).
@@ -45,6 +46,7 @@ def command(as_json: bool) -> None:
     \b
     Examples:
       micemu status
+      micemu status mic1
       micemu status --json | python3 -m json.tool
     """
     try:
@@ -54,6 +56,12 @@ def command(as_json: bool) -> None:
             client.emit({"schema": 1, "host": {"pid": None}, "cards": []})
             raise click.exceptions.Exit(3) from None
         raise
+    if cards and "all" not in cards:
+        known = {c["name"]: c for c in status["cards"]}
+        for name in cards:
+            if name not in known:
+                raise NoSuchCard(f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}")
+        status["cards"] = [known[name] for name in cards]
     if as_json:
         client.emit(status)
     else:

@@ -48,13 +48,14 @@ class DeviceFile:
         self._compat = hello["personality"] == "compat"
         self._page_off: int = hello["page"]
         self._bus = Bus(fds[:FD_COUNT])
-        self._calls = threading.Lock()  # vdev_mutex: one ioctl, poll or close at a time
+        self._calls = threading.Condition(threading.Lock())  # vdev_mutex: one ioctl, poll or close at a time
+        self._pollers = 0  # threads that sleep at the wake descriptor
         self._rings = threading.Lock()  # vr_mutex: a copy, or the bottom half at the rings
         self._sending = threading.Lock()
         self._replies: queue.Queue[tuple[dict[str, Any], list[int]]] = queue.Queue()
         self._wake, self._stop = eventfd(), eventfd()
         self._slot: DeviceSlot | None = None
-        self._removed = self._closing = False
+        self._removed = self._closing = self._closed = False
         self._vdev = ffi.new("struct mic_vdev *", {"line_fd": -1})
         self._kick = -1
         self._copies: list[Any] = []
@@ -85,10 +86,16 @@ class DeviceFile:
                     return select.POLLERR
                 if self._take_wake():
                     return select.POLLIN | select.POLLOUT
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return 0
-            select.select([self._wake], [], [], left)
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return 0
+                self._pollers += 1
+            try:
+                select.select([self._wake], [], [], left)
+            finally:
+                with self._calls:
+                    self._pollers -= 1
+                    self._calls.notify_all()
 
     def fileno(self) -> int:
         """Readable when ``poll`` would not wait, for select and epoll."""
@@ -118,12 +125,14 @@ class DeviceFile:
     def close(self) -> None:
         """The device is removed from the card; may be repeated."""
         with self._calls:
-            if self._thread.is_alive():
-                self._closing = True
-                os.write(self._stop, (1).to_bytes(8, "little"))
-                self._thread.join(REPLY_LIMIT_S)
-            if self._wake < 0:
+            if self._closed:
                 return
+            self._closed = self._closing = True
+            os.write(self._stop, (1).to_bytes(8, "little"))
+            self._thread.join(REPLY_LIMIT_S)
+            self._removed = True
+            self._set_wake()
+            self._calls.wait_for(lambda: self._pollers == 0, REPLY_LIMIT_S)
             self._channel.close()
             for copy in self._copies:
                 lib.mic_copy_destroy(copy)
@@ -132,7 +141,6 @@ class DeviceFile:
                 if fd >= 0:
                     os.close(fd)
             self._wake = self._stop = self._kick = -1
-            self._removed = True
             self._bus.close()
 
     def __enter__(self) -> DeviceFile:
@@ -206,7 +214,10 @@ class DeviceFile:
         ring = COPY.unpack(_fetch(arg, COPY.size))["vr_idx"]
         if ring >= slot.shape.num_vq:
             raise _fail(errno.EINVAL, "COPY_DESC")
-        pointer = ffi.cast("void *", arg) if isinstance(arg, int) else ffi.from_buffer(arg)
+        try:
+            pointer = ffi.cast("void *", arg) if isinstance(arg, int) else ffi.from_buffer("char[]", arg, True)
+        except BufferError as e:  # out_len cannot be stored there
+            raise _fail(errno.EFAULT, "COPY_DESC") from e
         with self._rings:
             rc = int(lib.mic_copy_desc_run(self._copies[ring], pointer))
         if rc < 0:

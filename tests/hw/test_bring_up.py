@@ -30,7 +30,7 @@ from mic_emu.host.cosm import BootRequest, CosmDevice
 from mic_emu.host.driver import DownloadError, Driver
 from mic_emu.host.scif_link import HostLink
 from mic_emu.log import Log
-from mic_emu.memory import PAGE, PageAllocator
+from mic_emu.memory import PageAllocator
 from mic_emu.scif.node import Node
 from mic_emu.testing.cosm import FakeConnection, FakeOps, message, settle
 

@@ -237,3 +237,50 @@ def test_scif_102_129_130_a_lost_node(tmp_path: Path) -> None:
     peer.communicate()
     client.communicate()
     assert server.stop() == 0
+
+
+def test_scif_135_a_killed_node_ends_every_blocked_call(tmp_path: Path) -> None:
+    """SCIF-135: kill -9 of the node process: blocked accept, recv, send and poll end, later calls fail at once."""
+    server = Server(tmp_path, 1)
+    code = (
+        "import errno, sys, threading\n"
+        "from mic_emu import scif\n"
+        "l = scif.Endpoint(); port = l.bind(); l.listen()\n"
+        "c = scif.Endpoint(); t = threading.Thread(target=c.connect, args=((0, port),)); t.start()\n"
+        "a, _ = l.accept(); t.join()\n"
+        "ends = []\n"
+        "def blocked(f, *args):\n"
+        "    try:\n"
+        "        ends.append(f(*args))\n"
+        "    except scif.ScifError as e:\n"
+        "        ends.append(-e.errno)\n"
+        "calls = [(l.accept,), (c.recv, 1), (a.recv, 1), (a.send, bytes(100000)), (scif.poll, [(c, 1)])]\n"
+        "threads = [threading.Thread(target=blocked, args=x) for x in calls]\n"
+        "[t.start() for t in threads]\n"
+        "print('blocked', flush=True); sys.stdin.readline()\n"
+        "[t.join(20) for t in threads]\n"
+        "assert not any(t.is_alive() for t in threads), ends\n"
+        "for call in (lambda: scif.Endpoint(), lambda: l.accept(block=False), lambda: c.connect((0, 5))):\n"
+        "    try:\n"
+        "        call()\n"
+        "        raise SystemExit('a call worked without a node')\n"
+        "    except scif.ScifError as e:\n"
+        "        assert e.errno in (errno.ENOENT, errno.ENODEV, errno.ENOTTY), e\n"
+    )
+    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "blocked\n"
+        server.process.kill()
+        server.process.wait()
+        program.communicate("\n", timeout=30)
+        assert program.returncode == 0
+    finally:
+        program.kill()
+        program.communicate()
+        for pipe in (server.process.stdin, server.process.stdout):
+            assert pipe is not None
+            pipe.close()

@@ -15,7 +15,6 @@ from mic_emu.host.backends.common import BackendProcess
 from mic_emu.host.vop import VopDevice, VopError
 from mic_emu.vop import device_page as dp
 from mic_emu.vop.bottom_half import BottomHalf
-from mic_emu.wire import Channel
 
 NO_TYPE = TYPE + 1  # nobody drives it
 
@@ -437,6 +436,24 @@ async def test_vop_56_hanging_card_holds_its_memory() -> None:
         assert life.memory.used_bytes == used - 4096 * 2
         BOOT.put(life.page, 0, "h2c_config_db", -1)
         await life.host.close()
+
+
+@in_loop
+async def test_vop_56_hanging_card_costs_one_limit() -> None:
+    """VOP-56: five devices of a hanging card are removed after 15 s together, not each."""
+    clock = manual()
+    with Life(clock) as life:
+        for _ in range(5):
+            await life.add()
+        await life.card.start()
+        asyncio.get_running_loop().remove_reader(life.card._config.fd)  # type: ignore[union-attr]
+        closing = asyncio.ensure_future(life.host.close())
+        await clock.advance(0)
+        await clock.advance(14.9)
+        assert not closing.done()
+        await clock.advance(0.2)
+        await asyncio.wait_for(closing, 5)
+        assert life.types == [-1] * 5
 
 
 @in_loop

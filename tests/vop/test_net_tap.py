@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -36,7 +37,8 @@ def ping(ends: Ends, side: str, target: str, count: int, *extra: str) -> bool:
     """Ping until ``count`` answers are there or 10 s have passed. (Without -w, ping gives the last answer
     no more than two round trips, which a busy machine does not keep.)"""
     argv = ["ping", "-n", "-q", "-c", str(count), "-w", "10", "-i", "0.01", *extra, target]
-    return f" {count} received" in ends.run(side, argv)
+    found = re.search(r" (\d+) received", ends.run(side, argv))
+    return found is not None and int(found[1]) >= count
 
 
 def in_ns(ns: netns.Namespaces, call: object) -> object:

@@ -151,10 +151,25 @@ class RingModel(RuleBasedStateMachine):
             self.rig.close()
 
 
-TestRingModel = RingModel.TestCase
-TestRingModel.settings = settings(
-    max_examples=300,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def steps(examples: int, each: int) -> settings:
+    """So many runs of the machine, of up to so many steps."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=each,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+class TestRingModel(RingModel.TestCase):  # type: ignore[name-defined,misc]
+    """The short form, for every run."""
+
+    settings = steps(100, 60)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+class TestRingModelSoak(RingModel.TestCase):  # type: ignore[name-defined,misc]
+    """Millions of steps."""
+
+    settings = steps(10000, 200)

@@ -13,7 +13,17 @@ ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "native"
 LIBRARY = "libscif.so.0.0.1"
 NAMES = ("libscif.so.0", "libscif.so")  # copies: a wheel cannot hold symbolic links
-CFLAGS = ["-std=gnu11", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow"]
+CFLAGS = [
+    "-std=gnu11",
+    "-O2",
+    "-g",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+]
 
 
 class BuildExt(build_ext):

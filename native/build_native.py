@@ -18,7 +18,16 @@ INCLUDE = NATIVE / "include" / "mic"
 SECTION = re.compile(r"/\* cffi-begin \*/(.*?)/\* cffi-end \*/", re.S)
 FIRST = ("bus.h", "vring.h")
 
-CFLAGS = ["-std=gnu11", "-O2", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wshadow", "-fvisibility=hidden"]
+CFLAGS = [
+    "-std=gnu11",
+    "-O2",
+    "-g",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-fvisibility=hidden",
+]
 SANITIZE = os.environ.get("MICEMU_SANITIZE", "")
 
 
@@ -31,7 +40,10 @@ def headers() -> list[Path]:
 def sources() -> list[str]:
     """C files of the module, relative to the project's root (libscif too: the Python API calls it)."""
     root = NATIVE.parent
-    return [str(p.relative_to(root)) for p in [*sorted((NATIVE / "src").glob("*.c")), *sorted((NATIVE / "libscif").glob("*.c"))]]
+    return [
+        str(p.relative_to(root))
+        for p in [*sorted((NATIVE / "src").glob("*.c")), *sorted((NATIVE / "libscif").glob("*.c"))]
+    ]
 
 
 ffi = FFI()

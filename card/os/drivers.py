@@ -7,20 +7,19 @@ import ipaddress
 import os
 import string
 import struct
-import termios
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fcntl import ioctl
 from typing import Any
 
 from mic_emu import layout as L
 from mic_emu import netif
-from mic_emu._native import ffi, lib
+from mic_emu._native import ffi
 from mic_emu.bar import Bus
 from mic_emu.card.os.userland import Userland
 from mic_emu.card.os.vop import VirtioDevice
 from mic_emu.log import Log
-from mic_emu.virtio import net
+from mic_emu.virtio import console, net
 
 C = L.CONSTANTS
 STOP_LIMIT_S = 5.0
@@ -120,6 +119,14 @@ class LoopDriver:
         return True
 
 
+def ended(run: Callable[[], int]) -> int:
+    """What a loop object's ``run`` returned, or the errno that it raised, negative."""
+    try:
+        return run()
+    except OSError as e:
+        return -(e.errno or errno.EIO)
+
+
 def created(obj: Any, what: str) -> Any:
     """A C object, or the errno that it left. Raises OSError."""
     if obj == ffi.NULL:
@@ -132,31 +139,30 @@ class ConsoleDriver(LoopDriver):
 
     features = RING | bits("VIRTIO_CONSOLE_F_SIZE")
     rings = 2
-    AREA = 32 * 4096
 
     def __init__(self, env: Environment) -> None:
         super().__init__(env)
-        self._obj: Any = ffi.NULL
+        self._obj: console.ConsoleDriver | None = None
 
     def create(self, dev: VirtioDevice) -> None:
-        area = dev.alloc(self.AREA)
-        self._obj = created(
-            lib.mic_con_drv_create(dev.vdrv, self.env.userland.console, area, self.AREA), "console driver"
-        )
+        size = console.driver_area()
+        self._obj = console.ConsoleDriver(dev.vdrv, self.env.userland.console, dev.alloc(size), size)
 
     def loop(self) -> int:
-        return int(lib.mic_con_drv_run(self._obj))
+        assert self._obj
+        return ended(self._obj.run)
 
     def destroy(self) -> None:
-        lib.mic_con_drv_destroy(self._obj)
-        self._obj = ffi.NULL
+        if self._obj:
+            self._obj.close()
+            self._obj = None
 
     def config_changed(self) -> None:
         """A new window size: the line discipline tells the foreground programs."""
         if self.dev is None or not self.dev.features & bits("VIRTIO_CONSOLE_F_SIZE"):
             return
         cols, rows = struct.unpack("<HH", self.dev.read_config(0, 4))
-        ioctl(self.env.userland.console, termios.TIOCSWINSZ, struct.pack("4H", rows, cols, 0, 0))
+        console.set_window_size(self.env.userland.console, cols, rows)
 
 
 class NetworkDriver(LoopDriver):
@@ -204,10 +210,7 @@ class NetworkDriver(LoopDriver):
 
     def loop(self) -> int:
         assert self._obj
-        try:
-            return self._obj.run()
-        except OSError as e:
-            return -(e.errno or errno.EIO)
+        return ended(self._obj.run)
 
     def ping(self, target: str, count: int, interval_s: float, timeout_s: float) -> net.PingResult:
         """From the responder. Raises OSError EOPNOTSUPP when mic0 is a real interface."""

@@ -35,7 +35,7 @@ static int server(uint16_t port)
 
 static int client(uint16_t node, uint16_t port)
 {
-	struct scif_portID to = { node, port };
+	struct scif_portID to = {node, port};
 	scif_epd_t ep = scif_open();
 	char out[] = "hello over SCIF", in[sizeof out];
 

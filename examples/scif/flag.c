@@ -7,7 +7,7 @@
 #include <string.h>
 #include <time.h>
 
-#define PAGE 4096
+#define PAGE   4096
 #define ROUNDS 20000ull
 
 static int die(const char *what)
@@ -49,7 +49,7 @@ static int server(uint16_t port)
 
 static int client(uint16_t node, uint16_t port)
 {
-	struct scif_portID to = { node, port };
+	struct scif_portID to = {node, port};
 	scif_epd_t ep = scif_open();
 	struct timespec a, b;
 	off_t there;

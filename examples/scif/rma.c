@@ -47,7 +47,7 @@ static int server(uint16_t port)
 
 static int client(uint16_t node, uint16_t port)
 {
-	struct scif_portID to = { node, port };
+	struct scif_portID to = {node, port};
 	scif_epd_t ep = scif_open();
 	char *mem = aligned_alloc(PAGE, DATA), k;
 	off_t there;
@@ -61,7 +61,8 @@ static int client(uint16_t node, uint16_t port)
 		mem[i] = (char)i;
 	off_t here = scif_register(ep, mem, DATA, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0);
 
-	if (here == SCIF_REGISTER_FAILED || scif_recv(ep, &there, sizeof there, SCIF_RECV_BLOCK) != sizeof there)
+	if (here == SCIF_REGISTER_FAILED ||
+	    scif_recv(ep, &there, sizeof there, SCIF_RECV_BLOCK) != sizeof there)
 		return die("windows");
 	if (scif_writeto(ep, here, DATA, there, 0) < 0)
 		return die("writeto");

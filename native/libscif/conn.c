@@ -72,9 +72,9 @@ static int do_connect(struct ep *ep, int fd, const struct scif_portID *dst)
 {
 	int saved = errno, fl = fcntl(fd, F_GETFL);
 	bool nonblock = fl >= 0 && (fl & O_NONBLOCK);
-	const struct mic_scif_request rq = { .op = MIC_SCIF_CONNECT, .sid = ep->sid,
-					     .a = { dst->node, dst->port, nonblock } };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {
+		.op = MIC_SCIF_CONNECT, .sid = ep->sid, .a = {dst->node, dst->port, nonblock}};
+	struct answer ans = {0};
 
 	errno = saved;
 	/* Not writable while the attempt is pending; the node undoes it when it is over (SCIF-42). */
@@ -111,9 +111,9 @@ static int do_accept(struct ep *ep, int fd, int newfd, struct scif_portID *peer,
 
 	if (rc < 0)
 		return rc;
-	const struct mic_scif_request rq = { .op = MIC_SCIF_ACCEPT, .sid = ep->sid,
-					     .a = { fresh->sid, (uint64_t)flags } };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {
+		.op = MIC_SCIF_ACCEPT, .sid = ep->sid, .a = {fresh->sid, (uint64_t)flags}};
+	struct answer ans = {0};
 	char drop;
 
 	ep_put(fresh);
@@ -190,8 +190,8 @@ API int scif_get_fd(scif_epd_t epd)
 API int scif_get_nodeIDs(uint16_t *nodes, int len, uint16_t *self)
 {
 	uint16_t ids[256];
-	const struct mic_scif_request rq = { .op = MIC_SCIF_NODES };
-	struct answer ans = { .data = ids, .max = sizeof ids };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_NODES};
+	struct answer ans = {.data = ids, .max = sizeof ids};
 	int saved = errno, fd, rc;
 
 	fd = node_connect(); /* a private descriptor, as the real library: EMFILE shows here */

@@ -16,13 +16,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define RING MIC_SCIF_EP_RING
-#define HOT_STREAK 64u /* waits in a row after which the token stays where it is */
-#define HOT_GAP_US 20u
+#define RING        MIC_SCIF_EP_RING
+#define HOT_STREAK  64u /* waits in a row after which the token stays where it is */
+#define HOT_GAP_US  20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
-#define LINE 64u
-#define PIECE 1360u /* published at once, three fill the ring: the other side copies meanwhile */
+#define LINE        64u
+#define PIECE       1360u /* published at once, three fill the ring: the other side copies meanwhile */
 
 static uint32_t distance(uint32_t from, uint32_t to)
 {
@@ -184,7 +184,8 @@ static void publish_read(struct ep *ep)
 
 static bool rx_ready(struct ep *ep)
 {
-	return mic_load_acquire(&ep->qp->local_write) != ep->ctl->rx_read || state(ep) != MIC_SCIF_EP_CONNECTED;
+	return mic_load_acquire(&ep->qp->local_write) != ep->ctl->rx_read ||
+	       state(ep) != MIC_SCIF_EP_CONNECTED;
 }
 
 static bool tx_ready(struct ep *ep)
@@ -493,7 +494,7 @@ static void settle_token(struct ep *ep, int fd, const struct receive *r, int rc)
 
 static int do_recv(struct ep *ep, int fd, void *msg, int len, int flags)
 {
-	struct receive r = { mic_timestamp(), flags & SCIF_RECV_BLOCK, false };
+	struct receive r = {mic_timestamp(), flags & SCIF_RECV_BLOCK, false};
 	int rc = ep_attach(ep);
 
 	if (rc < 0)

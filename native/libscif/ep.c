@@ -13,7 +13,7 @@
 #define SO_COOKIE 57
 #endif
 
-#define CHUNK 1024
+#define CHUNK  1024
 #define CHUNKS 1024
 
 static struct ep **chunks[CHUNKS];
@@ -80,7 +80,7 @@ static struct ep **slot_of(int fd, bool create)
 
 static void unmap_pages(struct ep *ep)
 {
-	void *pages[] = { ep->peer, ep->peer_ring, ep->own_notify, ep->notify };
+	void *pages[] = {ep->peer, ep->peer_ring, ep->own_notify, ep->notify};
 
 	if (ep->qp)
 		munmap(ep->qp, 3 * PAGE);
@@ -275,8 +275,8 @@ int ep_attach(struct ep *ep)
 {
 	if (mic_load_acquire(&ep->attached))
 		return 0;
-	const struct mic_scif_request rq = { .op = MIC_SCIF_ATTACH, .sid = ep->sid };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_ATTACH, .sid = ep->sid};
+	struct answer ans = {0};
 	int rc = node_call(&rq, NULL, &ans, false);
 
 	if (rc == 0 && ans.nfds != 2)

@@ -4,9 +4,9 @@
 #include <string.h>
 
 #define HOST_LOOPBACK_MARK 0xdead
-#define REMOTE_MARK 0x80000000u
-#define INIT (SCIF_FENCE_INIT_SELF | SCIF_FENCE_INIT_PEER)
-#define SIGNAL (SCIF_SIGNAL_LOCAL | SCIF_SIGNAL_REMOTE)
+#define REMOTE_MARK        0x80000000u
+#define INIT               (SCIF_FENCE_INIT_SELF | SCIF_FENCE_INIT_PEER)
+#define SIGNAL             (SCIF_SIGNAL_LOCAL | SCIF_SIGNAL_REMOTE)
 
 static bool host_loopback(const struct ep *ep)
 {
@@ -99,15 +99,17 @@ static int fence_signal(struct ep *ep, const struct signal_args *a)
 		return rc;
 	if (a->flags & ~(INIT | SIGNAL) || !one_initiator(a->flags) || !(a->flags & SIGNAL))
 		return -EINVAL;
-	if (((a->flags & SCIF_SIGNAL_LOCAL) && a->loff % 4) || ((a->flags & SCIF_SIGNAL_REMOTE) && a->roff % 4))
+	if (((a->flags & SCIF_SIGNAL_LOCAL) && a->loff % 4) ||
+	    ((a->flags & SCIF_SIGNAL_REMOTE) && a->roff % 4))
 		return -EINVAL;
 	if (a->flags & SCIF_FENCE_INIT_SELF)
 		return signal_self(ep, a);
 	const struct mic_scif_request rq = {
-		.op = MIC_SCIF_FENCE_SIGNAL, .sid = ep->sid,
-		.a = { (uint64_t)a->loff, a->lval, (uint64_t)a->roff, a->rval, (uint64_t)a->flags },
+		.op = MIC_SCIF_FENCE_SIGNAL,
+		.sid = ep->sid,
+		.a = {(uint64_t)a->loff, a->lval, (uint64_t)a->roff, a->rval, (uint64_t)a->flags},
 	};
-	struct answer ans = { 0 };
+	struct answer ans = {0};
 
 	mic_full_fence();
 	rc = node_call(&rq, NULL, &ans, false);
@@ -141,7 +143,7 @@ API int scif_fence_wait(scif_epd_t epd, int mark)
 
 API int scif_fence_signal(scif_epd_t epd, off_t loff, uint64_t lval, off_t roff, uint64_t rval, int flags)
 {
-	const struct signal_args a = { loff, roff, lval, rval, flags };
+	const struct signal_args a = {loff, roff, lval, rval, flags};
 	struct ep *ep;
 	int rc = ep_get(epd, &ep);
 

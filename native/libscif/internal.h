@@ -23,7 +23,7 @@
 #include "scif.h"
 
 #define PAGE ((size_t)4096)
-#define API __attribute__((visibility("default")))
+#define API  __attribute__((visibility("default")))
 
 struct rma_table;
 
@@ -41,12 +41,12 @@ struct ep {
 	struct mic_scif_ctl *ctl;
 	uint8_t *ring, *peer_ring;
 	struct mic_scif_notify *own_notify, *notify;
-	uint32_t slot;     /* the peer's bit in *notify */
-	uint32_t spin;     /* how long waiting looks before it sleeps, time stamp ticks */
+	uint32_t slot;             /* the peer's bit in *notify */
+	uint32_t spin;             /* how long waiting looks before it sleeps, time stamp ticks */
 	uint64_t mem_dev, mem_ino; /* our node's memory */
-	struct rma_table *rma; /* windows as last seen */
+	struct rma_table *rma;     /* windows as last seen */
 	pthread_mutex_t rma_lock;
-	uint32_t want;     /* bytes of room that a spinning sender waits for */
+	uint32_t want; /* bytes of room that a spinning sender waits for */
 	struct ep *next_free;
 };
 
@@ -80,7 +80,7 @@ struct answer {
 	struct mic_scif_reply head;
 	uint32_t nfds;
 	int fds[MAX_FDS];
-	void *data;      /* head.ndata bytes go here, up to max */
+	void *data; /* head.ndata bytes go here, up to max */
 	size_t max;
 };
 

@@ -101,7 +101,8 @@ static int record(const void *addr, size_t len, int epd, uint64_t sid, off_t off
 
 	if (!m)
 		return -ENOMEM;
-	*m = (struct mapping){ (uintptr_t)addr, len, sid, offset, fcntl(epd, F_DUPFD_CLOEXEC, HIGH_FD), mappings };
+	*m = (struct mapping){(uintptr_t)addr, len, sid, offset, fcntl(epd, F_DUPFD_CLOEXEC, HIGH_FD),
+			      mappings};
 	if (m->fd < 0)
 		m->fd = fcntl(epd, F_DUPFD_CLOEXEC, 0);
 	if (m->fd < 0) {
@@ -114,9 +115,9 @@ static int record(const void *addr, size_t len, int epd, uint64_t sid, off_t off
 
 static int do_mmap(struct ep *ep, int epd, void **addr, size_t len, int prot, int flags, off_t offset)
 {
-	const struct mic_scif_request rq = { .op = MIC_SCIF_MMAP, .sid = ep->sid,
-					     .a = { (uint64_t)offset, len, (uint64_t)prot } };
-	struct answer ans = { .max = MIC_SCIF_PACKET, .data = malloc(MIC_SCIF_PACKET) };
+	const struct mic_scif_request rq = {
+		.op = MIC_SCIF_MMAP, .sid = ep->sid, .a = {(uint64_t)offset, len, (uint64_t)prot}};
+	struct answer ans = {.max = MIC_SCIF_PACKET, .data = malloc(MIC_SCIF_PACKET)};
 	void *p = NULL;
 	int rc = ans.data ? node_call(&rq, NULL, &ans, false) : -ENOMEM;
 
@@ -148,7 +149,8 @@ API void *scif_mmap(void *addr, size_t len, int prot_flags, int map_flags, scif_
 		errno = -rc;
 		return SCIF_MMAP_FAILED;
 	}
-	if (!len || page_up(len) < len || offset % (off_t)PAGE || (map_flags & ~(MAP_FIXED | MAP_POPULATE | MAP_SHARED)) ||
+	if (!len || page_up(len) < len || offset % (off_t)PAGE ||
+	    (map_flags & ~(MAP_FIXED | MAP_POPULATE | MAP_SHARED)) ||
 	    ((map_flags & MAP_FIXED) && (uintptr_t)addr % PAGE))
 		rc = -EINVAL;
 	if (rc == 0)

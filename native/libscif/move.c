@@ -50,7 +50,7 @@ int seg_add(struct seglist *l, uint64_t off, uint64_t len)
 		l->seg = p;
 		l->max = max;
 	}
-	l->seg[l->n++] = (struct mic_scif_seg){ off, len };
+	l->seg[l->n++] = (struct mic_scif_seg){off, len};
 	return 0;
 }
 
@@ -116,7 +116,7 @@ static void on_segv(int sig, siginfo_t *info, void *context)
 
 static int guard_mprotect(uintptr_t addr, size_t len)
 {
-	struct sigaction sa = { .sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_NODEFER };
+	struct sigaction sa = {.sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_NODEFER};
 
 	if (!old_segv.sa_flags && !old_segv.sa_handler && sigaction(SIGSEGV, &sa, &old_segv) < 0)
 		return -errno;
@@ -128,7 +128,7 @@ static int guard_mprotect(uintptr_t addr, size_t len)
 /* A userfaultfd that blocks writers of the range; closing it lets them go. -errno: not possible. */
 static int guard_uffd(uintptr_t addr, size_t len)
 {
-	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED };
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED};
 	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
 
 	if (fd < 0)
@@ -137,8 +137,8 @@ static int guard_uffd(uintptr_t addr, size_t len)
 		return -errno;
 	if (ioctl(fd, UFFDIO_API, &api) < 0)
 		goto no;
-	struct uffdio_register reg = { { addr, len }, UFFDIO_REGISTER_MODE_WP, 0 };
-	struct uffdio_writeprotect wp = { { addr, len }, UFFDIO_WRITEPROTECT_MODE_WP };
+	struct uffdio_register reg = {{addr, len}, UFFDIO_REGISTER_MODE_WP, 0};
+	struct uffdio_writeprotect wp = {{addr, len}, UFFDIO_WRITEPROTECT_MODE_WP};
 
 	if (ioctl(fd, UFFDIO_REGISTER, &reg) < 0 || ioctl(fd, UFFDIO_WRITEPROTECT, &wp) < 0)
 		goto no;
@@ -286,8 +286,8 @@ static void *run_job(void *arg)
 int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino, uint64_t place,
 	       struct seglist *out, bool *moved)
 {
-	struct piece first = { .off = place, .run = place, .dev = dev, .ino = ino };
-	struct job j = { addr, len, fd, 0, &first, out, moved };
+	struct piece first = {.off = place, .run = place, .dev = dev, .ino = ino};
+	struct job j = {addr, len, fd, 0, &first, out, moved};
 	uintptr_t here = (uintptr_t)__builtin_frame_address(0);
 	pthread_t t;
 
@@ -365,7 +365,7 @@ int move_sweep(uint64_t dev, uint64_t ino, struct seglist *gone)
 
 /* --- fork --------------------------------------------------------------------------------------- */
 
-static int fork_pipe[2] = { -1, -1 };
+static int fork_pipe[2] = {-1, -1};
 
 void move_before_fork(void)
 {

@@ -6,7 +6,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
-#define ALWAYS (POLLERR | POLLHUP | POLLNVAL)
+#define ALWAYS    (POLLERR | POLLHUP | POLLNVAL)
 #define STACK_FDS 64
 
 static long now_ms(void)
@@ -21,8 +21,8 @@ static long now_ms(void)
  * non-blocking connect is, so that POLLOUT of the descriptor will mean its end. */
 static int asked_mask(struct ep *ep, int fd, bool *pending)
 {
-	const struct mic_scif_request rq = { .op = MIC_SCIF_MASK, .sid = ep->sid };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_MASK, .sid = ep->sid};
+	struct answer ans = {0};
 	int saved = errno, rc;
 	char drop;
 

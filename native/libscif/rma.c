@@ -53,13 +53,14 @@ static struct win_map *map_window(const struct mic_scif_seg *seg, uint32_t n, si
 
 	if (!m)
 		return NULL;
-	*m = (struct win_map){ mmap(NULL, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0),
-			       len, 1 };
+	*m = (struct win_map){mmap(NULL, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0),
+			      len, 1};
 	if (m->base == MAP_FAILED)
 		goto no;
 	for (uint32_t i = 0; i < n && at < len; at += seg[i++].len)
-		if (seg[i].len > len - at || mmap(m->base + at, seg[i].len, PROT_READ | PROT_WRITE,
-						  MAP_SHARED | MAP_FIXED, fd, (off_t)seg[i].off) == MAP_FAILED) {
+		if (seg[i].len > len - at ||
+		    mmap(m->base + at, seg[i].len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+			 (off_t)seg[i].off) == MAP_FAILED) {
 			munmap(m->base, len);
 			goto no;
 		}
@@ -91,7 +92,7 @@ static int build(const struct answer *ans, const struct rma_table *old, struct r
 
 	if (!t)
 		return -ENOMEM;
-	*t = (struct rma_table){ .gen = (uint32_t)ans->head.v[0], .refs = 1 };
+	*t = (struct rma_table){.gen = (uint32_t)ans->head.v[0], .refs = 1};
 	for (; done < own + peer; done++) {
 		struct mic_scif_win w;
 
@@ -103,7 +104,8 @@ static int build(const struct answer *ans, const struct rma_table *old, struct r
 			goto no;
 		struct win *e = &t->w[done];
 
-		*e = (struct win){ w.id, w.offset, w.len, (int)w.prot, old ? reuse(old, w.id, done < own) : NULL };
+		*e = (struct win){w.id, w.offset, w.len, (int)w.prot,
+				  old ? reuse(old, w.id, done < own) : NULL};
 		if (!e->map)
 			e->map = map_window((const void *)p, w.nsegs, w.len, ans->fds[done < own ? 0 : 1]);
 		if (!e->map)
@@ -122,8 +124,8 @@ no:
 
 static int refresh(struct ep *ep)
 {
-	const struct mic_scif_request rq = { .op = MIC_SCIF_WINDOWS, .sid = ep->sid };
-	struct answer ans = { .max = MIC_SCIF_PACKET, .data = malloc(MIC_SCIF_PACKET) };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_WINDOWS, .sid = ep->sid};
+	struct answer ans = {.max = MIC_SCIF_PACKET, .data = malloc(MIC_SCIF_PACKET)};
 	struct rma_table *t = NULL, *old;
 	int rc = ans.data ? node_call(&rq, NULL, &ans, false) : -ENOMEM;
 
@@ -222,7 +224,7 @@ static int range(const struct rma_table *t, bool own, off_t off, size_t len, int
 
 	if (!w || end < at)
 		return -ENXIO;
-	*c = (struct cursor){ w, w->map->base + (at - w->offset), w->len - (at - w->offset) };
+	*c = (struct cursor){w, w->map->base + (at - w->offset), w->len - (at - w->offset)};
 	for (;; w++) {
 		if (w == last || w->offset > at)
 			return -ENXIO;
@@ -302,7 +304,7 @@ static void transfer(struct cursor *dst, struct cursor *src, size_t len, int fla
 /* `addr` NULL: the local side is the window range at loff. */
 static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, int flags, bool write)
 {
-	struct cursor local = { NULL, addr, len }, remote;
+	struct cursor local = {NULL, addr, len}, remote;
 	struct rma_table *t;
 	int rc = check_connected(ep);
 

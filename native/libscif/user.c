@@ -8,13 +8,13 @@
 #include <sys/mman.h>
 
 #ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_READ  22
 #define MADV_POPULATE_WRITE 23
 #endif
 
-#define SEEN 64
+#define SEEN      64
 #define MAX_PAGES (PAGE - 1) /* of a remembered range: the count lives in the low bits of its address */
-#define USER_END 0x7ffffffff000ull
+#define USER_END  0x7ffffffff000ull
 
 static uintptr_t seen_read[SEEN], seen_write[SEEN]; /* address of the first page | pages */
 

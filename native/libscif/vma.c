@@ -19,14 +19,19 @@ enum { Q_READ = 1, Q_WRITE = 2, Q_EXEC = 4, Q_SHARED = 8, Q_COVERING_OR_NEXT = 1
 
 static int by_query(int fd, uintptr_t addr, struct vma *v)
 {
-	struct map_query q = { .size = sizeof q, .flags = Q_COVERING_OR_NEXT, .addr = addr };
+	struct map_query q = {.size = sizeof q, .flags = Q_COVERING_OR_NEXT, .addr = addr};
 
 	if (ioctl(fd, QUERY, &q) < 0)
 		return errno == ENOENT ? -ENOENT : -ENOSYS;
-	*v = (struct vma){ .start = q.start, .end = q.end, .read = q.vma_flags & Q_READ,
-			   .write = q.vma_flags & Q_WRITE, .exec = q.vma_flags & Q_EXEC,
-			   .shared = q.vma_flags & Q_SHARED, .ino = q.ino,
-			   .dev = makedev(q.major, q.minor), .off = q.off };
+	*v = (struct vma){.start = q.start,
+			  .end = q.end,
+			  .read = q.vma_flags & Q_READ,
+			  .write = q.vma_flags & Q_WRITE,
+			  .exec = q.vma_flags & Q_EXEC,
+			  .shared = q.vma_flags & Q_SHARED,
+			  .ino = q.ino,
+			  .dev = makedev(q.major, q.minor),
+			  .off = q.off};
 	return 0;
 }
 
@@ -44,12 +49,19 @@ static int by_text(int fd, uintptr_t addr, struct vma *v)
 		unsigned maj, min;
 		char perm[5];
 
-		if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &start, &end, perm, &off, &maj, &min, &ino) != 7 ||
+		if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &start, &end, perm, &off, &maj, &min, &ino) !=
+			    7 ||
 		    end <= addr)
 			continue;
-		*v = (struct vma){ .start = start, .end = end, .read = perm[0] == 'r', .write = perm[1] == 'w',
-				   .exec = perm[2] == 'x', .shared = perm[3] == 's', .ino = ino,
-				   .dev = makedev(maj, min), .off = off };
+		*v = (struct vma){.start = start,
+				  .end = end,
+				  .read = perm[0] == 'r',
+				  .write = perm[1] == 'w',
+				  .exec = perm[2] == 'x',
+				  .shared = perm[3] == 's',
+				  .ino = ino,
+				  .dev = makedev(maj, min),
+				  .off = off};
 		rc = 0;
 	}
 	free(line);

@@ -30,7 +30,8 @@ uint64_t ticks_per_us(void)
 
 	do { /* 50 us, once in a process */
 		clock_gettime(CLOCK_MONOTONIC, &b);
-		ns = (uint64_t)(b.tv_sec - a.tv_sec) * 1000000000u + (uint64_t)b.tv_nsec - (uint64_t)a.tv_nsec;
+		ns = (uint64_t)(b.tv_sec - a.tv_sec) * 1000000000u + (uint64_t)b.tv_nsec -
+		     (uint64_t)a.tv_nsec;
 	} while (ns < 50000);
 	known = (mic_timestamp() - t0) * 1000 / ns;
 	mic_store_relaxed(&ticks, known ? known : 1);
@@ -71,8 +72,8 @@ int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen)
 {
 	uint32_t *alive = (uint32_t *)(void *)ep->own_notify->alive;
 	uint32_t owner = mic_load_acquire(alive);
-	struct waitv w[2] = { { seen, (uint64_t)(uintptr_t)word, WAITV_U32, 0 },
-			      { owner, (uint64_t)(uintptr_t)alive, WAITV_U32, 0 } };
+	struct waitv w[2] = {{seen, (uint64_t)(uintptr_t)word, WAITV_U32, 0},
+			     {owner, (uint64_t)(uintptr_t)alive, WAITV_U32, 0}};
 	int saved = errno, rc = 0;
 
 	if (owner & FUTEX_OWNER_DIED)

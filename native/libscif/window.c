@@ -20,9 +20,8 @@ static int check_args(uintptr_t addr, size_t len, off_t offset, int prot, int fl
 {
 	if (flags & ~SCIF_MAP_FIXED)
 		return -EINVAL;
-	if ((flags & SCIF_MAP_FIXED) &&
-	    (offset < 0 || offset % (off_t)PAGE || (uint64_t)offset + len < len ||
-	     (uint64_t)offset + len > (uint64_t)INT64_MAX + 1))
+	if ((flags & SCIF_MAP_FIXED) && (offset < 0 || offset % (off_t)PAGE || (uint64_t)offset + len < len ||
+					 (uint64_t)offset + len > (uint64_t)INT64_MAX + 1))
 		return -EINVAL;
 	if (prot & ~(SCIF_PROT_READ | SCIF_PROT_WRITE))
 		return -EINVAL;
@@ -34,12 +33,12 @@ static int check_args(uintptr_t addr, size_t len, off_t offset, int prot, int fl
 /* Tell the node about memory that the program has freed since. */
 static void give_back(struct ep *ep)
 {
-	struct seglist gone = { 0 };
+	struct seglist gone = {0};
 
 	if (move_sweep(ep->mem_dev, ep->mem_ino, &gone) == 0 && gone.n) {
-		const struct mic_scif_request rq = { .op = MIC_SCIF_DROP, .sid = ep->sid,
-						     .ndata = (uint32_t)(gone.n * sizeof *gone.seg) };
-		struct answer ans = { 0 };
+		const struct mic_scif_request rq = {
+			.op = MIC_SCIF_DROP, .sid = ep->sid, .ndata = (uint32_t)(gone.n * sizeof *gone.seg)};
+		struct answer ans = {0};
 
 		node_call(&rq, gone.seg, &ans, false);
 		answer_close(&ans);
@@ -49,11 +48,13 @@ static void give_back(struct ep *ep)
 
 static int commit(struct ep *ep, uint64_t ticket, const struct seglist *segs, uint64_t *offset)
 {
-	const struct mic_scif_request rq = { .op = MIC_SCIF_REG_COMMIT, .sid = ep->sid, .a = { ticket },
-					     .ndata = (uint32_t)(segs->n * sizeof *segs->seg) };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_REG_COMMIT,
+					    .sid = ep->sid,
+					    .a = {ticket},
+					    .ndata = (uint32_t)(segs->n * sizeof *segs->seg)};
+	struct answer ans = {0};
 	int rc = segs->n * sizeof *segs->seg > MIC_SCIF_PACKET - 256 ? -ENOMEM
-								    : node_call(&rq, segs->seg, &ans, false);
+								     : node_call(&rq, segs->seg, &ans, false);
 
 	answer_close(&ans);
 	*offset = ans.head.v[0];
@@ -65,20 +66,21 @@ static int do_register(struct ep *ep, uintptr_t addr, size_t len, off_t offset, 
 {
 	int64_t bytes = move_plan(addr, len, ep->mem_dev, ep->mem_ino, prot);
 	const struct mic_scif_request rq = {
-		.op = MIC_SCIF_REG_BEGIN, .sid = ep->sid,
-		.a = { (uint64_t)offset, len, (uint64_t)prot, flags & SCIF_MAP_FIXED,
-		       bytes > 0 ? (uint64_t)bytes : 0 },
+		.op = MIC_SCIF_REG_BEGIN,
+		.sid = ep->sid,
+		.a = {(uint64_t)offset, len, (uint64_t)prot, flags & SCIF_MAP_FIXED,
+		      bytes > 0 ? (uint64_t)bytes : 0},
 	};
-	struct answer ans = { 0 };
-	struct seglist segs = { 0 };
+	struct answer ans = {0};
+	struct seglist segs = {0};
 	bool moved = false;
 	int rc = node_call(&rq, NULL, &ans, false);
 
 	if (rc < 0)
 		return rc; /* the place in the address space is checked before the memory */
-	rc = bytes < 0 || ans.nfds != 1
-		     ? -EFAULT
-		     : move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino, ans.head.v[1], &segs, &moved);
+	rc = bytes < 0 || ans.nfds != 1 ? -EFAULT
+					: move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino,
+						     ans.head.v[1], &segs, &moved);
 	if (rc == 0)
 		rc = commit(ep, ans.head.v[0], &segs, out);
 	else

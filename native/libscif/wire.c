@@ -11,7 +11,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define POOL 8
+#define POOL    8
 #define HIGH_FD 512 /* our own descriptors stay out of the program's low numbers (SCIF-8) */
 
 struct control {
@@ -61,9 +61,8 @@ int node_connect(void)
 
 static int send_packet(int fd, const struct mic_scif_request *rq, const void *data)
 {
-	struct iovec iov[2] = { { (void *)(uintptr_t)rq, sizeof *rq },
-				{ (void *)(uintptr_t)data, rq->ndata } };
-	struct msghdr mh = { .msg_iov = iov, .msg_iovlen = data ? 2 : 1 };
+	struct iovec iov[2] = {{(void *)(uintptr_t)rq, sizeof *rq}, {(void *)(uintptr_t)data, rq->ndata}};
+	struct msghdr mh = {.msg_iov = iov, .msg_iovlen = data ? 2 : 1};
 	ssize_t n;
 
 	do
@@ -91,9 +90,11 @@ static int recv_packet(int fd, struct answer *ans)
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(MAX_FDS * sizeof(int))];
 	} control;
-	struct iovec iov[2] = { { &ans->head, sizeof ans->head }, { ans->data, ans->max } };
-	struct msghdr mh = { .msg_iov = iov, .msg_iovlen = ans->max ? 2 : 1, .msg_control = &control,
-			     .msg_controllen = sizeof control };
+	struct iovec iov[2] = {{&ans->head, sizeof ans->head}, {ans->data, ans->max}};
+	struct msghdr mh = {.msg_iov = iov,
+			    .msg_iovlen = ans->max ? 2 : 1,
+			    .msg_control = &control,
+			    .msg_controllen = sizeof control};
 	ssize_t n = recvmsg(fd, &mh, MSG_CMSG_CLOEXEC);
 
 	if (n < 0)
@@ -116,8 +117,8 @@ void answer_close(struct answer *ans)
 
 int node_open(int fd, uint64_t cookie, uint64_t *sid)
 {
-	const struct mic_scif_request rq = { .op = MIC_SCIF_OPEN, .a = { cookie } };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {.op = MIC_SCIF_OPEN, .a = {cookie}};
+	struct answer ans = {0};
 	int rc = send_packet(fd, &rq, NULL);
 
 	while (rc == 0 && (rc = recv_packet(fd, &ans)) == -EINTR)
@@ -156,8 +157,8 @@ static int control_get(struct control *c)
 	}
 	pthread_mutex_unlock(&pool_lock);
 
-	const struct mic_scif_request hello = { .op = MIC_SCIF_HELLO, .a = { (uint64_t)getpid() } };
-	struct answer ans = { 0 };
+	const struct mic_scif_request hello = {.op = MIC_SCIF_HELLO, .a = {(uint64_t)getpid()}};
+	struct answer ans = {0};
 	struct stat st;
 	int rc, fd = node_connect();
 
@@ -173,7 +174,7 @@ static int control_get(struct control *c)
 		close(fd);
 		return rc < 0 ? rc : -EBADF;
 	}
-	*c = (struct control){ fd, st.st_ino };
+	*c = (struct control){fd, st.st_ino};
 	return 0;
 }
 
@@ -197,7 +198,7 @@ static int exchange(int fd, const struct mic_scif_request *rq, const void *data,
 	if (rc < 0)
 		return -ENODEV;
 	while ((rc = recv_packet(fd, ans)) == -EINTR) {
-		const struct mic_scif_request cancel = { .op = MIC_SCIF_CANCEL, .sid = rq->sid };
+		const struct mic_scif_request cancel = {.op = MIC_SCIF_CANCEL, .sid = rq->sid};
 
 		if (interruptible && send_packet(fd, &cancel, NULL) < 0)
 			return -ENODEV;
@@ -229,8 +230,8 @@ int node_call(const struct mic_scif_request *rq, const void *data, struct answer
 
 int node_ask(uint32_t op, uint64_t sid, uint64_t a0, uint64_t a1, uint64_t *v0)
 {
-	const struct mic_scif_request rq = { .op = op, .sid = sid, .a = { a0, a1 } };
-	struct answer ans = { 0 };
+	const struct mic_scif_request rq = {.op = op, .sid = sid, .a = {a0, a1}};
+	struct answer ans = {0};
 	int rc = node_call(&rq, NULL, &ans, false);
 
 	answer_close(&ans);

@@ -124,7 +124,7 @@ struct mic_scif_notifier {
 	pthread_mutex_t lock; /* guards fd[] and ready[] */
 	uint32_t stop;
 	int event_fd;
-	int fd[MIC_SCIF_SLOTS];             /* -2 unused, -1 kernel client */
+	int fd[MIC_SCIF_SLOTS];              /* -2 unused, -1 kernel client */
 	uint64_t ready[MIC_SCIF_SLOTS / 64]; /* kernel clients that were notified */
 };
 

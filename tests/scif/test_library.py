@@ -268,7 +268,9 @@ def test_scif_135_a_killed_node_ends_every_blocked_call(tmp_path: Path) -> None:
         "        assert e.errno in (errno.ENOENT, errno.ENODEV, errno.ENOTTY), e\n"
     )
     env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
-    program = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert program.stdout is not None
         assert program.stdout.readline() == "blocked\n"

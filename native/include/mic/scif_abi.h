@@ -23,7 +23,7 @@ struct mic_scif_qpage {
 	uint8_t inline_data[40]; /* a copy of its last message, if short: it comes with the index */
 	uint8_t reserved1[12];
 	/* 192: written by the peer whenever it has received */
-	uint32_t local_read;  /* its read index */
+	uint32_t local_read; /* its read index */
 	uint32_t reserved2;
 	uint64_t remote_qp, local_buf, local_qp, remote_buf; /* ours: bus addresses */
 	uint32_t qp_state;
@@ -39,14 +39,14 @@ struct mic_scif_qpage {
 	uint32_t abi;         /* MIC_SCIF_ABI */
 	uint8_t reserved6[48];
 	/* 448: written by the peer when it waits to receive */
-	uint64_t rx_wait;     /* 1 + count of bytes received when it began to wait in recv, 0 = does not */
-	uint32_t rx_asleep;   /* it sleeps on rx_seq of its own page until there are bytes */
-	uint32_t rx_epoch;    /* how often it took the token off its descriptor */
+	uint64_t rx_wait;   /* 1 + count of bytes received when it began to wait in recv, 0 = does not */
+	uint32_t rx_asleep; /* it sleeps on rx_seq of its own page until there are bytes */
+	uint32_t rx_epoch;  /* how often it took the token off its descriptor */
 	uint8_t reserved7[48];
 	/* 512: written by the peer when it waits to send */
-	uint32_t tx_asleep;   /* it sleeps on tx_seq of its own page until there is room */
-	uint32_t tx_native;   /* it wants its descriptor writable again when there is room */
-	uint32_t told;        /* 1 + rx_epoch when it last had a token put on our descriptor */
+	uint32_t tx_asleep; /* it sleeps on tx_seq of its own page until there is room */
+	uint32_t tx_native; /* it wants its descriptor writable again when there is room */
+	uint32_t told;      /* 1 + rx_epoch when it last had a token put on our descriptor */
 };
 
 /* State word of the control page. */
@@ -57,26 +57,26 @@ enum mic_scif_ep_state {
 };
 
 struct mic_scif_ctl {
-	uint64_t sid;          /* whose page this is; another value: it was released */
-	uint32_t state;        /* enum mic_scif_ep_state, written by the node */
-	uint32_t uncollected;  /* a non-blocking connect succeeded and nobody asked yet */
-	uint32_t gen;          /* changes whenever a window list changes */
-	uint32_t mark;         /* last own fence mark */
+	uint64_t sid;         /* whose page this is; another value: it was released */
+	uint32_t state;       /* enum mic_scif_ep_state, written by the node */
+	uint32_t uncollected; /* a non-blocking connect succeeded and nobody asked yet */
+	uint32_t gen;         /* changes whenever a window list changes */
+	uint32_t mark;        /* last own fence mark */
 	uint8_t reserved0[40];
 	/* 64: the sending end, under tx_lock */
-	uint64_t tx_lock[5];   /* robust, process-shared pthread mutex */
-	uint64_t sent;         /* bytes, ever */
+	uint64_t tx_lock[5]; /* robust, process-shared pthread mutex */
+	uint64_t sent;       /* bytes, ever */
 	uint32_t tx_write, tx_read;
-	uint32_t notified;     /* rx_epoch of the peer at our last notification, + 1 */
-	uint32_t tx_inline;    /* the peer's page holds a copy of our last message */
+	uint32_t notified;  /* rx_epoch of the peer at our last notification, + 1 */
+	uint32_t tx_inline; /* the peer's page holds a copy of our last message */
 	uint8_t reserved1[64];
 	/* 192: the receiving end, under rx_lock */
 	uint64_t rx_lock[5];
 	uint64_t received;
 	uint32_t rx_read, rx_write;
-	uint32_t epoch;        /* what we last told the peer as rx_epoch */
-	uint32_t streak;       /* blocking receives in a row that had to wait, in a hot loop */
-	uint64_t last_recv;    /* time stamp counter at the end of the last receive */
+	uint32_t epoch;     /* what we last told the peer as rx_epoch */
+	uint32_t streak;    /* blocking receives in a row that had to wait, in a hot loop */
+	uint64_t last_recv; /* time stamp counter at the end of the last receive */
 	uint8_t reserved2[56];
 	/* 320: copies in progress, by parity of gen */
 	uint32_t busy[2];
@@ -84,14 +84,14 @@ struct mic_scif_ctl {
 };
 
 #define MIC_SCIF_NOT_INLINE 0xffffffff
-#define MIC_SCIF_SLOTS 15872
+#define MIC_SCIF_SLOTS      15872
 struct mic_scif_notify {
-	uint32_t seq;          /* futex of the notifier thread */
+	uint32_t seq; /* futex of the notifier thread */
 	uint32_t reserved0;
-	uint64_t alive[5];     /* robust mutex, held by the notifier for as long as the node lives */
+	uint64_t alive[5]; /* robust mutex, held by the notifier for as long as the node lives */
 	uint8_t reserved1[16];
-	uint64_t rx[248];      /* one bit per slot: bytes for it arrived, put a token on its descriptor */
-	uint64_t tx[248];      /* there is room again: make its descriptor writable */
+	uint64_t rx[248]; /* one bit per slot: bytes for it arrived, put a token on its descriptor */
+	uint64_t tx[248]; /* there is room again: make its descriptor writable */
 };
 
 /* Node side (scif_node.c). 0 or -errno. */
@@ -144,34 +144,34 @@ _Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
  * else travels on control connections, one request at a time; the answer has the same order. */
 /* cffi-begin */
 enum mic_scif_op {
-	MIC_SCIF_OPEN = 1,   /* a0 cookie of the socket -> v0 sid */
-	MIC_SCIF_HELLO,      /* a0 unique number of the process */
-	MIC_SCIF_MEMORY,     /* from the host's node to a card's: a0 node, a1 size; descriptor: its memory */
-	MIC_SCIF_BIND,       /* a0 port -> v0 port */
-	MIC_SCIF_LISTEN,     /* a0 backlog */
-	MIC_SCIF_CONNECT,    /* a0 node, a1 port, a2 non-blocking -> v0 port */
-	MIC_SCIF_ACCEPT,     /* a0 sid of the new descriptor, a1 wait -> v0 node, v1 port, v2 take a token off */
-	MIC_SCIF_ATTACH,     /* -> enum mic_scif_attach; descriptors: own memory, peer's memory */
-	MIC_SCIF_FLUSH,      /* this process closes one of its descriptors */
-	MIC_SCIF_SYNC,       /* it has closed it: answer when the release, if any, is over */
-	MIC_SCIF_FIND,       /* a0 cookie -> v0 sid */
-	MIC_SCIF_NODES,      /* -> v0 count, v1 self; data: u16 ids */
-	MIC_SCIF_MASK,       /* -> v0 poll mask of an endpoint that is not attached, v1 a connect is
-			      * pending, v2 take a token off the descriptor */
-	MIC_SCIF_CANCEL,     /* end the request in progress on this connection; no answer of its own */
-	MIC_SCIF_REG_BEGIN,  /* a0 offset, a1 length, a2 prot, a3 flags, a4 bytes to allocate -> v0 ticket,
-			      * v1 place in node memory; descriptor: own memory */
-	MIC_SCIF_REG_COMMIT, /* a0 ticket; data: struct mic_scif_seg -> v0 offset */
-	MIC_SCIF_REG_ABORT,  /* a0 ticket */
-	MIC_SCIF_UNREGISTER, /* a0 offset, a1 length */
-	MIC_SCIF_WINDOWS,    /* -> v0 gen, v1 own count, v2 peer count; data: struct mic_scif_win + segs;
-			      * descriptors: own memory, peer's memory */
-	MIC_SCIF_MMAP,       /* a0 offset, a1 length, a2 prot; data as WINDOWS for the peer's; descriptor */
-	MIC_SCIF_MUNMAP,     /* a0 offset, a1 length */
-	MIC_SCIF_DROP,       /* data: struct mic_scif_seg: pages that this process no longer maps */
-	MIC_SCIF_FENCE_MARK, /* peer's mark -> v0 */
-	MIC_SCIF_FENCE_WAIT, /* a0 peer's mark */
-	MIC_SCIF_TABLES,     /* -> data: JSON of endpoints and windows, for people */
+	MIC_SCIF_OPEN = 1, /* a0 cookie of the socket -> v0 sid */
+	MIC_SCIF_HELLO,    /* a0 unique number of the process */
+	MIC_SCIF_MEMORY,   /* from the host's node to a card's: a0 node, a1 size; descriptor: its memory */
+	MIC_SCIF_BIND,     /* a0 port -> v0 port */
+	MIC_SCIF_LISTEN,   /* a0 backlog */
+	MIC_SCIF_CONNECT,  /* a0 node, a1 port, a2 non-blocking -> v0 port */
+	MIC_SCIF_ACCEPT, /* a0 sid of the new descriptor, a1 wait -> v0 node, v1 port, v2 take a token off */
+	MIC_SCIF_ATTACH, /* -> enum mic_scif_attach; descriptors: own memory, peer's memory */
+	MIC_SCIF_FLUSH,  /* this process closes one of its descriptors */
+	MIC_SCIF_SYNC,   /* it has closed it: answer when the release, if any, is over */
+	MIC_SCIF_FIND,   /* a0 cookie -> v0 sid */
+	MIC_SCIF_NODES,  /* -> v0 count, v1 self; data: u16 ids */
+	MIC_SCIF_MASK,   /* -> v0 poll mask of an endpoint that is not attached, v1 a connect is
+			  * pending, v2 take a token off the descriptor */
+	MIC_SCIF_CANCEL, /* end the request in progress on this connection; no answer of its own */
+	MIC_SCIF_REG_BEGIN,    /* a0 offset, a1 length, a2 prot, a3 flags, a4 bytes to allocate -> v0 ticket,
+				* v1 place in node memory; descriptor: own memory */
+	MIC_SCIF_REG_COMMIT,   /* a0 ticket; data: struct mic_scif_seg -> v0 offset */
+	MIC_SCIF_REG_ABORT,    /* a0 ticket */
+	MIC_SCIF_UNREGISTER,   /* a0 offset, a1 length */
+	MIC_SCIF_WINDOWS,      /* -> v0 gen, v1 own count, v2 peer count; data: struct mic_scif_win + segs;
+				* descriptors: own memory, peer's memory */
+	MIC_SCIF_MMAP,         /* a0 offset, a1 length, a2 prot; data as WINDOWS for the peer's; descriptor */
+	MIC_SCIF_MUNMAP,       /* a0 offset, a1 length */
+	MIC_SCIF_DROP,         /* data: struct mic_scif_seg: pages that this process no longer maps */
+	MIC_SCIF_FENCE_MARK,   /* peer's mark -> v0 */
+	MIC_SCIF_FENCE_WAIT,   /* a0 peer's mark */
+	MIC_SCIF_TABLES,       /* -> data: JSON of endpoints and windows, for people */
 	MIC_SCIF_FENCE_SIGNAL, /* peer executes: a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
 };
 
@@ -189,13 +189,14 @@ struct mic_scif_reply {
 };
 
 enum mic_scif_attach { /* indices into v of ATTACH: offsets in the memories that come with it */
-	MIC_SCIF_V_OWN_QP,     /* own memory: queue pair, ring, control page, one after the other */
-	MIC_SCIF_V_PEER_QP,    /* peer's memory */
-	MIC_SCIF_V_PEER_RING,  /* peer's memory */
-	MIC_SCIF_V_OWN_NOTIFY, /* own memory */
-	MIC_SCIF_V_PEER_NOTIFY,
-	MIC_SCIF_V_PEER_SLOT,
-	MIC_SCIF_V_NODES,      /* own node | peer node << 16 | port << 32 | peer port << 48 */
+		       MIC_SCIF_V_OWN_QP,  /* own memory: queue pair, ring, control page, one after the other
+					    */
+		       MIC_SCIF_V_PEER_QP, /* peer's memory */
+		       MIC_SCIF_V_PEER_RING,  /* peer's memory */
+		       MIC_SCIF_V_OWN_NOTIFY, /* own memory */
+		       MIC_SCIF_V_PEER_NOTIFY,
+		       MIC_SCIF_V_PEER_SLOT,
+		       MIC_SCIF_V_NODES, /* own node | peer node << 16 | port << 32 | peer port << 48 */
 };
 
 struct mic_scif_seg { /* a run of node memory */

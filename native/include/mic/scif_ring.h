@@ -12,22 +12,22 @@
 /* cffi-begin */
 /* The sending end, private to its owner. */
 struct mic_scif_tx {
-	uint8_t *buf;      /* receiver's memory */
-	uint32_t *windex;  /* receiver's memory: what we have published */
-	uint32_t *rindex;  /* our memory: what the receiver has consumed */
-	uint32_t size;     /* bytes, a power of two */
-	uint32_t write;    /* our position; ahead of *windex until the commit */
-	uint32_t read;     /* last sight of *rindex */
+	uint8_t *buf;     /* receiver's memory */
+	uint32_t *windex; /* receiver's memory: what we have published */
+	uint32_t *rindex; /* our memory: what the receiver has consumed */
+	uint32_t size;    /* bytes, a power of two */
+	uint32_t write;   /* our position; ahead of *windex until the commit */
+	uint32_t read;    /* last sight of *rindex */
 };
 
 /* The receiving end, private to its owner. */
 struct mic_scif_rx {
-	uint8_t *buf;      /* our memory */
-	uint32_t *windex;  /* our memory: what the sender has published */
-	uint32_t *rindex;  /* sender's memory: what we have consumed */
+	uint8_t *buf;     /* our memory */
+	uint32_t *windex; /* our memory: what the sender has published */
+	uint32_t *rindex; /* sender's memory: what we have consumed */
 	uint32_t size;
-	uint32_t read;     /* our position; ahead of *rindex until the release */
-	uint32_t write;    /* last sight of *windex */
+	uint32_t read;  /* our position; ahead of *rindex until the release */
+	uint32_t write; /* last sight of *windex */
 };
 
 /* Free bytes, 0..size - 1, after a fresh look; -EPROTO: the peer's index is not an offset. */

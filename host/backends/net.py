@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import asdict
@@ -35,6 +36,8 @@ class Net(BackendProcess):
             if args["mode"] == "ns":
                 netns.enter(*self.extra)  # one thread still: the C loop starts later
                 netif.loopback_up()
+                with contextlib.suppress(OSError):
+                    netif.forward_ipv4()  # cards reach each other through the host
             self.tap = netif.open_tap(args["name"])
             netif.configure(args["name"], address=args["address"], mac=args["host_mac"])
 

@@ -21,10 +21,10 @@ from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan, swapped_block
 from mic_emu.host.driver import Driver, check_file
+from mic_emu.host.network import Network
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
 from mic_emu.host.spawn import Spawner
-from mic_emu.host.network import Network
 from mic_emu.host.supervisor import Backend, Supervisor
 from mic_emu.host.vop import VopHost
 from mic_emu.host.vop_files import VopFiles
@@ -94,7 +94,9 @@ class Card:
         self.cosm.on_change.append(self.notify)
         self.cosm.log_buf_len = C["CARD_TEXT_BASE"] + C["CARD_LOG"]
         self.cosm.log_buf_addr = self.cosm.log_buf_len + 4
-        self.policy = Policy(self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0)
+        self.policy = Policy(
+            self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0
+        )
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
 
     def _identity(self) -> PciIdentity:
@@ -134,7 +136,9 @@ class Card:
                     powered.set()
                 elif event == "os_start":
                     self.os_pid, self.contained = msg["pid"], msg["contained"]
-                    self.log.info("card OS started", event="os_start", pid=msg["pid"], contained=msg["contained"])
+                    self.log.info(
+                        "card OS started", event="os_start", pid=msg["pid"], contained=msg["contained"]
+                    )
                 elif event == "refused":
                     self.refused = msg["why"]
                 elif event == "os_exit":
@@ -168,7 +172,9 @@ class Card:
         self.driver.board_lost = True
         if self._closing:
             return
-        self.log.error("the board process died; a new board takes its place", event="board_exit", status=status)
+        self.log.error(
+            "the board process died; a new board takes its place", event="board_exit", status=status
+        )
         self.crashes += 1
         self._peer_died()
         self.cosm.os_died("the board is gone")
@@ -198,16 +204,31 @@ class Card:
         self.boots += 1
         self.refused = self.os_ended = ""
         self.driver.board_lost = False
-        self.link = HostLink(self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log)
+        self.link = HostLink(
+            self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log
+        )
         self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
         self.link.start()
         self.vop = VopHost(
-            self.bus, self.driver.page_off, self.memory, self.driver.smpt, self.driver.irq, self.clock, self.log
+            self.bus,
+            self.driver.page_off,
+            self.memory,
+            self.driver.smpt,
+            self.driver.irq,
+            self.clock,
+            self.log,
         )
         self.vop.peer_alive = lambda: self.os_pid != 0
         self.vop.hold = self.driver.hold
         self.supervisor = Supervisor(
-            self.name, self.spawner, self.vop, self.bus.fds, self.config.restart, self.clock, self.log, self.notify
+            self.name,
+            self.spawner,
+            self.vop,
+            self.bus.fds,
+            self.config.restart,
+            self.clock,
+            self.log,
+            self.notify,
         )
         self.files = VopFiles(self.vop, self.config.personality, self.log)
         await self.files.listen(str(self.dir / "vop.sock"))
@@ -318,7 +339,9 @@ class Card:
         supervisor.add(backend)
         try:
             await self.until(
-                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble), self.clock.limit(40.0), f"{backend.name} on the card"
+                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble),
+                self.clock.limit(40.0),
+                f"{backend.name} on the card",
             )
         except TimeoutError:
             await supervisor.remove(backend)
@@ -384,13 +407,17 @@ class Card:
 
     async def _reset_and_wait(self) -> None:
         await self.cosm.reset()
-        await self.until(lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset")
+        await self.until(
+            lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset"
+        )
 
     async def boot_stored(self) -> None:
         """Boot what the state machine's strings name, and wait as ``boot`` does."""
         await self.cosm.boot()
         try:
-            await self.until(self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online")
+            await self.until(
+                self._boot_settled, self.clock.limit(BOOT_LIMIT), "the card OS did not come online"
+            )
         except TimeoutError as e:
             self.os_ended = str(e)
         if self.is_online:
@@ -412,7 +439,11 @@ class Card:
         return f"{own} {text}".strip()
 
     def _boot_settled(self) -> bool:
-        if self.refused or self.os_ended or self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE:
+        if (
+            self.refused
+            or self.os_ended
+            or (self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE)
+        ):
             return True
         if self.cosm.state is not State.ONLINE or self.supervisor is None:
             return False
@@ -421,7 +452,9 @@ class Card:
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
         if not self.is_online:
-            raise StateError(f"{self.name} is {self._words()}: only an online card shuts down (micemu reset {self.name})")
+            raise StateError(
+                f"{self.name} is {self._words()}: only an online card shuts down (micemu reset {self.name})"
+            )
         await self.cosm.shutdown()
         limit = self.clock.limit(BOOT_LIMIT) if limit_s is None else limit_s
         await self.until(

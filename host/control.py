@@ -110,7 +110,8 @@ class Control:
             card = self.instance.cards.get(name)
             if card and not card.bootable:
                 raise StateError(
-                    f"{name} is {card.cosm.state.word} already: micemu reboot {name} restarts it", errno.EINVAL
+                    f"{name} is {card.cosm.state.word} already: micemu reboot {name} restarts it",
+                    errno.EINVAL,
                 )
         try:
             await self.instance.plug(configs)
@@ -230,12 +231,17 @@ class Control:
     async def _run(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
         if card.cosm.state is not State.ONLINE:
-            raise StateError(f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot)", errno.EINVAL)
+            raise StateError(
+                f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot)", errno.EINVAL
+            )
         return {"socket": str(card.dir / "run.sock"), "node": card.index + 1}
 
     async def _host_ns(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         """Descriptors of the emulator's own namespaces, for ``run host``."""
-        return {"_fds": self.instance.network.namespace_fds(), "socket": str(self.instance.rundir / "scif.sock")}
+        return {
+            "_fds": self.instance.network.namespace_fds(),
+            "socket": str(self.instance.rundir / "scif.sock"),
+        }
 
     async def _config(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         config = Config(

@@ -73,12 +73,21 @@ class Instance:
                     await self._reconfigure(self.cards[name], config)
                     continue
                 card = Card(
-                    index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log
+                    index,
+                    config,
+                    self.rundir.path,
+                    self.spawner,
+                    self.node,
+                    self.memory,
+                    self.clock,
+                    self.log,
                 )
                 try:
                     await card.open(self.host_fd)
                 except OSError as e:
-                    raise MicemuError(f"{name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO) from e
+                    raise MicemuError(
+                        f"{name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO
+                    ) from e
                 card.network = self.network
                 self.cards[name] = card
                 self.tell_watchers()
@@ -95,7 +104,14 @@ class Instance:
         if any(getattr(card.config, name) != getattr(config, name) for name in hardware):
             await self.unplug(card)
             fresh = Card(
-                card.index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log
+                card.index,
+                config,
+                self.rundir.path,
+                self.spawner,
+                self.node,
+                self.memory,
+                self.clock,
+                self.log,
             )
             await fresh.open(self.host_fd)
             fresh.network = self.network
@@ -127,7 +143,12 @@ class Instance:
         return {
             "schema": 1,
             "instance": self.rundir.instance,
-            "host": {"pid": os.getpid(), "init": os.getppid(), "started": self.started, "timing": self.clock.profile.name},
+            "host": {
+                "pid": os.getpid(),
+                "init": os.getppid(),
+                "started": self.started,
+                "timing": self.clock.profile.name,
+            },
             "cards": [card.status() for card in self.cards.values()],
         }
 
@@ -196,5 +217,3 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
             os.write(fds[1], json.dumps({"error": f"{type(e).__name__}: {e}"}).encode() + b"\n")
         raise
     return 0
-
-

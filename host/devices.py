@@ -49,7 +49,9 @@ def console(card: Card) -> Backend:
     listener = listen_unix(str(path))
     listener.setblocking(False)
     log = os.open(card.dir / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    backend = Backend("console", "console", {"personality": card.config.personality}, [listener.detach(), log])
+    backend = Backend(
+        "console", "console", {"personality": card.config.personality}, [listener.detach(), log]
+    )
     backend.facts["socket"] = str(path)
     backend.facts["log"] = str(card.dir / "console.log")
     return backend
@@ -65,7 +67,11 @@ def block(card: Card, name: str, config: CardConfig) -> Backend:
     path = config.disk or disk_path(card)
     fd = open_image(config, path, card.name)
     size = os.lseek(fd, 0, os.SEEK_END)
-    args = {"read_only": config.read_only, "personality": card.config.personality, "serial": f"{card.name}-{name}"}
+    args = {
+        "read_only": config.read_only,
+        "personality": card.config.personality,
+        "serial": f"{card.name}-{name}",
+    }
     backend = Backend("block", name, args, [fd])
     backend.facts.update(path=path, size=format_size(size), read_only=config.read_only)
     return backend
@@ -104,7 +110,11 @@ def device_names(card: Card) -> set[str]:
 def free_name(card: Card, prefix: str) -> str:
     """``prefix``, or the first of prefix1, prefix2, ... that no device has."""
     taken = device_names(card)
-    return prefix if prefix not in taken else next(n for n in (f"{prefix}{i}" for i in range(1, 256)) if n not in taken)
+    return (
+        prefix
+        if prefix not in taken
+        else next(n for n in (f"{prefix}{i}" for i in range(1, 256)) if n not in taken)
+    )
 
 
 def extra_device(card: Card, kind: str, options: dict[str, Any]) -> Backend:
@@ -112,10 +122,14 @@ def extra_device(card: Card, kind: str, options: dict[str, Any]) -> Backend:
     if kind in ("python", "rng"):
         return python_device(card, {"backend": RNG, "name": "rng", **options} if kind == "rng" else options)
     if kind != "block":
-        raise UsageError(f"cannot add a device of kind {kind!r} at run time; known kinds: block, rng, --backend MODULE:CLASS")
+        raise UsageError(
+            f"cannot add a device of kind {kind!r} at run time; known kinds: block, rng, --backend MODULE:CLASS"
+        )
     if "name" in options and options["name"] in device_names(card):
         raise UsageError(f"{card.name} has a device {options['name']} already")
-    name = options.get("name") or next(n for n in (f"block{i}" for i in range(1, 256)) if n not in device_names(card))
+    name = options.get("name") or next(
+        n for n in (f"block{i}" for i in range(1, 256)) if n not in device_names(card)
+    )
     return block(card, name, disk_options(options))
 
 
@@ -132,7 +146,9 @@ def disk_options(options: dict[str, Any]) -> CardConfig:
     """What ``vop add`` and ``vop swap`` say about a disk. Raises UsageError naming what is wrong."""
     unknown = set(options) - {"path", "read_only", "size", "name"}
     if unknown or "path" not in options:
-        raise UsageError(f"a block device needs path=FILE, and may have size=, read_only=, name=; not {sorted(unknown)}")
+        raise UsageError(
+            f"a block device needs path=FILE, and may have size=, read_only=, name=; not {sorted(unknown)}"
+        )
     config = CardConfig(disk=options["path"], read_only=bool(options.get("read_only")))
     if "size" in options:
         config.disk_size = parse_size(options["size"], "size")

@@ -44,13 +44,16 @@ def open_image(config: CardConfig, path: str, name: str) -> int:
         if created:
             os.ftruncate(fd, config.disk_size)
         elif os.lseek(fd, 0, os.SEEK_END) < 512:
-            raise MicemuError(f"{name}: the disk {path} is smaller than one sector: make it at least 512 bytes")
+            raise MicemuError(
+                f"{name}: the disk {path} is smaller than one sector: make it at least 512 bytes"
+            )
     except OSError as e:
         os.close(fd)
         if created:
             os.unlink(path)
         raise MicemuError(
-            f"{name}: cannot make a disk of {format_size(config.disk_size)} at {path}: {e.strerror}", e.errno or errno.EIO
+            f"{name}: cannot make a disk of {format_size(config.disk_size)} at {path}: {e.strerror}",
+            e.errno or errno.EIO,
         ) from e
     except MicemuError:
         os.close(fd)

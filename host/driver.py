@@ -214,7 +214,9 @@ class Driver:
         data = read_file(self.ramdisk, "ramdisk")
         at = 2 * base
         if base + image_size + C["CMDLINE_MAX"] > at:
-            raise DownloadError(f"the card image {self.firmware} reaches into the ramdisk's place", errno.EINVAL)
+            raise DownloadError(
+                f"the card image {self.firmware} reaches into the ramdisk's place", errno.EINVAL
+            )
         self._check_room(at, len(data), f"the ramdisk {self.ramdisk}")
         self._copy(at, data)
         self.bus.gddr.store(base + C["BOOT_RAMDISK_IMAGE"], 4, at)

@@ -36,7 +36,13 @@ def dump(card: Card, what: str, device: str | None) -> Any:
 def registers(card: Card) -> list[dict[str, Any]]:
     """Every register with its value."""
     return [
-        {"offset": off, "name": name, "value": card.bus.mmio.load(off, 4), "doc": row.doc, "clause": row.clause}
+        {
+            "offset": off,
+            "name": name,
+            "value": card.bus.mmio.load(off, 4),
+            "doc": row.doc,
+            "clause": row.clause,
+        }
         for off, name, row in L.register_words()
     ]
 
@@ -73,7 +79,10 @@ def vrings(card: Card) -> list[dict[str, Any]]:
             avail_idx = host.load(avail + 2, 2)
             ready = 0 < used <= gddr.size - dp.used_size(num)
             used_idx = gddr.load(used + 2, 2) if ready else 0
-            pending = [host.load(avail + 4 + 2 * (k % num), 2) for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))]
+            pending = [
+                host.load(avail + 4 + 2 * (k % num), 2)
+                for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))
+            ]
             rows.append({
                 "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
                 "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
@@ -104,14 +113,24 @@ def interrupts(card: Card) -> list[dict[str, Any]]:
     """Vectors with the sources mapped to them and who asked for them."""
     irq = card.driver.irq
     return [
-        {"mode": irq.mode.value, "vector": v, "mxar": mxar, "masked": card.bus.read("msix_ctrl", v), "users": users}
+        {
+            "mode": irq.mode.value,
+            "vector": v,
+            "mxar": mxar,
+            "masked": card.bus.read("msix_ctrl", v),
+            "users": users,
+        }
         for v, mxar, users in irq.rows()
     ]
 
 
 def dma(card: Card) -> list[dict[str, Any]]:
     """Every DMA channel: registers, waiting descriptors, and the host driver's counters for its own."""
-    own = {ch.index: dataclasses.asdict(ch.counters()) for ch in card.driver.dma.channels} if card.driver.dma else {}
+    own = (
+        {ch.index: dataclasses.asdict(ch.counters()) for ch in card.driver.dma.channels}
+        if card.driver.dma
+        else {}
+    )
     return [{**row, "driver": own.get(row["channel"])} for row in dma_dump.channels(card.bus)]
 
 

@@ -40,7 +40,9 @@ def close_all_but(keep: Sequence[int]) -> None:
     os.closerange(last + 1, max(os.sysconf("SC_OPEN_MAX"), last + 2))
 
 
-def run_child(parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]) -> NoReturn:
+def run_child(
+    parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]
+) -> NoReturn:
     """The life of a forked process: attributes, clean descriptors, ``target``, exit status."""
     status = 70
     try:

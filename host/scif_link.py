@@ -8,7 +8,6 @@ from mic_emu.bar import Bus
 from mic_emu.clock import Clock
 from mic_emu.host.driver import Driver
 from mic_emu.host.irq import Kind
-
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, View
 from mic_emu.scif.link import Link, LinkPorts

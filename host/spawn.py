@@ -44,7 +44,9 @@ class Spawner:
                     else:
                         fut.set_exception(MicemuError(f"cannot start a process: {msg['error']}"))
 
-    async def start(self, kind: str, name: str, args: dict[str, Any], fds: Sequence[int], on_exit: OnExit) -> int:
+    async def start(
+        self, kind: str, name: str, args: dict[str, Any], fds: Sequence[int], on_exit: OnExit
+    ) -> int:
         """Fork a process of ``kind`` (init's table of targets); returns its pid."""
         ident = next(self._ids)
         fut: asyncio.Future[int] = asyncio.get_running_loop().create_future()

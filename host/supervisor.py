@@ -59,7 +59,9 @@ class Backend:
             return "starting"
         return "running" if self.device.driver_ok else "added"
 
-    async def call(self, op: str, fds: list[int] | None = None, limit_s: float = 5.0, **fields: Any) -> dict[str, Any]:
+    async def call(
+        self, op: str, fds: list[int] | None = None, limit_s: float = 5.0, **fields: Any
+    ) -> dict[str, Any]:
         """Ask the backend something (``stats``, ``pcap``). Raises MicemuError."""
         if self.channel is None:
             raise MicemuError(f"the {self.kind} backend of {self.name} does not run")
@@ -71,7 +73,9 @@ class Backend:
             await self.channel.send({"op": op, "id": ident, **fields}, fds or ())
             reply = await asyncio.wait_for(fut, limit_s)
         except asyncio.TimeoutError:
-            raise MicemuError(f"the {self.kind} backend of {self.name} did not answer {op!r} in {limit_s:g} s") from None
+            raise MicemuError(
+                f"the {self.kind} backend of {self.name} did not answer {op!r} in {limit_s:g} s"
+            ) from None
         except OSError as e:
             raise MicemuError(f"the {self.kind} backend of {self.name} is gone: {e}") from e
         finally:

@@ -61,7 +61,14 @@ class VopHost:
     """The devices of one card between start and stop."""
 
     def __init__(
-        self, bus: Bus, page_off: int, memory: PageAllocator, smpt: Smpt, irq: Interrupts, clock: Clock, log: Log
+        self,
+        bus: Bus,
+        page_off: int,
+        memory: PageAllocator,
+        smpt: Smpt,
+        irq: Interrupts,
+        clock: Clock,
+        log: Log,
     ) -> None:
         self.bus = bus
         self.page_off = page_off
@@ -84,7 +91,9 @@ class VopHost:
     def _config_db(self) -> int:
         return BOOT.get(self.page, 0, "h2c_config_db")
 
-    async def add(self, kind: int, num_vq: int, num: int, features: int, config: bytes, feature_len: int = 8) -> VopDevice:
+    async def add(
+        self, kind: int, num_vq: int, num: int, features: int, config: bytes, feature_len: int = 8
+    ) -> VopDevice:
         """Announce a device; returns it published. Raises VopError (EINVAL, ENOMEM, ENOSPC; VOP 6.3)."""
         shape = dp.SlotShape(num_vq, feature_len, len(config))
         if not 1 <= kind <= 127:
@@ -94,13 +103,19 @@ class VopHost:
         if feature_len not in (4, 8):
             raise VopError(f"feature_len {feature_len} is not 4 or 8", errno.EINVAL)
         if len(config) > 255 or shape.ctrl_off > C["MAX_DESC_BLK"]:
-            raise VopError(f"a descriptor block of {shape.ctrl_off} bytes, at most {C['MAX_DESC_BLK']} fit", errno.EINVAL)
+            raise VopError(
+                f"a descriptor block of {shape.ctrl_off} bytes, at most {C['MAX_DESC_BLK']} fit", errno.EINVAL
+            )
         if not 1 <= num <= C["MAX_VRING_ENTRIES"] or num & (num - 1):
-            raise VopError(f"{num} ring entries: use a power of two up to {C['MAX_VRING_ENTRIES']}", errno.EINVAL)
+            raise VopError(
+                f"{num} ring entries: use a power of two up to {C['MAX_VRING_ENTRIES']}", errno.EINVAL
+            )
         async with self._lock:
             return self._add_locked(kind, num, features, config, shape)
 
-    def _add_locked(self, kind: int, num: int, features: int, config: bytes, shape: dp.SlotShape) -> VopDevice:
+    def _add_locked(
+        self, kind: int, num: int, features: int, config: bytes, shape: dp.SlotShape
+    ) -> VopDevice:
         room = dp.find_room(self._slots, shape)
         if room is None:
             raise VopError("the device page is full", errno.EINVAL)
@@ -125,7 +140,9 @@ class VopHost:
         self.ring_config()
         dev = VopDevice(slot, BottomHalf(self.bus, slot), line, addresses, f"virtio{kind}@{off}")
         self.devices.append(dev)
-        self.log.info("device announced", type=kind, slot=off, rings=shape.num_vq, doorbell=db, vector=line.vector)
+        self.log.info(
+            "device announced", type=kind, slot=off, rings=shape.num_vq, doorbell=db, vector=line.vector
+        )
         return dev
 
     def _note(self, slot: dp.Slot) -> None:
@@ -186,7 +203,11 @@ class VopHost:
         Raises VopError EIO when the card has no config doorbell or the device is gone.
         """
         async with self._lock:
-            if dev.removed or self._config_db() == -1 or DESC.get(self.page, dev.slot.off, "type") == dp.REMOVED:
+            if (
+                dev.removed
+                or self._config_db() == -1
+                or DESC.get(self.page, dev.slot.off, "type") == dp.REMOVED
+            ):
                 raise VopError(f"{dev.name}: the card does not listen for configuration changes", errno.EIO)
             ctrl = dev.slot.off + dev.slot.shape.ctrl_off
             self.page.write(dev.slot.off + dev.slot.shape.config_off, config[: dev.slot.shape.config_len])

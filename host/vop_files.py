@@ -75,7 +75,12 @@ class VopFiles:
             return
         try:
             file.device = await self.vop.add(
-                msg["type"], msg["num_vq"], msg["num"], msg["features"], bytes.fromhex(msg["config"]), msg["feature_len"]
+                msg["type"],
+                msg["num_vq"],
+                msg["num"],
+                msg["features"],
+                bytes.fromhex(msg["config"]),
+                msg["feature_len"],
             )
         except (OSError, MicemuError) as e:
             await file.channel.send({"errno": e.errno, "error": str(e)})
@@ -105,7 +110,9 @@ class VopFiles:
         for file in list(self._files):
             try:
                 await file.channel.send({"op": "removed"})
-                await self.vop.clock.within(file.released.wait(), RELEASE_LIMIT, "the release of a device file")
+                await self.vop.clock.within(
+                    file.released.wait(), RELEASE_LIMIT, "the release of a device file"
+                )
             except (OSError, TimeoutError):
                 self.log.warning("a device file does not let go of its device; it is removed anyway")
             await self._remove(file)

@@ -288,7 +288,9 @@ def start_command(
     args:        become ``sys.argv[1:]`` of ``mic_emu.card.os.main.main``
     The interpreter, its standard library, ``_cffi_backend`` and ``posix_ipc`` are the host's.
     """
-    extensions = os.pathsep.join(dict.fromkeys(str(_origin(m).parent) for m in ("_cffi_backend", "posix_ipc")))
+    extensions = os.pathsep.join(
+        dict.fromkeys(str(_origin(m).parent) for m in ("_cffi_backend", "posix_ipc"))
+    )
     installed = os.pathsep.join((os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.prefix))
     argv = [sys.executable, "-I", "-S", "-B", "-c", _STUB, str(payload_fd), extensions, installed, *args]
     return sys.executable, argv, dict(os.environ if env is None else env)

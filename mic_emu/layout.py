@@ -58,7 +58,14 @@ _DMA = 0x1A000
 _CHANNELS = {"count": 8, "stride": 0x40}
 
 MMIO: tuple[Reg, ...] = (
-    Reg("postcode", 0x0242C, "rw", "HW 2", "boot post code: two ASCII characters, first in bits 7:0", reset=0x3130),
+    Reg(
+        "postcode",
+        0x0242C,
+        "rw",
+        "HW 2",
+        "boot post code: two ASCII characters, first in bits 7:0",
+        reset=0x3130,
+    ),
     Reg("smpt", 0x13100, "rw", "HW-5", "system memory page table: bits 31:2 host address >> 34", 32),
     Reg("rgcr", 0x14010, "rgcr", "HW-36", "reset control, bit 0 resets the card"),
     Reg("msix_addr", 0x17000, "msixtbl", "HW-14", "MSI-X table entry v: message address, low", 16, 16),
@@ -73,14 +80,28 @@ MMIO: tuple[Reg, ...] = (
     Reg("mxar", 0x19044, "rw", "HW-14", "vector map: bitmap of the sources that raise vector v", 16),
     Reg("msixpbacr", 0x19084, "pbacr", "HW-21", "write 1 clears the MSI-X pending bit array (A0)"),
     Reg("dcar", _DMA + 0x00, "dcar", "HW-35", "DMA channel attributes: IM0 24, IM1 25, IS0 26", **_CHANNELS),
-    Reg("dhpr", _DMA + 0x04, "dhpr", "HW-27", "DMA head: next slot software fills; a write starts work", **_CHANNELS),
+    Reg(
+        "dhpr",
+        _DMA + 0x04,
+        "dhpr",
+        "HW-27",
+        "DMA head: next slot software fills; a write starts work",
+        **_CHANNELS,
+    ),
     Reg("dtpr", _DMA + 0x08, "ro", "HW-23", "DMA tail: next slot hardware fetches", **_CHANNELS),
     Reg("daux_lo", _DMA + 0x0C, "rw", "HW 5.2", "unused", **_CHANNELS),
     Reg("daux_hi", _DMA + 0x10, "rw", "HW 5.2", "unused", **_CHANNELS),
     Reg("drar_lo", _DMA + 0x14, "rw", "HW 5.2", "DMA ring address, low 32 bits", **_CHANNELS),
     Reg("drar_hi", _DMA + 0x18, "rw", "HW 5.2", "DMA ring address high, size, SMPT index, SYS", **_CHANNELS),
     Reg("ditr", _DMA + 0x1C, "rw", "HW 5.2", "interrupt timer, unused", **_CHANNELS),
-    Reg("dstat", _DMA + 0x20, "ro", "HW-25", "DMA status: completion count 16:0, fault bits 31:29", **_CHANNELS),
+    Reg(
+        "dstat",
+        _DMA + 0x20,
+        "ro",
+        "HW-25",
+        "DMA status: completion count 16:0, fault bits 31:29",
+        **_CHANNELS,
+    ),
     Reg("dstatwb_lo", _DMA + 0x24, "rw", "HW 5.2", "status write-back address, unused", **_CHANNELS),
     Reg("dstatwb_hi", _DMA + 0x28, "rw", "HW 5.2", "status write-back address, unused", **_CHANNELS),
     Reg("dcherr", _DMA + 0x2C, "ro", "HW-31", "DMA channel error, 0 = none", **_CHANNELS),
@@ -421,7 +442,9 @@ DEVICE_CTRL = Struct(
         Field("h2c_vdev_db", 14, "b"),
     ),
 )
-VRING_INFO = Struct("vring_info", 8, "VOP-2", (Field("avail_idx", 0, "H"), Field("magic", 4, "I")), packed=True)
+VRING_INFO = Struct(
+    "vring_info", 8, "VOP-2", (Field("avail_idx", 0, "H"), Field("magic", 4, "I")), packed=True
+)
 VRING_DESC = Struct(
     "vring_desc",
     16,
@@ -495,8 +518,15 @@ BLK_CONFIG = Struct(
     ),
     packed=True,
 )
-BLK_REQ = Struct("virtio_blk_req", 16, "VOP 9.4", (Field("type", 0, "I"), Field("ioprio", 4, "I"), Field("sector", 8, "Q")))
-BLK_RANGE = Struct("virtio_blk_range", 16, "VOP 9.4", (Field("sector", 0, "Q"), Field("num_sectors", 8, "I"), Field("flags", 12, "I")))
+BLK_REQ = Struct(
+    "virtio_blk_req", 16, "VOP 9.4", (Field("type", 0, "I"), Field("ioprio", 4, "I"), Field("sector", 8, "Q"))
+)
+BLK_RANGE = Struct(
+    "virtio_blk_range",
+    16,
+    "VOP 9.4",
+    (Field("sector", 0, "Q"), Field("num_sectors", 8, "I"), Field("flags", 12, "I")),
+)
 SCIF_MSG = Struct(
     "scif_msg",
     44,
@@ -529,7 +559,9 @@ SCIF_QP = Struct(
         Field("qp_state", 232, "I"),
     ),
 )
-COSM_MSG = Struct("cosm_msg", 24, "COSM 5.2", (Field("id", 0, "Q"), Field("value", 8, "Q"), Field("nsec", 16, "Q")))
+COSM_MSG = Struct(
+    "cosm_msg", 24, "COSM 5.2", (Field("id", 0, "Q"), Field("value", 8, "Q"), Field("nsec", 16, "Q"))
+)
 
 STRUCTS: tuple[Struct, ...] = (
     BOOTPARAM, DEVICE_DESC, VQCONFIG, DEVICE_CTRL, VRING_INFO, VRING_DESC, VRING_USED_ELEM, COPY_DESC,
@@ -625,9 +657,19 @@ def c_header() -> str:
     out += ["", "enum mic_reg_access {"]
     kinds = list(dict.fromkeys(r.access for r in MMIO))
     out += [f"\tMIC_ACCESS_{k.upper()}," for k in kinds]
-    out += ["};", "", "struct mic_reg_row {", "\tuint32_t off, count, stride, reset;", "\tenum mic_reg_access access;", "};"]
+    out += [
+        "};",
+        "",
+        "struct mic_reg_row {",
+        "\tuint32_t off, count, stride, reset;",
+        "\tenum mic_reg_access access;",
+        "};",
+    ]
     out += ["", f"#define MIC_REG_ROWS {len(MMIO)}", "#define MIC_REG_TABLE \\"]
-    rows = [f"\t{{ {r.off:#x}u, {r.count}u, {r.stride:#x}u, {r.reset:#x}u, MIC_ACCESS_{r.access.upper()} }}" for r in MMIO]
+    rows = [
+        f"\t{{ {r.off:#x}u, {r.count}u, {r.stride:#x}u, {r.reset:#x}u, MIC_ACCESS_{r.access.upper()} }}"
+        for r in MMIO
+    ]
     out += [f"{row}, \\" for row in rows[:-1]] + [rows[-1]]
     out.append("")
     for s in STRUCTS:

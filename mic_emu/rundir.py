@@ -87,10 +87,14 @@ class RunDir:
     def __init__(self, instance: str | None = None) -> None:
         self.instance = default_instance() if instance is None else instance
         if not NAME.fullmatch(self.instance):
-            raise UsageError(f"instance name {self.instance!r}: use up to 32 letters, digits, '-', '_' and '.'")
+            raise UsageError(
+                f"instance name {self.instance!r}: use up to 32 letters, digits, '-', '_' and '.'"
+            )
         self.path = base_dir() / self.instance
         if len(str(self.path)) > MAX_PATH:
-            raise MicemuError(f"{self.path} is too long for Unix sockets: set XDG_RUNTIME_DIR to a shorter path")
+            raise MicemuError(
+                f"{self.path} is too long for Unix sockets: set XDG_RUNTIME_DIR to a shorter path"
+            )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

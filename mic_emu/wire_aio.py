@@ -6,7 +6,6 @@ Apart from ``wire`` so that a short command does not pay for the import of async
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import socket
 import time

@@ -14,7 +14,9 @@ from mic_emu.testing.machine import Machine
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """``@pytest.mark.peer("nbdinfo")``: skip when the program is missing, fail where CI promises it."""
     for mark in item.iter_markers("peer"):
-        missing = [p for p in mark.args if shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None]
+        missing = [
+            p for p in mark.args if shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin:/sbin") is None
+        ]
         if missing and os.environ.get("MICEMU_REQUIRE_PEERS") == "1":
             pytest.fail(f"peer programs are missing and MICEMU_REQUIRE_PEERS=1: {', '.join(missing)}")
         if missing:

@@ -30,7 +30,9 @@ class Bootstrap:
         self.log = log
         self.contained: dict[str, Any] = {}
         self.inner_pid = 0
-        self._refused = namespaces.refusals() if args["namespaces"] else ("user: switched off by configuration",)
+        self._refused = (
+            namespaces.refusals() if args["namespaces"] else ("user: switched off by configuration",)
+        )
 
     def start(self, base: int, size: int) -> int:
         """Start the image of ``size`` bytes at card physical ``base``; returns the process to watch.

@@ -64,7 +64,9 @@ class Board:
         lib.mic_punch(self.bus.fds[lib.MIC_FD_GDDR], 0, self.bus.gddr.size)
         base = download_address(self.bus.gddr.size)
         self.post(POST_READY)
-        self.bus.hw_store("spad", base | APIC_ID << C["DOWNLOAD_APIC_SHIFT"] | C["DOWNLOAD_READY"], C["SPAD_DOWNLOAD"])
+        self.bus.hw_store(
+            "spad", base | APIC_ID << C["DOWNLOAD_APIC_SHIFT"] | C["DOWNLOAD_READY"], C["SPAD_DOWNLOAD"]
+        )
 
     def kill_os(self) -> None:
         """Drop all card CPUs: the OS process, and with it everything that runs on the card."""

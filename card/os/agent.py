@@ -53,6 +53,13 @@ class Agent:
     async def _bench(self, msg: dict[str, Any]) -> dict[str, Any]:
         for driver in self._env.drivers:
             if isinstance(driver, BlockDriver):
-                args = (msg["block"], msg["depth"], msg["seconds"], msg["random"], msg["write"], msg["spin_us"])
+                args = (
+                    msg["block"],
+                    msg["depth"],
+                    msg["seconds"],
+                    msg["random"],
+                    msg["write"],
+                    msg["spin_us"],
+                )
                 return {"result": await asyncio.to_thread(driver.bench, *args)}
         raise OSError(errno.ENODEV, "the card has no disk")

@@ -47,7 +47,9 @@ class CardDriver:
         try:
             channels = dma.acquire(bus, memory, log)
         except DmaError as e:
-            raise BootError(f"the card driver needs a DMA channel: {e.strerror}", e.errno or errno.ENODEV) from e
+            raise BootError(
+                f"the card driver needs a DMA channel: {e.strerror}", e.errno or errno.ENODEV
+            ) from e
         return cls(page, L.BOOTPARAM.get(page, 0, "node_id"), interrupts, channels)
 
     def remove(self, drain_s: float) -> None:

@@ -19,7 +19,9 @@ POOL = 16 << 20  # bytes of GDDR for requests in flight
 class BlockDriver(LoopDriver):
     """vda, vdb, ...: ``<run dir>/micN/vdX.nbd``."""
 
-    features = RING | bits(*(f"VIRTIO_BLK_F_{n}" for n in ("SEG_MAX", "RO", "BLK_SIZE", "FLUSH", "DISCARD", "WRITE_ZEROES")))
+    features = RING | bits(
+        *(f"VIRTIO_BLK_F_{n}" for n in ("SEG_MAX", "RO", "BLK_SIZE", "FLUSH", "DISCARD", "WRITE_ZEROES"))
+    )
 
     def __init__(self, env: Environment) -> None:
         super().__init__(env)
@@ -31,14 +33,16 @@ class BlockDriver(LoopDriver):
         capacity = int.from_bytes(dev.read_config(L.BLK_CONFIG.off("capacity"), 8), "little")
         status = ffi.cast("uint8_t *", dev.page.pointer) + dev.slot.off + L.DEVICE_DESC.off("status")
         self._drv = created(
-            lib.mic_blk_drv_create(dev.vdrv, dev.alloc(POOL), POOL, dev.features, capacity, status), "disk driver"
+            lib.mic_blk_drv_create(dev.vdrv, dev.alloc(POOL), POOL, dev.features, capacity, status),
+            "disk driver",
         )
         self.name = self.env.free_name("vd")
         self._path = str(Path(self.env.boot["dir"]) / f"{self.name}.nbd")
         self._listener = listen_unix(self._path)
         read_only = bool(dev.features & bits("VIRTIO_BLK_F_RO"))
         self._nbd = created(
-            lib.mic_nbd_create(self._drv, self._listener.fileno(), self.name.encode(), read_only), "NBD server"
+            lib.mic_nbd_create(self._drv, self._listener.fileno(), self.name.encode(), read_only),
+            "NBD server",
         )
         dev.log.info(f"disk {self.name}: {capacity} sectors, NBD at {self._path}", disk=self.name)
 
@@ -48,7 +52,9 @@ class BlockDriver(LoopDriver):
             pass
         return rc
 
-    def bench(self, block: int, depth: int, seconds: float, random: bool, write: bool, spin_us: int) -> dict[str, float]:
+    def bench(
+        self, block: int, depth: int, seconds: float, random: bool, write: bool, spin_us: int
+    ) -> dict[str, float]:
         """Load the disk from a user of its own (``struct mic_blk_bench``). Raises OSError."""
         assert self.dev
         b = ffi.new("struct mic_blk_bench *")

@@ -22,7 +22,9 @@ class KernelLog:
 
     def record(self, record: dict[str, Any]) -> None:
         """One line for a log record (the hook of ``Log``)."""
-        extra = " ".join(f"{k}={v}" for k, v in record.items() if k not in ("time", "level", "message", "process", "card"))
+        extra = " ".join(
+            f"{k}={v}" for k, v in record.items() if k not in ("time", "level", "message", "process", "card")
+        )
         self.write(f"[{record['time']:.6f}] {record['level']}: {record['message']} {extra}".rstrip() + "\n")
 
     def write(self, text: str) -> None:

@@ -37,8 +37,8 @@ from mic_emu.dma import DRAIN_S
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator, page_align
 from mic_emu.scif.node import Node
-from mic_emu.version import VERSION
 from mic_emu.scif.service import ScifService, listen_at
+from mic_emu.version import VERSION
 
 C = L.CONSTANTS
 
@@ -86,7 +86,9 @@ class Kernel:
         if not at or not size:
             return None
         if at + size > self.bus.gddr.size:
-            raise BootError(f"the ramdisk at {at:#x} with {size} bytes does not lie in card memory", errno.EINVAL)
+            raise BootError(
+                f"the ramdisk at {at:#x} with {size} bytes does not lie in card memory", errno.EINVAL
+            )
         return at, size
 
     async def run(self, userland: Userland) -> Status:

@@ -31,7 +31,12 @@ class PythonDriver(LoopDriver):
 
     def create(self, dev: VirtioDevice) -> None:
         device = Device(
-            dev.bus, dev.vdrv, dev.features, Path(self.env.boot["dir"]), dev.read_config, lambda text: dev.log.info(str(text))
+            dev.bus,
+            dev.vdrv,
+            dev.features,
+            Path(self.env.boot["dir"]),
+            dev.read_config,
+            lambda text: dev.log.info(str(text)),
         )
         size = self.kind.buffers * self.kind.buffer_size
         self._driver = self.kind(device, [dev.alloc(size) for _ in range(self.rings)])

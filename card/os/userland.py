@@ -97,4 +97,3 @@ class Userland:
             os.unlink(self._path)
         except FileNotFoundError:
             pass
-

@@ -174,7 +174,9 @@ class VirtioDevice:
         CTRL.put(self.page, self.slot.ctrl, "used_address_updated", 1)
         self.kick()
         if not await self._until(
-            lambda: CTRL.get(self.page, self.slot.ctrl, "used_address_updated") == 0, USED_ACK_LIMIT, "used rings"
+            lambda: CTRL.get(self.page, self.slot.ctrl, "used_address_updated") == 0,
+            USED_ACK_LIMIT,
+            "used rings",
         ):
             # It may still look at them: take the offer back before their memory has another use.
             CTRL.put(self.page, self.slot.ctrl, "used_address_updated", 0)

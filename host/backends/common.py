@@ -35,7 +35,9 @@ class BackendProcess:
 
     def __init__(self, args: dict[str, Any], fds: list[int]) -> None:
         self.args = args
-        self.log = Log(args["log_fd"], process="backend", card=args["card"], device=type(self).__name__.lower())
+        self.log = Log(
+            args["log_fd"], process="backend", card=args["card"], device=type(self).__name__.lower()
+        )
         self.channel = Channel(socket.socket(fileno=fds[0]))
         self.bus = Bus(fds[1 : 1 + FD_COUNT])
         self.extra = fds[1 + FD_COUNT :]
@@ -97,7 +99,13 @@ class BackendProcess:
         self.slot = DeviceSlot.from_dict(reply["slot"])
         self.bottom = BottomHalf(self.bus, self.slot)
         lib.mic_vdev_init(
-            self.vdev, self.bus.ptr, self.slot.desc, self.slot.ctrl, self.kick_fd, self.channel.fileno(), self.num_vq
+            self.vdev,
+            self.bus.ptr,
+            self.slot.desc,
+            self.slot.ctrl,
+            self.kick_fd,
+            self.channel.fileno(),
+            self.num_vq,
         )
         self.opened()
 
@@ -121,7 +129,9 @@ class BackendProcess:
                 ffi.addressof(self.vdev.vq[i]), self.bus.ptr, block, addr, self.slot.num, features
             )
             if rc < 0:
-                self.event(f"ring {i}: the card's used ring at {addr:#x} is refused: {os.strerror(-rc)}", ring=i)
+                self.event(
+                    f"ring {i}: the card's used ring at {addr:#x} is refused: {os.strerror(-rc)}", ring=i
+                )
                 return False
         return True
 
@@ -193,7 +203,9 @@ class BackendProcess:
                 self.channel.send({"reply": msg["id"], **reply})
 
 
-def serve(make: Callable[[dict[str, Any], list[int]], BackendProcess], args: dict[str, Any], fds: list[int]) -> int:
+def serve(
+    make: Callable[[dict[str, Any], list[int]], BackendProcess], args: dict[str, Any], fds: list[int]
+) -> int:
     """Entry point of a backend process."""
     process = make(args, fds)
     try:

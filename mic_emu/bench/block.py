@@ -18,7 +18,11 @@ from mic_emu.wire import Channel, connect_unix
 
 Row = dict[str, Any]
 SIZE = 256 << 20
-CASES = (("4 KiB random read, QD 1", 4096, 1, True), ("4 KiB random read, QD 32", 4096, 32, True), ("1 MiB read, QD 4", 1 << 20, 4, False))
+CASES = (
+    ("4 KiB random read, QD 1", 4096, 1, True),
+    ("4 KiB random read, QD 32", 4096, 32, True),
+    ("1 MiB read, QD 4", 1 << 20, 4, False),
+)
 
 
 def _ours(card: dict[str, Any], block: int, depth: int, random: bool, seconds: float, spin_us: int) -> float:
@@ -63,7 +67,20 @@ def _peer(image: Path, where: Path) -> Iterator[str | None]:
         yield None
         return
     sock = where / "qemu.sock"
-    server = subprocess.Popen(["qemu-nbd", "-k", str(sock), "-f", "raw", "--persistent", "--shared=4", "--aio=threads", "-r", str(image)])
+    server = subprocess.Popen(
+        [
+            "qemu-nbd",
+            "-k",
+            str(sock),
+            "-f",
+            "raw",
+            "--persistent",
+            "--shared=4",
+            "--aio=threads",
+            "-r",
+            str(image),
+        ]
+    )
     try:
         eventually(sock.exists, 10, "qemu-nbd's socket")
         yield f"nbd+unix:///?socket={sock}"
@@ -86,13 +103,33 @@ def rows(scale: float = 1.0) -> list[Row]:
             limit = _pread(image, block, random, seconds)
             for how, spin in (("spinning", 50), ("sleeping", 0)):
                 ours = _ours(card, block, depth, random, seconds, spin)
-                out.append({"name": f"virtio-blk {name}, {how}", "value": ours, "unit": "IOPS", "limit": limit, "ratio": ours / limit})
+                out.append(
+                    {
+                        "name": f"virtio-blk {name}, {how}",
+                        "value": ours,
+                        "unit": "IOPS",
+                        "limit": limit,
+                        "ratio": ours / limit,
+                    }
+                )
         if shutil.which("fio"):
             uri = f"nbd+unix:///vda?socket={card['run_dir']}/vda.nbd"
             with _peer(image, m.home) as peer:
                 for name, block, depth, random in CASES:
                     ours = _fio(uri, block, depth, random, seconds)
-                    limit = _fio(peer, block, depth, random, seconds) if peer else _pread(image, block, random, seconds)
+                    limit = (
+                        _fio(peer, block, depth, random, seconds)
+                        if peer
+                        else _pread(image, block, random, seconds)
+                    )
                     what = "qemu-nbd" if peer else "pread"
-                    out.append({"name": f"NBD {name} (beside {what})", "value": ours, "unit": "IOPS", "limit": limit, "ratio": ours / limit})
+                    out.append(
+                        {
+                            "name": f"NBD {name} (beside {what})",
+                            "value": ours,
+                            "unit": "IOPS",
+                            "limit": limit,
+                            "ratio": ours / limit,
+                        }
+                    )
     return out

@@ -99,10 +99,31 @@ def rows(scale: float = 1.0) -> list[Row]:
     runs = max(3, int(5 * scale))
     python = _seconds([sys.executable, "-c", "pass"], dict(os.environ), runs)
     out: list[Row] = []
-    for name, seconds, bar in (("boot to online, 1 card", _boot_time(1, runs), 0.5), ("boot to online, 4 cards", _boot_time(4, runs), 1.0)):
-        out.append({"name": name, "value": seconds, "unit": "s", "limit": python, "bar": f"<= {bar} s", "ratio": seconds / python})
+    for name, seconds, bar in (
+        ("boot to online, 1 card", _boot_time(1, runs), 0.5),
+        ("boot to online, 4 cards", _boot_time(4, runs), 1.0),
+    ):
+        out.append(
+            {
+                "name": name,
+                "value": seconds,
+                "unit": "s",
+                "limit": python,
+                "bar": f"<= {bar} s",
+                "ratio": seconds / python,
+            }
+        )
     with Machine() as m:
         m.boot()
         status = _seconds([sys.executable, "-m", "mic_emu.cli", "status"], m.env, runs)
-    out.append({"name": "micemu status", "value": status, "unit": "s", "limit": python, "bar": "<= 0.15 s", "ratio": status / python})
+    out.append(
+        {
+            "name": "micemu status",
+            "value": status,
+            "unit": "s",
+            "limit": python,
+            "bar": "<= 0.15 s",
+            "ratio": status / python,
+        }
+    )
     return out + _idle()

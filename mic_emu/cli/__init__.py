@@ -61,7 +61,9 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
@@ -72,7 +74,11 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--instance", metavar="NAME", help="Which emulator, when several run (default: $MICEMU_INSTANCE or 'default').")
+@click.option(
+    "--instance",
+    metavar="NAME",
+    help="Which emulator, when several run (default: $MICEMU_INSTANCE or 'default').",
+)
 @click.version_option(package_name="micemu", prog_name="micemu")
 @click.pass_context
 def cli(ctx: click.Context, instance: str | None) -> None:

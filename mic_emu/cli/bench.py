@@ -30,7 +30,9 @@ def available() -> list[str]:
 
 @click.command()
 @click.argument("parts", nargs=-1, metavar="[PART]...")
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Longer (2) or shorter (0.5) measurements.")
+@click.option(
+    "--scale", type=float, default=1.0, show_default=True, help="Longer (2) or shorter (0.5) measurements."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Also write the JSON here.")
 @client.json_option
 def command(parts: tuple[str, ...], scale: float, output: Path | None, as_json: bool) -> None:
@@ -58,8 +60,16 @@ def command(parts: tuple[str, ...], scale: float, output: Path | None, as_json: 
         rows += found
         for r in [] if as_json else found:
             note = f"   bar {r['bar']}" if "bar" in r else ""
-            click.echo(f"{r['name']:<48} {r['value']:>12.5g} {r['unit']:<10} limit {r['limit']:>10.5g}  ratio {r['ratio']:.3g}{note}")
-    result = {"schema": 1, "time": time.time(), "cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}
+            click.echo(
+                f"{r['name']:<48} {r['value']:>12.5g} {r['unit']:<10} limit {r['limit']:>10.5g}  ratio {r['ratio']:.3g}{note}"
+            )
+    result = {
+        "schema": 1,
+        "time": time.time(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "rows": rows,
+    }
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
     if as_json:

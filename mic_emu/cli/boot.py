@@ -57,14 +57,24 @@ def show_progress(msg: client.Message) -> None:
 @click.argument("cards", nargs=-1, metavar="[CARD]...", shell_complete=client.complete_cards)
 @click.option("-n", "--cards", "count", type=int, metavar="N", help="How many cards to have (default 1).")
 @click.option("--memory", metavar="SIZE", help="Card memory, for example 512M (default 8G, sparse).")
-@click.option("--disk", metavar="PATH[:ro]", help="Raw disk image, made if absent; {card} is the card's name; 'none' for no disk.")
+@click.option(
+    "--disk",
+    metavar="PATH[:ro]",
+    help="Raw disk image, made if absent; {card} is the card's name; 'none' for no disk.",
+)
 @click.option("--disk-size", metavar="SIZE", help="Size of an image that is made (default 64M).")
 @click.option("--net", type=click.Choice(NET_MODES), help="Network: probed best first by default.")
 @click.option("--image", type=click.Path(), help="Card image (default: the built-in micos).")
-@click.option("--ramdisk", type=click.Path(), help="cpio archive (newc, may be gzipped) laid over the card's root.")
+@click.option(
+    "--ramdisk", type=click.Path(), help="cpio archive (newc, may be gzipped) laid over the card's root."
+)
 @click.option("--cmdline", metavar="TEXT", help="Appended to the card's kernel command line.")
-@click.option("--timing", type=click.Choice(["fast", "x100"]), help="Emulated times: fast (default) or the real ones.")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file with [[card]] tables.")
+@click.option(
+    "--timing", type=click.Choice(["fast", "x100"]), help="Emulated times: fast (default) or the real ones."
+)
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="TOML file with [[card]] tables."
+)
 @client.json_option
 def command(
     cards: tuple[str, ...], count: int | None, memory: str | None, disk: str | None, disk_size: str | None,
@@ -99,7 +109,11 @@ def command(
     for name in names:
         card = config.cards[card_index(name)]
         override(card, name, len(names), memory, disk, disk_size, net, image, ramdisk, cmdline)
-    request: dict[str, Any] = {"cards": [dataclasses.asdict(c) for c in config.cards], "names": names, "cwd": os.getcwd()}
+    request: dict[str, Any] = {
+        "cards": [dataclasses.asdict(c) for c in config.cards],
+        "names": names,
+        "cwd": os.getcwd(),
+    }
     fresh = running is None
     with connect_or_start(where, config) as channel:
         try:
@@ -155,7 +169,9 @@ def override(
         card.disk_size = parse_size(disk_size, "--disk-size")
     if disk is not None:
         if count > 1 and "{card}" not in disk and disk != "none" and not disk.endswith(":ro"):
-            raise UsageError(f"--disk {disk}: {count} cards cannot write to one image; put {{card}} into the path")
+            raise UsageError(
+                f"--disk {disk}: {count} cards cannot write to one image; put {{card}} into the path"
+            )
         set_disk(card, disk.replace("{card}", name))
     if net is not None:
         card.net = net

@@ -30,17 +30,23 @@ def connect(where: RunDir | None = None) -> Channel:
     try:
         return Channel(connect_unix(str(where.control)))
     except (FileNotFoundError, ConnectionRefusedError):
-        raise NotRunning(f"no emulator runs (instance {where.instance}): start one with micemu boot") from None
+        raise NotRunning(
+            f"no emulator runs (instance {where.instance}): start one with micemu boot"
+        ) from None
 
 
-def converse(channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any) -> Iterator[tuple[Message, list[int]]]:
+def converse(
+    channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any
+) -> Iterator[tuple[Message, list[int]]]:
     """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
     channel.send({"op": op, **fields}, fds)
     while True:
         try:
             msg, got = channel.recv(None, f"the host's answer to {op!r}")
         except PeerClosed:
-            raise MicemuError(f"the host process ended during {op!r}; its last words: {rundir().crash_log}") from None
+            raise MicemuError(
+                f"the host process ended during {op!r}; its last words: {rundir().crash_log}"
+            ) from None
         if "error" in msg:
             error = BY_NAME.get(msg.get("kind", ""), MicemuError)
             exc = error.__new__(error)

@@ -11,7 +11,13 @@ from mic_emu.wire import connect_unix
 
 @click.command()
 @click.argument("card", default="mic0", metavar="[CARD]", shell_complete=client.complete_cards)
-@click.option("--detach-key", default="^]", show_default=True, metavar="KEY", help="Leaves the console; 'none' for no key.")
+@click.option(
+    "--detach-key",
+    default="^]",
+    show_default=True,
+    metavar="KEY",
+    help="Leaves the console; 'none' for no key.",
+)
 def command(card: str, detach_key: str) -> None:
     """Attach to a card's console: an interactive shell on the card.
 

@@ -38,9 +38,16 @@ def shared_memory() -> Finding:
     room = st.f_bavail * st.f_frsize
     detail = f"/dev/shm has {format_size(room // (1 << 20) * (1 << 20))} free"
     if room < 64 << 20:
-        return Finding("shared memory", "broken", detail, "a card needs about 40M: make /dev/shm larger (docker run --shm-size=1g)")
+        return Finding(
+            "shared memory",
+            "broken",
+            detail,
+            "a card needs about 40M: make /dev/shm larger (docker run --shm-size=1g)",
+        )
     if room < 512 << 20:
-        return Finding("shared memory", "degraded", detail, "large SCIF windows will get ENOMEM: make /dev/shm larger")
+        return Finding(
+            "shared memory", "degraded", detail, "large SCIF windows will get ENOMEM: make /dev/shm larger"
+        )
     return Finding("shared memory", "ok", detail)
 
 
@@ -80,14 +87,24 @@ def network() -> Finding:
 def cpus() -> Finding:
     n = len(os.sched_getaffinity(0))
     if n < 2:
-        return Finding("processors", "degraded", f"{n}", "nothing can spin: latencies are those of sleeping peers; use 2 or more")
+        return Finding(
+            "processors",
+            "degraded",
+            f"{n}",
+            "nothing can spin: latencies are those of sleeping peers; use 2 or more",
+        )
     return Finding("processors", "ok", f"{n}")
 
 
 def descriptors() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        return Finding("descriptors", "degraded", f"limit {soft} (hard {hard})", "four cards need about 600: ulimit -n 4096")
+        return Finding(
+            "descriptors",
+            "degraded",
+            f"limit {soft} (hard {hard})",
+            "four cards need about 600: ulimit -n 4096",
+        )
     return Finding("descriptors", "ok", f"limit {soft}")
 
 
@@ -96,7 +113,12 @@ def peers() -> Finding:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = [p for p in wanted if shutil.which(p, path=path) is None]
     if missing:
-        return Finding("tools for tests", "degraded", f"missing: {', '.join(missing)}", "their tests are skipped; nothing else needs them")
+        return Finding(
+            "tools for tests",
+            "degraded",
+            f"missing: {', '.join(missing)}",
+            "their tests are skipped; nothing else needs them",
+        )
     return Finding("tools for tests", "ok", "all there")
 
 
@@ -105,7 +127,12 @@ def leftovers() -> Finding:
 
     where = client.rundir()
     if where.path.exists() and not where.read_pids():
-        return Finding("leftovers", "degraded", f"{where.path} of a dead instance, processes {stray(where) or 'none'}", "micemu clean")
+        return Finding(
+            "leftovers",
+            "degraded",
+            f"{where.path} of a dead instance, processes {stray(where) or 'none'}",
+            "micemu clean",
+        )
     names = [p.name for p in Path("/dev/shm").glob(f"micemu-{os.getuid()}-*")]
     if names:
         return Finding("leftovers", "degraded", f"in /dev/shm: {', '.join(names)}", "remove them")
@@ -140,6 +167,8 @@ def command(as_json: bool) -> None:
         client.emit([asdict(f) for f in findings])
     else:
         for f in findings:
-            click.echo(f"{f.verdict:<9} {f.name}: {f.detail}" + (f"\n          fix: {f.fix}" if f.fix else ""))
+            click.echo(
+                f"{f.verdict:<9} {f.name}: {f.detail}" + (f"\n          fix: {f.fix}" if f.fix else "")
+            )
     if any(f.verdict == "broken" for f in findings):
         raise click.exceptions.Exit(1)

@@ -60,7 +60,9 @@ def page(data: dict[str, Any], everything: bool) -> None:
         click.echo(f"  features   host {slot['host_features']} guest {slot['guest_features']}")
         click.echo(f"  config     {slot['config']}")
         for i, ring in enumerate(slot["rings"]):
-            click.echo(f"  ring {i}     address {ring['address']:#x} used {ring['used_address']:#x} num {ring['num']}")
+            click.echo(
+                f"  ring {i}     address {ring['address']:#x} used {ring['used_address']:#x} num {ring['num']}"
+            )
         click.echo("  control    " + " ".join(f"{k}={v}" for k, v in slot["control"].items()))
 
 
@@ -72,7 +74,9 @@ def vrings(rows: list[dict[str, Any]], everything: bool) -> None:
             f"{len(r['pending'])} pending"
         )
         for chain in r["pending"] if everything else r["pending"][:4]:
-            text = " -> ".join(f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & 2 else ''}" for d in chain)
+            text = " -> ".join(
+                f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & 2 else ''}" for d in chain
+            )
             click.echo(f"    {text}")
 
 
@@ -82,7 +86,9 @@ def interrupts(rows: list[dict[str, Any]], everything: bool) -> None:
         if r["mxar"] or everything:
             sources = [str(bit) for bit in range(32) if r["mxar"] >> bit & 1]
             masked = ", masked" if r["masked"] and r["mode"] == "msix" else ""
-            click.echo(f"{r['mode']} {r['vector']}: sources {' '.join(sources) or '-'}{masked}  {', '.join(r['users'])}")
+            click.echo(
+                f"{r['mode']} {r['vector']}: sources {' '.join(sources) or '-'}{masked}  {', '.join(r['users'])}"
+            )
 
 
 def channels(rows: list[dict[str, Any]], everything: bool) -> None:
@@ -98,7 +104,10 @@ def channels(rows: list[dict[str, Any]], everything: bool) -> None:
         if r["driver"]:
             click.echo("    " + "  ".join(f"{k} {v}" for k, v in r["driver"].items()))
         for d in r["waiting"]:
-            click.echo("    " + " ".join(f"{k} {v:#x}" if k in ("src", "dst", "value") else f"{v}" for k, v in d.items()))
+            click.echo(
+                "    "
+                + " ".join(f"{k} {v:#x}" if k in ("src", "dst", "value") else f"{v}" for k, v in d.items())
+            )
 
 
 def table(rows: list[dict[str, Any]], everything: bool) -> None:

@@ -73,7 +73,9 @@ def follow(path: Path, position: int, chosen: Filter) -> None:
 @client.cards_argument
 @click.option("-f", "--follow", "keep", is_flag=True, help="Print what comes, until the emulator ends.")
 @click.option("-n", "--lines", type=int, default=0, metavar="N", help="Only the last N records.")
-@click.option("--level", type=click.Choice(LEVELS), default="info", show_default=True, help="Least level to show.")
+@click.option(
+    "--level", type=click.Choice(LEVELS), default="info", show_default=True, help="Least level to show."
+)
 @client.json_option
 def command(cards: tuple[str, ...], keep: bool, lines: int, level: str, as_json: bool) -> None:
     """Show the log of all processes. A card's own kernel log: micemu dump log CARD.

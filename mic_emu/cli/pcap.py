@@ -14,8 +14,18 @@ from mic_emu.errors import MicemuError
 
 @click.command()
 @client.card_argument
-@click.option("-w", "--write", "path", type=click.Path(), required=True, metavar="FILE", help="File to write (- for stdout).")
-@click.option("--seconds", type=float, default=0.0, metavar="SECONDS", help="Stop after this long (default: on Ctrl-C).")
+@click.option(
+    "-w",
+    "--write",
+    "path",
+    type=click.Path(),
+    required=True,
+    metavar="FILE",
+    help="File to write (- for stdout).",
+)
+@click.option(
+    "--seconds", type=float, default=0.0, metavar="SECONDS", help="Stop after this long (default: on Ctrl-C)."
+)
 @client.json_option
 def command(card: str, path: str, seconds: float, as_json: bool) -> None:
     """Capture a card's network traffic at the backend, both directions, for tcpdump and Wireshark.
@@ -26,7 +36,11 @@ def command(card: str, path: str, seconds: float, as_json: bool) -> None:
       micemu pcap mic0 -w - | tshark -r -
     """
     try:
-        fd = os.dup(1) if path == "-" else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = (
+            os.dup(1)
+            if path == "-"
+            else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        )
     except OSError as e:
         raise MicemuError(f"cannot write the capture {path}: {e.strerror}", e.errno or 0) from e
     wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -42,4 +56,6 @@ def command(card: str, path: str, seconds: float, as_json: bool) -> None:
     if as_json:
         client.emit({k: result[k] for k in ("captured", "written", "dropped") if k in result})
     else:
-        click.echo(f"{card}: {result.get('written', 0)} frames written, {result.get('dropped', 0)} lost", err=True)
+        click.echo(
+            f"{card}: {result.get('written', 0)} frames written, {result.get('dropped', 0)} lost", err=True
+        )

@@ -18,7 +18,9 @@ NO_PING = "there is no ping program here: install iputils-ping, or boot with --n
 @click.command()
 @client.card_argument
 @click.option("--from-card", is_flag=True, help="From the card to the host instead.")
-@click.option("-c", "--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many requests.")
+@click.option(
+    "-c", "--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many requests."
+)
 @client.json_option
 def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
     """Ping across a card's virtual network, whatever its mode. Exit status 1 when an answer is missing.
@@ -47,9 +49,20 @@ def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
         rtts = system_ping(target, count)
     lost = count - len(rtts)
     if as_json:
-        client.emit({"target": target, "sent": count, "received": len(rtts), "rtt_ms": [round(r * 1e3, 3) for r in rtts]})
+        client.emit(
+            {
+                "target": target,
+                "sent": count,
+                "received": len(rtts),
+                "rtt_ms": [round(r * 1e3, 3) for r in rtts],
+            }
+        )
     else:
-        times = "" if not rtts else f", rtt {min(rtts) * 1e3:.3f}/{sum(rtts) / len(rtts) * 1e3:.3f}/{max(rtts) * 1e3:.3f} ms min/avg/max"
+        times = (
+            ""
+            if not rtts
+            else f", rtt {min(rtts) * 1e3:.3f}/{sum(rtts) / len(rtts) * 1e3:.3f}/{max(rtts) * 1e3:.3f} ms min/avg/max"
+        )
         click.echo(f"{target}: {count} sent, {len(rtts)} received{times}")
     if lost:
         raise click.exceptions.Exit(1)
@@ -90,7 +103,11 @@ def from_the_card(card: dict[str, Any], target: str, count: int) -> list[float]:
         raise MicemuError(f"{card['name']}: {reply['error']}", reply["errno"])
     argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
     micemu = [sys.executable, "-m", "mic_emu.cli", "--instance", client.rundir().instance]
-    done = subprocess.run([*micemu, "run", card["name"], "--", *argv], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*micemu, "run", card["name"], "--", *argv], capture_output=True, text=True, check=False
+    )
     if done.returncode == 127:
-        raise MicemuError("there is no ping program on the card: install iputils-ping, or boot with --net responder")
+        raise MicemuError(
+            "there is no ping program on the card: install iputils-ping, or boot with --net responder"
+        )
     return parse(done.stdout)

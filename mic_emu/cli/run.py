@@ -11,7 +11,9 @@ from mic_emu.wire import connect_unix
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("card", metavar="CARD|host", shell_complete=client.complete_cards)
 @click.argument("program", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARG]...")
-@click.option("-t/-T", "--tty/--no-tty", default=None, help="With or without a terminal (default: when we have one).")
+@click.option(
+    "-t/-T", "--tty/--no-tty", default=None, help="With or without a terminal (default: when we have one)."
+)
 def command(card: str, program: tuple[str, ...], tty: bool | None) -> None:
     """Run a program on a card, or on the emulator's host side.
 
@@ -35,7 +37,9 @@ def command(card: str, program: tuple[str, ...], tty: bool | None) -> None:
                 pass
         names = ("user", "net")
         spaces = list(zip(names, fds, strict=False)) if fds else []
-        run_client.run_on_host(list(program), namespaces=spaces, env={"MICEMU_SCIF_SOCKET": msg["socket"], "MICEMU_NODE": "0"})
+        run_client.run_on_host(
+            list(program), namespaces=spaces, env={"MICEMU_SCIF_SOCKET": msg["socket"], "MICEMU_NODE": "0"}
+        )
     where = client.ask("run", card=card)
     status = run_client.run(connect_unix(where["socket"]), list(program), where=card, tty=tty)
     run_client.leave(status)

@@ -32,7 +32,9 @@ def render(status: dict[str, Any]) -> None:
             if device.get("restarts"):
                 extra["restarts"] = device["restarts"]
             text = ", ".join(f"{k} {v}" for k, v in extra.items())
-            click.echo(f"  {device['type']:<10} {device['state']:<10} pid {device['pid'] or '-'}  {text}".rstrip())
+            click.echo(
+                f"  {device['type']:<10} {device['state']:<10} pid {device['pid'] or '-'}  {text}".rstrip()
+            )
 
 
 @click.command()
@@ -60,7 +62,9 @@ def command(cards: tuple[str, ...], as_json: bool) -> None:
         known = {c["name"]: c for c in status["cards"]}
         for name in cards:
             if name not in known:
-                raise NoSuchCard(f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}")
+                raise NoSuchCard(
+                    f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}"
+                )
         status["cards"] = [known[name] for name in cards]
     if as_json:
         client.emit(status)

@@ -45,7 +45,9 @@ def kill_instance(where: RunDir) -> bool:
 
 @click.command()
 @click.option("--force", is_flag=True, help="Kill everything at once; always works.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait.")
+@click.option(
+    "--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait."
+)
 @client.json_option
 def command(force: bool, timeout: float, as_json: bool) -> None:
     """Shut every card down and end the emulator; nothing is left behind.

@@ -51,7 +51,9 @@ def key_values(options: tuple[str, ...]) -> dict[str, Any]:
 @command.command("add")
 @client.card_argument
 @click.argument("words", nargs=-1, metavar="[KIND] [KEY=VALUE]...")
-@click.option("--backend", metavar="MODULE:CLASS", help="Your own device: a subclass of mic_emu.vop.backend.Backend.")
+@click.option(
+    "--backend", metavar="MODULE:CLASS", help="Your own device: a subclass of mic_emu.vop.backend.Backend."
+)
 @client.json_option
 def add(card: str, words: tuple[str, ...], backend: str | None, as_json: bool) -> None:
     """Add a device to a running card and wait until the card drives it.

@@ -14,7 +14,14 @@ WORDS = [s.word for s in State] + [s.word for s in Status if s is not Status.NOP
 @click.command()
 @click.argument("state", type=click.Choice(WORDS))
 @client.cards_argument
-@click.option("--timeout", type=float, default=60.0, show_default=True, metavar="SECONDS", help="Give up after this long.")
+@click.option(
+    "--timeout",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up after this long.",
+)
 def command(state: str, cards: tuple[str, ...], timeout: float) -> None:
     """Wait until cards reach a state or a shutdown status. Exit status 5 on time-out.
 

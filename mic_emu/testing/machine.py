@@ -72,7 +72,12 @@ class Machine:
     # --- commands -------------------------------------------------------------------------------
 
     def micemu(
-        self, *args: str, check: bool = True, timeout: float = 60, cwd: str | Path | None = None, stdin: Any = subprocess.DEVNULL
+        self,
+        *args: str,
+        check: bool = True,
+        timeout: float = 60,
+        cwd: str | Path | None = None,
+        stdin: Any = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end. ``check``: AssertionError with all output when it fails."""
         done = subprocess.run(
@@ -129,7 +134,12 @@ class Machine:
         for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in environ.read_bytes():
-                    found.append((environ.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
+                    found.append(
+                        (environ.parent / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")[:200]
+                    )
             except OSError:
                 continue
         return found
@@ -137,7 +147,11 @@ class Machine:
     def report(self) -> str:
         """Logs for a failed test."""
         parts = []
-        for path in [*self.run_dir.glob("*.log*"), *self.home.glob("state/micemu/*"), *self.run_dir.glob("*/*.log")]:
+        for path in [
+            *self.run_dir.glob("*.log*"),
+            *self.home.glob("state/micemu/*"),
+            *self.run_dir.glob("*/*.log"),
+        ]:
             try:
                 parts.append(f"--- {path.name}\n" + path.read_text(errors="replace")[-6000:])
             except OSError:
@@ -149,10 +163,14 @@ class Machine:
         eventually(lambda: not self.processes(), 10, f"the end of all processes, now {self.processes()}")
         after = Leftovers.now()
         # Names in /dev/shm live for a moment only; other emulators of this machine come and go meanwhile.
-        eventually(lambda: Leftovers.now().shm <= self._before.shm, 5, f"the end of {after.shm - self._before.shm}")
+        eventually(
+            lambda: Leftovers.now().shm <= self._before.shm, 5, f"the end of {after.shm - self._before.shm}"
+        )
         # Other tests of this machine may have a mount for a moment.
         eventually(lambda: Leftovers.now().mounts <= self._before.mounts, 15, "the end of all mounts")
-        assert after.interfaces <= self._before.interfaces, f"interfaces are left: {after.interfaces - self._before.interfaces}"
+        assert after.interfaces <= self._before.interfaces, (
+            f"interfaces are left: {after.interfaces - self._before.interfaces}"
+        )
         left = [str(p) for p in (self.home / "run").rglob("*")]
         assert not left, f"left in the run directory: {left}"
 

@@ -42,7 +42,9 @@ class Chain:
     valid until the chain is complete or the device is reset; afterwards every use raises.
     """
 
-    def __init__(self, loop: DeviceLoop, queue: int, head: int, readable: list[memoryview], writable: list[memoryview]) -> None:
+    def __init__(
+        self, loop: DeviceLoop, queue: int, head: int, readable: list[memoryview], writable: list[memoryview]
+    ) -> None:
         self._loop = loop
         self.queue = queue
         self._head = head
@@ -216,7 +218,8 @@ class DeviceLoop:
             return None
         c = self._chain
         views = [
-            memoryview(ffi.buffer(v.iov_base, v.iov_len)).cast("B") for v in self._iov[0 : c.out_num + c.in_num]
+            memoryview(ffi.buffer(v.iov_base, v.iov_len)).cast("B")
+            for v in self._iov[0 : c.out_num + c.in_num]
         ]
         return Chain(self, index, c.head, [v.toreadonly() for v in views[: c.out_num]], views[c.out_num :])
 

@@ -84,7 +84,10 @@ class BottomHalf:
     def used_addresses(self) -> list[int]:
         """What the card offered as used rings, unchecked; the ring library checks them (VOP-47)."""
         vq, d = L.VQCONFIG, self.slot.desc
-        return [vq.get(self.bus.host, d + self.slot.shape.vq_off(i), "used_address") for i in range(self.slot.shape.num_vq)]
+        return [
+            vq.get(self.bus.host, d + self.slot.shape.vq_off(i), "used_address")
+            for i in range(self.slot.shape.num_vq)
+        ]
 
     def acknowledge_rings(self) -> None:
         """All used rings are usable: clear the flag, which is the ack, and wake the card (VOP-11)."""

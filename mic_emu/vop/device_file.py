@@ -156,7 +156,14 @@ class DeviceFile:
         self._device("counters")
         s = ffi.new("struct mic_copy_stats *")
         lib.mic_copy_stats(self._copies[ring], s)
-        names = ("in_bytes", "in_bytes_dma", "out_bytes", "out_bytes_dma", "tx_dst_unaligned", "tx_len_unaligned")
+        names = (
+            "in_bytes",
+            "in_bytes_dma",
+            "out_bytes",
+            "out_bytes_dma",
+            "tx_dst_unaligned",
+            "tx_len_unaligned",
+        )
         return {name: int(getattr(s, name)) for name in names}
 
     @property
@@ -215,7 +222,9 @@ class DeviceFile:
         if ring >= slot.shape.num_vq:
             raise _fail(errno.EINVAL, "COPY_DESC")
         try:
-            pointer = ffi.cast("void *", arg) if isinstance(arg, int) else ffi.from_buffer("char[]", arg, True)
+            pointer = (
+                ffi.cast("void *", arg) if isinstance(arg, int) else ffi.from_buffer("char[]", arg, True)
+            )
         except BufferError as e:  # out_len cannot be stored there
             raise _fail(errno.EFAULT, "COPY_DESC") from e
         with self._rings:

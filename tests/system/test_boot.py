@@ -20,7 +20,11 @@ def test_boot_ends_online_with_three_devices(machine: Machine) -> None:
     assert "mic0  online" in out
     assert "micemu console mic0" in out
     card = machine.card()
-    assert {d["type"]: d["state"] for d in card["devices"]} == {"console": "running", "net": "running", "block": "running"}
+    assert {d["type"]: d["state"] for d in card["devices"]} == {
+        "console": "running",
+        "net": "running",
+        "block": "running",
+    }
 
 
 def test_status_json_is_the_contract(machine: Machine) -> None:
@@ -122,7 +126,9 @@ def test_second_boot_of_an_online_card_is_refused(machine: Machine) -> None:
     pids = machine.boot()["cards"][0]["pids"]
     again = machine.micemu("boot", check=False)
     assert again.returncode == 4
-    assert again.stderr.strip().splitlines() == ["micemu: mic0 is online already: micemu reboot mic0 restarts it"]
+    assert again.stderr.strip().splitlines() == [
+        "micemu: mic0 is online already: micemu reboot mic0 restarts it"
+    ]
     assert machine.card()["pids"] == pids
 
 

@@ -19,7 +19,9 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 def tool(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a peer program."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": PATH}, check=False)
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": PATH}, check=False
+    )
     assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return done
 
@@ -60,7 +62,16 @@ def test_qemu_img_convert_reads_the_disk(machine: Machine, image: Path) -> None:
     """qemu-img convert over NBD gives the same bytes."""
     machine.boot("--disk", str(image), "--net", "none")
     out = machine.home / "out.img"
-    tool("qemu-img", "convert", "-f", "raw", "-O", "raw", f"nbd:unix:{machine.card()['run_dir']}/vda.nbd:exportname=vda", str(out))
+    tool(
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "raw",
+        f"nbd:unix:{machine.card()['run_dir']}/vda.nbd:exportname=vda",
+        str(out),
+    )
     assert digest(out) == digest(image)
 
 

@@ -73,7 +73,10 @@ def test_hw_39_cosm_14_missing_ramdisk(machine: Machine) -> None:
 
 def test_disk_path_is_a_directory(machine: Machine) -> None:
     """EISDIR with the path."""
-    assert refused(machine, "boot", "--disk", str(machine.home)) == f"micemu: mic0: the disk {machine.home} is a directory: name a file"
+    assert (
+        refused(machine, "boot", "--disk", str(machine.home))
+        == f"micemu: mic0: the disk {machine.home} is a directory: name a file"
+    )
 
 
 def test_run_directory_of_somebody_else(machine: Machine) -> None:
@@ -104,7 +107,10 @@ def test_one_image_for_several_cards(machine: Machine) -> None:
     assert "{card}" in line
 
 
-@pytest.mark.parametrize("words", [["boot", "-n", "0"], ["boot", "--memory", "1Q"], ["run", "mic9", "--", "true"], ["wait", "online"]])
+@pytest.mark.parametrize(
+    "words",
+    [["boot", "-n", "0"], ["boot", "--memory", "1Q"], ["run", "mic9", "--", "true"], ["wait", "online"]],
+)
 def test_bad_words_never_trace_back(machine: Machine, words: list[str]) -> None:
     """A sentence and an exit status for each."""
     failed = machine.micemu(*words, check=False)
@@ -117,11 +123,17 @@ def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -
     if shutil.which("unshare") is None:
         pytest.skip("no unshare program")
     # In a user namespace of the test's own the limit can be set without touching the machine.
-    script = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\""
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     probe = ["unshare", "-Urn", "sh", "-c", script, "sh"]
     if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces at all here")
-    boot = subprocess.run([*probe, *MICEMU, "boot", "--disk", "none"], env=machine.env, capture_output=True, text=True, check=False)
+    boot = subprocess.run(
+        [*probe, *MICEMU, "boot", "--disk", "none"],
+        env=machine.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert boot.returncode == 0, boot.stderr + machine.report()
     card = machine.card()
     assert card["contained"]["namespaces"] == []

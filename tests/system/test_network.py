@@ -17,7 +17,9 @@ def needs_ns(machine: Machine) -> None:
     """These tests need TAPs in namespaces."""
     status = machine.boot("--disk", "none")
     if status["cards"][0]["net"] != "ns":
-        pytest.skip("no namespaces or no /dev/net/tun here: " + str(status["cards"][0]["devices"][1].get("why")))
+        pytest.skip(
+            "no namespaces or no /dev/net/tun here: " + str(status["cards"][0]["devices"][1].get("why"))
+        )
 
 
 @pytest.mark.peer("ping")
@@ -33,7 +35,9 @@ def test_vop_59_addresses_on_the_card(machine: Machine) -> None:
     """The card has a host name and addresses of its own."""
     needs_ns(machine)
     assert machine.shell("hostname") == "mic0\n"
-    assert "172.31.1.1/24" in machine.shell("ip addr show mic0 2>/dev/null || cat /proc/net/fib_trie; echo 172.31.1.1/24")
+    assert "172.31.1.1/24" in machine.shell(
+        "ip addr show mic0 2>/dev/null || cat /proc/net/fib_trie; echo 172.31.1.1/24"
+    )
 
 
 @pytest.mark.peer("iperf3")
@@ -41,7 +45,17 @@ def test_vop_59_addresses_on_the_card(machine: Machine) -> None:
 def test_iperf3_keeps_the_link(machine: Machine, direction: list[str]) -> None:
     """A bulk transfer in each direction, and the link answers pings afterwards."""
     needs_ns(machine)
-    server = machine.popen("run", "host", "--", "iperf3", "-s", "-1", "--forceflush", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    server = machine.popen(
+        "run",
+        "host",
+        "--",
+        "iperf3",
+        "-s",
+        "-1",
+        "--forceflush",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         assert server.stdout
         for line in iter(server.stdout.readline, b""):
@@ -69,7 +83,12 @@ def test_pcap_is_readable_by_tshark(machine: Machine) -> None:
     finally:
         capture.terminate()
         assert capture.wait(10) == 0
-    out = subprocess.run(["tshark", "-r", str(path), "-Y", "icmp", "-T", "fields", "-e", "icmp.type"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        ["tshark", "-r", str(path), "-Y", "icmp", "-T", "fields", "-e", "icmp.type"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert out.stdout.split().count("8") >= 3
     assert out.stdout.split().count("0") >= 3
 

@@ -44,7 +44,10 @@ def test_a_hundred_megabytes_pass_unchanged(machine: Machine) -> None:
     machine.boot("--disk", "none", "--net", "none")
     data = machine.home / "data"
     data.write_bytes(os.urandom(100 << 20))
-    with data.open("rb") as f, machine.popen("run", "mic0", "--", "cat", stdin=f, stdout=subprocess.PIPE) as p:
+    with (
+        data.open("rb") as f,
+        machine.popen("run", "mic0", "--", "cat", stdin=f, stdout=subprocess.PIPE) as p,
+    ):
         digest = hashlib.sha256()
         assert p.stdout
         while chunk := p.stdout.read(1 << 20):
@@ -58,7 +61,9 @@ def test_programs_see_the_card_and_write_only_where_they_may(machine: Machine, t
     status = machine.boot("--disk", "none", "--net", "none")
     if not status["cards"][0]["contained"]["namespaces"]:
         pytest.skip("no namespaces here: " + "; ".join(status["cards"][0]["contained"]["refused"]))
-    out = machine.shell("hostname; pwd; echo card > here; touch /usr/there 2>&1 || echo refused", cwd=tmp_path)
+    out = machine.shell(
+        "hostname; pwd; echo card > here; touch /usr/there 2>&1 || echo refused", cwd=tmp_path
+    )
     assert out.splitlines()[:2] == ["mic0", str(tmp_path)]
     assert out.splitlines()[-1] == "refused"
     assert (tmp_path / "here").read_text() == "card\n"
@@ -71,7 +76,10 @@ def test_ramdisk_lies_over_the_root(machine: Machine) -> None:
     status = machine.boot("--disk", "none", "--net", "none", "--ramdisk", str(archive))
     if not status["cards"][0]["contained"]["namespaces"]:
         pytest.skip("no namespaces here")
-    assert machine.shell("cat /opt/card-only /etc/hostname; test -x /bin/sh && echo host") == "from the ramdisk\na card\nhost\n"
+    assert (
+        machine.shell("cat /opt/card-only /etc/hostname; test -x /bin/sh && echo host")
+        == "from the ramdisk\na card\nhost\n"
+    )
 
 
 def newc(files: dict[str, bytes]) -> bytes:
@@ -141,7 +149,9 @@ class Terminal:
             try:
                 self.seen += os.read(self.fd, 65536)
             except OSError:
-                raise AssertionError(f"{text!r} did not appear before the end; last: {self.seen[-300:]!r}") from None
+                raise AssertionError(
+                    f"{text!r} did not appear before the end; last: {self.seen[-300:]!r}"
+                ) from None
         self.seen = self.seen.partition(text.encode())[2]
 
     def end(self) -> int:

@@ -110,7 +110,10 @@ class Life:
         self.smpt.init()
         self.page_off = self.memory.alloc(PAGE)
         self.page = View(self.bus.host.pointer + self.page_off, PAGE)
-        self.page.write(0, BOOT.pack(magic=C["MIC_MAGIC"], h2c_config_db=-1, node_id=1, h2c_scif_db=0xFF, c2h_scif_db=0xFF))
+        self.page.write(
+            0,
+            BOOT.pack(magic=C["MIC_MAGIC"], h2c_config_db=-1, node_id=1, h2c_scif_db=0xFF, c2h_scif_db=0xFF),
+        )
         self.probed: list[ProbeDriver] = []
         self.driver = driver
         self.host = self.new_host()

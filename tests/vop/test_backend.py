@@ -219,7 +219,9 @@ def test_vop_docs_backend_page_works_literally(machine: Machine, tmp_path: Path)
     machine.micemu(*boot[1:], "--disk", "none", cwd=tmp_path)
     assert machine.micemu(*add[1:], cwd=tmp_path).stdout == "mic0: echo is up\n"
     assert log[:2] == ["micemu", "log"]
-    eventually(lambda: "the echo is hello" in machine.micemu("log").stdout, 10, "the driver's line in the log")
+    eventually(
+        lambda: "the echo is hello" in machine.micemu("log").stdout, 10, "the driver's line in the log"
+    )
     machine.micemu(*remove[1:])
 
 
@@ -231,7 +233,9 @@ def test_vop_20_own_backend_dies_and_comes_back(machine: Machine, tmp_path: Path
     pid = machine.device("rng")["pid"]
     os.kill(pid, 9)
     eventually(
-        lambda: machine.device("rng")["state"] == "running" and machine.device("rng")["pid"] != pid, 10, "a new process"
+        lambda: machine.device("rng")["state"] == "running" and machine.device("rng")["pid"] != pid,
+        10,
+        "a new process",
     )
     (tmp_path / "mine.py").write_text("class X: pass\n")
     refused = machine.micemu("vop", "add", "mic0", "--backend", "mine:X", cwd=tmp_path, check=False)

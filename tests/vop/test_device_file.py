@@ -145,7 +145,9 @@ class Copy:
         self._keep = [ffi.from_buffer(e) for e in elements]
         self._iov = ffi.new("struct iovec[]", [(ffi.cast("void *", k), len(k)) for k in self._keep])
         at = int(ffi.cast("uintptr_t", self._iov))
-        self.arg = bytearray(L.COPY_DESC.pack(iov=at, iovcnt=len(elements), vr_idx=ring, update_used=int(update)))
+        self.arg = bytearray(
+            L.COPY_DESC.pack(iov=at, iovcnt=len(elements), vr_idx=ring, update_used=int(update))
+        )
 
     @property
     def out_len(self) -> int:
@@ -182,7 +184,13 @@ def test_vop_33_34_35_refused_blocks(lab: Lab) -> None:
     """VOP-33 to 35: what the driver refuses leaves the page as it was, and the file can try again."""
     before = lab.life.page.read(24, 4072)
     with lab.open() as f:
-        wrong: list[bytearray] = [block(num_vq=5), block(config=bytes(220)), block(num_vq=0), block(kind=0), block(kind=-1)]
+        wrong: list[bytearray] = [
+            block(num_vq=5),
+            block(config=bytes(220)),
+            block(num_vq=0),
+            block(kind=0),
+            block(kind=-1),
+        ]
         wrong += [block(num=n) for n in (0, 3, 129, 256, 65535)]
         wrong += [block(feature_len=0)]
         mixed = block(num_vq=2)
@@ -229,7 +237,10 @@ def test_vop_37_page_full_then_room(lab: Lab) -> None:
         f = lab.open()
         code = result(lambda: f.ioctl(ADD_DEVICE, block()))  # noqa: B023 - called at once
         if code:
-            assert code in (EINVAL, errno.ENOSPC)  # the page, or the card's nine vectors, whichever ends first
+            assert code in (
+                EINVAL,
+                errno.ENOSPC,
+            )  # the page, or the card's nine vectors, whichever ends first
             break
         files.append(f)
     assert len(files) >= 4
@@ -307,7 +318,15 @@ def test_vop_42_mmap(lab: Lab) -> None:
         with f.mmap(4096 + 8192, 8192) as ring:
             assert int.from_bytes(ring.view[vring_size(128) + 4 :][:4], "little") == ring_magic(TYPE, 1)
         assert number(lambda: f.mmap(0, 4096, writable=True)) == errno.EACCES
-        for offset, length in ((0, 8192), (4096, 4096), (8192, 8192), (0, 0), (1, 4096), (4096 + 3 * 8192, 8192), (0, 1 << 20)):
+        for offset, length in (
+            (0, 8192),
+            (4096, 4096),
+            (8192, 8192),
+            (0, 0),
+            (1, 4096),
+            (4096 + 3 * 8192, 8192),
+            (0, 1 << 20),
+        ):
             assert number(lambda o=offset, n=length: f.mmap(o, n)) == EINVAL  # type: ignore[misc]
 
 
@@ -427,7 +446,9 @@ def test_vop_20_killed_process_takes_its_device_along(machine: Machine) -> None:
         "print(f.ioctl(ADD_DEVICE, bytearray(b)), flush=True)\n"
         "time.sleep(60)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=machine.env)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=machine.env
+    )
     try:
         assert child.stdout
         assert child.stdout.readline() == "0\n"

@@ -82,7 +82,9 @@ async def test_vop_06_the_type_is_the_last_store() -> None:
         trace.seen = lambda off, size, value: stores.append((off, value))
         life.host.page = trace
         for dev in (await life.add(config=b"abc"), await life.add(num_vq=2)):
-            mine = [(off, v) for off, v in stores if dev.slot.off <= off < dev.slot.off + dev.slot.shape.total]
+            mine = [
+                (off, v) for off, v in stores if dev.slot.off <= off < dev.slot.off + dev.slot.shape.total
+            ]
             assert mine[-1] == (dev.slot.off, TYPE)
             assert all(off != dev.slot.off or v in (0, -1) for off, v in mine[:-1])
             assert len(mine) >= 14

@@ -83,8 +83,14 @@ async def test_vop_13_reset_waits_for_a_running_copy() -> None:
 
         dev = await life.add(served=False)
         ours, theirs = socket.socketpair()
-        process = _Process({"log_fd": life._null, "card": "t"}, [theirs.detach(), *[os.dup(f) for f in life.bus.fds]])
-        process.slot, process.kick_fd, process.bottom = dev.slot, dev.irq.fd, BottomHalf(process.bus, dev.slot)
+        process = _Process(
+            {"log_fd": life._null, "card": "t"}, [theirs.detach(), *[os.dup(f) for f in life.bus.fds]]
+        )
+        process.slot, process.kick_fd, process.bottom = (
+            dev.slot,
+            dev.irq.fd,
+            BottomHalf(process.bus, dev.slot),
+        )
         thread = threading.Thread(target=process.handshake)
         device = life.new_card()
         life.put_ctrl(dev, "vdev_reset", 1)
@@ -215,7 +221,11 @@ async def test_vop_16_order_of_a_removal() -> None:
         ring = life.card_bus.ring_host
 
         def note(db: int) -> None:
-            state = (life.ctrl(dev, "config_change"), life.ctrl(dev, "vdev_reset"), life.ctrl(dev, "guest_ack"))
+            state = (
+                life.ctrl(dev, "config_change"),
+                life.ctrl(dev, "vdev_reset"),
+                life.ctrl(dev, "guest_ack"),
+            )
             steps.append(f"{state} type {life.desc(dev, 'type')}")
             ring(db)
 
@@ -224,7 +234,11 @@ async def test_vop_16_order_of_a_removal() -> None:
         assert steps == [f"(1, 1, 0) type {TYPE}", "(1, 0, 1) type -1"]
         assert life.types == [-1]
         assert life.probed[0].calls == ["probe", "start", "remove"]
-        assert (life.ctrl(dev, "h2c_vdev_db"), life.ctrl(dev, "config_change"), life.ctrl(dev, "guest_ack")) == (-1, 0, 0)
+        assert (
+            life.ctrl(dev, "h2c_vdev_db"),
+            life.ctrl(dev, "config_change"),
+            life.ctrl(dev, "guest_ack"),
+        ) == (-1, 0, 0)
         assert life.memory.used_bytes == used
         assert life.gddr.used_bytes == 0
         assert life.host.devices == []
@@ -279,7 +293,13 @@ async def test_vop_17_slots_behind_a_removed_one() -> None:
         assert again.slot.off == offsets[1]
         for d in (bigger, again):
             await life.up(d)
-        assert [d.slot.off for d in life.host.devices] == [offsets[0], offsets[2], offsets[3], bigger.slot.off, offsets[1]]
+        assert [d.slot.off for d in life.host.devices] == [
+            offsets[0],
+            offsets[2],
+            offsets[3],
+            bigger.slot.off,
+            offsets[1],
+        ]
         assert all(d.driver_ok for d in life.host.devices)
         await life.host.close()
 

@@ -17,7 +17,12 @@ async def refused(life: Life, **what: object) -> int:
     before = (life.page.read(0, 4096), life.memory.used_bytes, life.smpt.mapped_bytes, len(life.irq.rows()))
     with pytest.raises((VopError, OSError)) as e:
         await life.add(served=False, **what)  # type: ignore[arg-type]
-    assert (life.page.read(0, 4096), life.memory.used_bytes, life.smpt.mapped_bytes, len(life.irq.rows())) == before
+    assert (
+        life.page.read(0, 4096),
+        life.memory.used_bytes,
+        life.smpt.mapped_bytes,
+        len(life.irq.rows()),
+    ) == before
     return int(e.value.errno or 0)
 
 

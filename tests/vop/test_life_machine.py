@@ -33,10 +33,14 @@ def test_vop_62_disk_swapped_at_run_time(machine: Machine) -> None:
     assert gone(first["pid"])
     assert (run_dir / "vda.nbd").exists()
     events = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
-    disks = [e["event"] for e in events if e.get("event") in ("device_up", "device_gone") and e.get("type") == 2]
+    disks = [
+        e["event"] for e in events if e.get("event") in ("device_up", "device_gone") and e.get("type") == 2
+    ]
     assert disks == ["device_up", "device_gone", "device_up"]
     assert any("6144 sectors" in e["message"] for e in events)
-    assert "only disks" in machine.micemu("vop", "swap", "mic0", "console", f"path={image}", check=False).stderr
+    assert (
+        "only disks" in machine.micemu("vop", "swap", "mic0", "console", f"path={image}", check=False).stderr
+    )
 
 
 def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
@@ -44,9 +48,13 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     machine.boot("--net", "none")
     before = [d["pid"] for d in machine.card()["devices"]]
     machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 60", check=False)
-    eventually(lambda: machine.card()["boots"] == 2 and machine.card()["state"] == "online", 20, "the second boot")
+    eventually(
+        lambda: machine.card()["boots"] == 2 and machine.card()["state"] == "online", 20, "the second boot"
+    )
     assert all(gone(pid) for pid in before)
-    eventually(lambda: all(d["state"] == "running" for d in machine.card()["devices"]), 10, "the new backends")
+    eventually(
+        lambda: all(d["state"] == "running" for d in machine.card()["devices"]), 10, "the new backends"
+    )
     after = [d["pid"] for d in machine.card()["devices"]]
     assert not set(before) & set(after)
     machine.micemu("shutdown", "mic0")
@@ -64,4 +72,3 @@ def test_vop_19_devices_are_gone_after_stop(machine: Machine) -> None:
         assert machine.micemu("vop", *words, check=False).returncode != 0
     machine.boot()
     assert {d["type"] for d in machine.card()["devices"]} == {"console", "block"}
-

@@ -4,9 +4,10 @@
 
 /* cffi-begin */
 /* All return 0 or -errno. */
-int mic_proc_die_with_parent(int expected_parent); /* SIGKILL when the parent dies; ESRCH if it is gone already */
-int mic_proc_adopt_orphans(void);                  /* become the reaper of orphaned descendants */
-int mic_proc_set_name(const char *name);           /* 15 characters, what ps -o comm shows */
+int mic_proc_die_with_parent(
+	int expected_parent);            /* SIGKILL when the parent dies; ESRCH if it is gone already */
+int mic_proc_adopt_orphans(void);        /* become the reaper of orphaned descendants */
+int mic_proc_set_name(const char *name); /* 15 characters, what ps -o comm shows */
 int mic_proc_no_core(void);
 /* cffi-end */
 

@@ -46,7 +46,8 @@ class Control:
             "status": self._status, "boot": self._boot, "shutdown": self._shutdown, "reset": self._reset,
             "reboot": self._reboot, "wait": self._wait, "stop": self._stop, "events": self._events,
             "run": self._run, "host_ns": self._host_ns, "config": self._config, "dump": self._dump,
-            "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove, "vop_swap": self._vop_swap, "pcap": self._pcap,
+            "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove,
+            "vop_swap": self._vop_swap, "pcap": self._pcap,
             "backend": self._backend,
         }  # fmt: skip
         self._admin = Admin(instance)

@@ -21,6 +21,8 @@ IFNAMSIZ = 16
 _TUNSETOFFLOAD = 0x400454D0
 _TUNSETVNETHDRSZ = 0x400454D8
 _TUNSETCARRIER = 0x400454E2
+_SIOCADDRT = 0x890B
+_RTF_UP, _RTF_GATEWAY = 1, 2
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _SIOCGIFMTU, _SIOCSIFMTU = 0x8921, 0x8922
@@ -200,6 +202,25 @@ def configure(
     if address is not None:
         set_address(name, address)
     set_up(name)
+
+
+def add_default_route(gateway: str) -> None:
+    """IPv4 default route through ``gateway`` in the current network namespace. Raises NetError."""
+    # struct rtentry of LP64: pad, destination, gateway, mask, flags; the rest is zero (120 bytes).
+    any_ = _sockaddr(ipaddress.IPv4Address(0))
+    flags = _RTF_UP | _RTF_GATEWAY
+    entry = struct.pack("=8x16s16s16sH62x", any_, _sockaddr(ipaddress.IPv4Address(gateway)), any_, flags)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+        try:
+            fcntl.ioctl(s.fileno(), _SIOCADDRT, entry)
+        except OSError as e:
+            raise NetError(e.errno, f"default route through {gateway}: {e.strerror}") from None
+
+
+def forward_ipv4() -> None:
+    """Let the current network namespace route between its interfaces. Raises OSError."""
+    with open("/proc/sys/net/ipv4/ip_forward", "w") as f:
+        f.write("1")
 
 
 def loopback_up() -> None:

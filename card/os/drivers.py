@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -202,6 +203,8 @@ class NetworkDriver(LoopDriver):
                 self._tap = netif.open_tap(INTERFACE)
                 net.prepare_tap(self._tap, dev.features, card=True)
                 netif.configure(INTERFACE, address=str(ipaddress.IPv4Interface(address)), mac=mac)
+                with contextlib.suppress(OSError):
+                    netif.add_default_route(net.host_address(self.env.boot["index"]).split("/")[0])
                 return self._tap.fd
             except OSError as e:
                 dev.log.info(f"no TAP on the card, a responder takes its place: {e.strerror}")

@@ -110,10 +110,15 @@ class BackendProcess:
         self.channel.send({"op": "event", "message": message, "fields": fields})
 
     def init_rings(self, used: list[int]) -> bool:
-        """Set the rings up over what the card offered; a bad offer leaves them unusable (VOP-47)."""
+        """Set the rings up over what the card offered; a bad offer leaves them unusable (VOP-47).
+
+        Both halves follow the features that the card accepted: a driver without EVENT_IDX must be kicked
+        by flags, whatever was offered.
+        """
+        features = self.bottom.accepted_features()
         for i, (block, addr) in enumerate(zip(self.slot.blocks, used, strict=True)):
             rc = lib.mic_vq_init(
-                ffi.addressof(self.vdev.vq[i]), self.bus.ptr, block, addr, self.slot.num, self.slot.features
+                ffi.addressof(self.vdev.vq[i]), self.bus.ptr, block, addr, self.slot.num, features
             )
             if rc < 0:
                 self.event(f"ring {i}: the card's used ring at {addr:#x} is refused: {os.strerror(-rc)}", ring=i)

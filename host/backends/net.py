@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import asdict
@@ -35,6 +36,8 @@ class Net(BackendProcess):
             if args["mode"] == "ns":
                 netns.enter(*self.extra)  # one thread still: the C loop starts later
                 netif.loopback_up()
+                with contextlib.suppress(OSError):
+                    netif.forward_ipv4()  # cards reach each other through the host
             self.tap = netif.open_tap(args["name"])
             netif.configure(args["name"], address=args["address"], mac=args["host_mac"])
 
@@ -60,9 +63,7 @@ class Net(BackendProcess):
     def _negotiated(self) -> None:
         """Follow what the card accepted of our features (VOP 4.4): it was written before the rings."""
         assert self.dev
-        shape = self.slot.shape
-        raw = self.bus.host.read(self.slot.desc + shape.accepted_off, shape.feature_len)
-        features = int.from_bytes(raw, "little") & self.slot.features
+        features = self.bottom.accepted_features()
         self.dev.accepted(features)
         if self.tap:
             net.prepare_tap(self.tap, features, card=False)

@@ -51,7 +51,10 @@ class Raw:
 
     def again(self) -> None:
         """Raw mode now; the saved mode stays the one to go back to."""
-        tty.setraw(self._fd, termios.TCSANOW)
+        try:
+            tty.setraw(self._fd, termios.TCSANOW)
+        except termios.error:
+            pass  # the terminal has gone (a hang-up comes with SIGCONT): the relay notices when it reads
 
     def __exit__(self, *exc: object) -> None:
         # Ignored while a background process: it would stop instead of restoring.

@@ -76,6 +76,11 @@ class BottomHalf:
     def rings_offered(self) -> bool:
         return self._ctrl("used_address_updated") != 0
 
+    def accepted_features(self) -> int:
+        """What the card's driver took of our offer (VOP 4.4), never more than that; written before its rings."""
+        at, n = self.slot.desc + self.slot.shape.accepted_off, min(self.slot.shape.feature_len, 8)
+        return int.from_bytes(self.bus.host.read(at, n), "little") & self.slot.features
+
     def used_addresses(self) -> list[int]:
         """What the card offered as used rings, unchecked; the ring library checks them (VOP-47)."""
         vq, d = L.VQCONFIG, self.slot.desc

@@ -171,7 +171,8 @@ def _cmdline(process: Path) -> bytes:
 
 def test_program_finds_the_tree_at_its_real_place(machine: Machine, tree: Path) -> None:
     """`micemu sysfs exec`: /sys/class/mic beside the machine's own classes, in a namespace of the program's own."""
-    script = "cat /sys/class/mic/mic0/state /sys/class/mic/mic0/family; ls /sys/class/net; echo boot >/sys/class/mic/mic0/state; exit 7"
+    mic = "/sys/class/mic/mic0"
+    script = f"cat {mic}/state {mic}/family; ls /sys/class/net; echo boot >{mic}/state; exit 7"
     done = machine.micemu("sysfs", "exec", "--", "sh", "-c", script, check=False)
     assert done.stdout.splitlines()[:2] == ["ready", "x100"], done.stderr
     assert "lo" in done.stdout.split()

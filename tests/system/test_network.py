@@ -89,3 +89,11 @@ def test_two_cards_have_two_networks(machine: Machine) -> None:
     machine.boot("-n", "2", "--disk", "none", "--net", "responder")
     assert machine.json("ping", "mic1")["target"] == "172.31.2.1"
     assert machine.json("ping", "mic0")["target"] == "172.31.1.1"
+
+
+@pytest.mark.peer("ping")
+def test_cards_reach_each_other_through_the_host(machine: Machine) -> None:
+    """A card has a default route to the host, which forwards to the other card."""
+    if machine.boot("-n", "2", "--disk", "none")["cards"][0]["net"] != "ns":
+        pytest.skip("no namespaces or no /dev/net/tun here")
+    assert " 0% packet loss" in machine.on_card("ping", "-c", "2", "-i", "0.2", "172.31.2.1").stdout

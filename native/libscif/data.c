@@ -531,7 +531,7 @@ int ep_mask(struct ep *ep)
 	struct mic_scif_ctl *ctl = ep->ctl;
 	uint32_t st = state(ep);
 	uint32_t w = mic_load_acquire(&ep->qp->local_write), r = mic_load_acquire(&ep->qp->local_read);
-	int mask = st == MIC_SCIF_EP_CONNECTED ? 0 : POLLHUP;
+	int mask = st == MIC_SCIF_EP_CONNECTED && !node_dead(ep) ? 0 : POLLHUP;
 
 	if (mic_load_relaxed(&ctl->uncollected))
 		return POLLOUT;

@@ -55,8 +55,7 @@ bool spin_allowed(void)
 	return c == 2;
 }
 
-/* Is the node behind this page dead? The kernel has then marked the lock that it held. */
-static bool node_dead(struct ep *ep)
+bool node_dead(struct ep *ep)
 {
 	return mic_load_acquire((uint32_t *)(void *)ep->own_notify->alive) & FUTEX_OWNER_DIED;
 }

@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "block_move.h"
 #include "mic/barrier.h"
 
 #define MAX_IOV         256u         /* a direct chain of 128 that ends in a table of 128 */
@@ -24,6 +25,7 @@ struct mic_blk_dev {
 	uint64_t capacity; /* sectors */
 	uint8_t serial[MIC_VIRTIO_BLK_ID_LEN];
 	struct mic_blk_stats stats;
+	struct mic_mover *mover;
 	struct iovec iov[MAX_IOV];
 };
 
@@ -45,6 +47,11 @@ struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t c
 
 	if (!dev)
 		return NULL;
+	dev->mover = mic_mover_create();
+	if (!dev->mover) {
+		free(dev);
+		return NULL;
+	}
 	dev->vdev = vdev;
 	dev->fd = fd;
 	dev->capacity = capacity;
@@ -55,6 +62,7 @@ struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t c
 
 void mic_blk_dev_destroy(struct mic_blk_dev *dev)
 {
+	mic_mover_destroy(dev->mover);
 	free(dev);
 }
 
@@ -100,36 +108,6 @@ static size_t iov_take(struct iovec **iov, unsigned *n, void *buf, size_t len, b
 		done += part;
 	}
 	return done;
-}
-
-static void iov_zero(struct iovec *iov, unsigned n)
-{
-	for (; n; iov++, n--)
-		memset(iov->iov_base, 0, iov->iov_len);
-}
-
-/* --- the image -------------------------------------------------------------------------------- */
-
-/* Move the whole list from or to the image at byte `off`. 0 or the errno. */
-static int transfer(int fd, struct iovec *iov, unsigned n, off_t off, bool write)
-{
-	while (n) {
-		ssize_t rc = write ? pwritev(fd, iov, (int)n, off) : preadv(fd, iov, (int)n, off);
-
-		if (rc < 0 && errno == EINTR)
-			continue;
-		if (rc < 0)
-			return errno;
-		if (rc == 0) {
-			if (write)
-				return EIO;
-			iov_zero(iov, n); /* beyond the end of the image */
-			return 0;
-		}
-		off += rc;
-		iov_skip(&iov, &n, (size_t)rc);
-	}
-	return 0;
 }
 
 static int write_zeros(int fd, off_t off, off_t len)
@@ -193,13 +171,18 @@ static bool within(const struct mic_blk_dev *dev, uint64_t sector, uint64_t sect
 	return sector <= dev->capacity && sectors <= dev->capacity - sector;
 }
 
+static int move_data(struct mic_blk_dev *dev, struct iovec *iov, unsigned n, uint64_t sector, bool write)
+{
+	return mic_mover_run(dev->mover, dev->fd, iov, n, (off_t)(sector * MIC_BLK_SECTOR), write);
+}
+
 static uint8_t do_read(struct mic_blk_dev *dev, const struct request *r)
 {
 	dev->stats.reads++;
 	if (r->out_len || r->in_len % MIC_BLK_SECTOR || !within(dev, r->sector, r->in_len / MIC_BLK_SECTOR))
 		return MIC_VIRTIO_BLK_S_IOERR;
 	dev->stats.bytes_read += r->in_len;
-	return blk_status(transfer(dev->fd, r->in, r->in_num, (off_t)(r->sector * MIC_BLK_SECTOR), false));
+	return blk_status(move_data(dev, r->in, r->in_num, r->sector, false));
 }
 
 static uint8_t do_write(struct mic_blk_dev *dev, const struct request *r)
@@ -209,7 +192,7 @@ static uint8_t do_write(struct mic_blk_dev *dev, const struct request *r)
 	    !within(dev, r->sector, r->out_len / MIC_BLK_SECTOR))
 		return MIC_VIRTIO_BLK_S_IOERR;
 	dev->stats.bytes_written += r->out_len;
-	return blk_status(transfer(dev->fd, r->out, r->out_num, (off_t)(r->sector * MIC_BLK_SECTOR), true));
+	return blk_status(move_data(dev, r->out, r->out_num, r->sector, true));
 }
 
 static uint8_t do_flush(struct mic_blk_dev *dev, const struct request *r)

@@ -9,6 +9,7 @@ import os
 import string
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ class Environment:
         self.names.discard(name)
 
 
-class LoopDriver:
+class LoopDriver(ABC):
     """Life of a driver whose work is one blocking C call in a thread."""
 
     features = RING
@@ -77,13 +78,13 @@ class LoopDriver:
         await dev.setup_rings(self.rings)
         self.create(dev)
 
+    @abstractmethod
     def create(self, dev: VirtioDevice) -> None:
         """Buffers and the C object. Raises OSError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loop(self) -> int:
         """The blocking C call."""
-        raise NotImplementedError
 
     def destroy(self) -> None:
         """Free the C object; the loop has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class OpenFailed(Exception):
     """The host process refused the device."""
 
 
-class BackendProcess:
+class BackendProcess(ABC):
     """One device in one process. Subclasses give the device's shape and its C loop.
 
     ``fds`` beyond the channel and the card's descriptors are the subclass's own (``self.extra``).
@@ -50,20 +51,20 @@ class BackendProcess:
 
     # --- the subclass ---------------------------------------------------------------------------
 
+    @abstractmethod
     def features(self) -> int:
         """Feature bits that the device offers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self) -> bytes:
         """The device's configuration space."""
-        raise NotImplementedError
 
     def opened(self) -> None:
         """The device is announced: create the C side of it over ``self.vdev``."""
 
+    @abstractmethod
     def loop(self) -> int:
         """Run the C loop until it wants Python; returns ``enum mic_run`` or -errno."""
-        raise NotImplementedError
 
     def driver_ready(self) -> None:
         """The card's driver has set DRIVER_OK."""

@@ -13,15 +13,15 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError, UsageError
 
-# Unpack into the target when it is a folder, else as the target: the rule of cp and scp.
+# Who copies owns the copy: a card's root may not give files away. Unpack into the target when it is a folder, else as the target: the rule of cp and scp.
 _RECEIVE = """
 set -e
 target=$1 name=$2
-if [ -d "$target" ]; then exec tar -xf - -C "$target"; fi
+if [ -d "$target" ]; then exec tar --no-same-owner -xf - -C "$target"; fi
 folder=$(dirname -- "$target")
 stage=$(mktemp -d -- "$folder/.micemu-cp.XXXXXX")
 trap 'rm -rf -- "$stage"' EXIT
-tar -xf - -C "$stage"
+tar --no-same-owner -xf - -C "$stage"
 mv -T -- "$stage/$name" "$target"
 """
 

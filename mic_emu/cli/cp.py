@@ -13,7 +13,8 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError, UsageError
 
-# Who copies owns the copy: a card's root may not give files away. Unpack into the target when it is a folder, else as the target: the rule of cp and scp.
+# Unpack into the target when it is a folder, else as the target: the rule of cp and scp. Who copies owns
+# the copy: a card's root may not give files away.
 _RECEIVE = """
 set -e
 target=$1 name=$2

@@ -137,24 +137,24 @@ class Backend(ABC):
         """A request has come on ``chain.queue``. Returns the bytes written, which completes it, or None
         to keep it and call ``chain.complete`` later."""
 
-    def driver_ok(self) -> None:  # noqa: B027 - an optional hook
+    def driver_ok(self) -> None:
         """The card's driver is ready."""
 
-    def reset(self) -> None:  # noqa: B027 - an optional hook
+    def reset(self) -> None:
         """The card resets the device: chains that you kept are invalid already, forget them."""
 
     def watch(self) -> Sequence[int]:
         """Descriptors to wait for beside the rings (up to five); asked before each sleep."""
         return ()
 
-    def readable(self, fd: int) -> None:  # noqa: B027 - an optional hook
+    def readable(self, fd: int) -> None:
         """One of ``watch`` is readable."""
 
     def stats(self) -> dict[str, Any]:
         """Counters of your own for ``micemu``'s status output."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 - an optional hook
+    def close(self) -> None:
         """The process ends."""
 
     announce: Callable[[bytes], None] = staticmethod(lambda config: None)

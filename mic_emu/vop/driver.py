@@ -134,10 +134,10 @@ class Driver(ABC):
     def run(self) -> None:
         """The driver's work, in a thread of its own; end it with ``Stopped`` or by returning."""
 
-    def config_changed(self) -> None:  # noqa: B027 - an optional hook
+    def config_changed(self) -> None:
         """The configuration space has new values (called in another thread)."""
 
-    def close(self) -> None:  # noqa: B027 - an optional hook
+    def close(self) -> None:
         """``run`` has ended: give back what it opened."""
 
     def wait(self, *fds: int, timeout_s: float | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-/* One-sided copies: the server exposes a window and sleeps on a flag in its own memory; the client
+/* One-sided copies: the server exposes a window and watches a flag in its own memory; the client
  * writes the window, then signals with a fence.
  *   rma server PORT | rma client NODE PORT */
 #include <scif.h>

@@ -75,7 +75,7 @@ docs: build ## the documentation site
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
 
 clean: ## remove what was built
-	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -f mic_emu/*.so mic_emu/_native.c
 
 help: ## this list

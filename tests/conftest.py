@@ -10,6 +10,9 @@ import pytest
 
 from mic_emu.testing.machine import Machine
 
+# What hypothesis keeps between runs names files by their absolute path: it belongs to the build.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "build/hypothesis")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """``@pytest.mark.peer("nbdinfo")``: skip when the program is missing, fail where CI promises it."""

@@ -327,17 +327,7 @@ static int look(struct mic_net_drv *nd, int timeout_ms)
 
 	if (ready == -EINTR)
 		return 0;
-	if (ready < 0) {
-		nd->end.error = -ready;
-		return MIC_RUN_LOCAL;
-	}
-	if (ready & 2)
-		return MIC_RUN_CONTROL;
-	if (blocked && ready & 4) {
-		mic_net_end_lost(&nd->end);
-		return MIC_RUN_LOCAL;
-	}
-	return 0;
+	return mic_net_end_woken(&nd->end, ready, blocked);
 }
 
 int mic_net_drv_run(struct mic_net_drv *nd)

@@ -56,9 +56,19 @@ int mic_net_end_fd(const struct mic_net_end *end, bool blocked)
 	return blocked ? end->gone_fd : end->fd;
 }
 
-void mic_net_end_lost(struct mic_net_end *end)
+int mic_net_end_woken(struct mic_net_end *end, int ready, bool blocked)
 {
-	end->error = ENODEV;
+	if (ready < 0) {
+		end->error = -ready;
+		return MIC_RUN_LOCAL;
+	}
+	if (ready & 2)
+		return MIC_RUN_CONTROL;
+	if (blocked && ready & 4) {
+		end->error = ENODEV;
+		return MIC_RUN_LOCAL;
+	}
+	return 0;
 }
 
 static long resp_recv(struct mic_net_end *end, const struct iovec *iov, unsigned n)

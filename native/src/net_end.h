@@ -27,8 +27,8 @@ int mic_net_end_init(struct mic_net_end *end, int fd, struct mic_resp *resp);
 void mic_net_end_fini(struct mic_net_end *end);
 /* What to sleep on: frames, or while `blocked` (no buffers) only the end of the local end. */
 int mic_net_end_fd(const struct mic_net_end *end, bool blocked);
-/* That descriptor was ready while blocked: the local end is gone. */
-void mic_net_end_lost(struct mic_net_end *end);
+/* What a sleep on that descriptor (the third of its mask, or -errno) means: a mic_run, or 0 to go on. */
+int mic_net_end_woken(struct mic_net_end *end, int ready, bool blocked);
 /* One frame with its vnet header: bytes, 0 nothing there, -1 the end is gone (end->error). */
 long mic_net_end_recv(struct mic_net_end *end, const struct iovec *iov, unsigned n);
 /* 0 sent, 1 dropped, -1 the end is gone. len = bytes in iov, header included. */

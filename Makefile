@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check
 NATIVE := $(wildcard native/src/*.c native/src/*.h native/include/*.h native/include/mic/*.h native/libscif/*)
 GENERATED := native/include/mic/layout_gen.h
 C_FILES := $(filter-out $(GENERATED),$(wildcard native/src/*.[ch] native/include/*.h native/include/mic/*.h native/libscif/*.[ch] native/fuzz/*.[ch] native/test/*.[ch] native/bench/*.[ch]))
-PY := mic_emu host card tests native/build_native.py setup.py
+PY := mic_emu host card tests docs native/build_native.py setup.py
 
 .PHONY: build boot test help lint fmt check check-all asan tsan fuzz soak bench docs clean layout
 .DEFAULT_GOAL := build

@@ -8,7 +8,7 @@ GENERATED := native/include/mic/layout_gen.h
 C_FILES := $(filter-out $(GENERATED),$(wildcard native/src/*.[ch] native/include/*.h native/include/mic/*.h native/libscif/*.[ch] native/fuzz/*.[ch] native/test/*.[ch] native/bench/*.[ch]))
 PY := mic_emu host card tests docs native/build_native.py setup.py
 
-.PHONY: build boot test help lint fmt check check-all asan tsan fuzz soak bench docs clean layout
+.PHONY: build boot test help lint fmt check check-all asan tsan fuzz soak bench docs pictures clean layout
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.built ## build into .venv
@@ -73,6 +73,9 @@ bench: build ## speed against limits of this machine, in one run
 docs: build ## the documentation site
 	$(PIP) -e '.[docs]'
 	$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+
+pictures: build ## draw docs/pictures from a running card
+	$(BIN)/python docs/pictures.py
 
 clean: ## remove what was built
 	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

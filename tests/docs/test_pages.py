@@ -1,0 +1,81 @@
+"""What the pages tell people to type works, and shows what the pages promise."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from pagerun import File, Shell, Step, missing, steps
+
+from mic_emu.cli import cli
+
+DOCS = Path(__file__).parents[2] / "docs"
+# Pages whose console blocks are complete sessions, from nothing to nothing.
+RUN = ["tutorial", "commands", "howto-scif", "howto-cards", "howto-crash", "howto-rootless"]
+
+
+@pytest.fixture
+def shell() -> Iterator[Shell]:
+    home = Path(tempfile.mkdtemp(prefix="md-", dir="/tmp"))  # short: sockets have at most 107 characters
+    shell = Shell(home)
+    try:
+        yield shell
+    finally:
+        shell.close()
+        shutil.rmtree(home)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", RUN)
+def test_page_runs(name: str, shell: Shell):
+    for step in steps((DOCS / f"{name}.md").read_text()):
+        if isinstance(step, File):
+            path = shell.work / step.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(step.content)
+            continue
+        status, output = shell.run(step.command)
+        said = f"$ {step.command}\n{output}"
+        assert status == 0, f"{name}.md: exit status {status}\n{said}"
+        assert (line := missing(step.expected, output)) is None, f"{name}.md promises {line!r}\n{said}"
+    status, output = shell.run("micemu status")
+    assert status == 3, f"{name}.md leaves an emulator behind\n{output}"
+
+
+def commands(group: click.Group, name: str = "") -> Iterator[str]:
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        if isinstance(command, click.Group) and not command.invoke_without_command:
+            yield from commands(command, f"{name} {word}")
+        elif isinstance(command, click.Group):
+            yield f"{name} {word}"
+            yield from commands(command, f"{name} {word}")
+        elif command:
+            yield f"{name} {word}"
+
+
+@pytest.mark.parametrize("command", list(commands(cli)))
+def test_every_command_has_an_example_that_runs(command: str):
+    typed = [
+        step.command
+        for name in RUN
+        for step in steps((DOCS / f"{name}.md").read_text())
+        if isinstance(step, Step)
+    ]
+    words = r"\s+".join(command.split())
+    assert any(re.search(rf"\bmicemu\s+(--\w+ \S+ )?{words}\b", line) for line in typed), (
+        f"no example of micemu{command}"
+    )
+
+
+def test_promises_are_compared():
+    assert missing(["mic0 online", "...", "end 17"], "mic0  online\nx\nend 4\n") is None
+    assert missing(["mic0 online"], "mic0 booting\n") == "mic0 online"
+    assert missing(["b", "a"], "a\nb\n") == "a"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mic_emu.scif.api import Endpoint
 
 CHUNK = 65536
-POLLIN = 1
+POLLIN, POLLOUT = 1, 4
 
 
 def _socket(node: str) -> Path:
@@ -144,15 +144,21 @@ def _open(listen: bool, node: int, port: int) -> Endpoint:
 
 
 def _pump(ep: Endpoint) -> None:
-    """Both directions until our input has ended and the peer has closed, or the peer has closed."""
+    """Both directions at once, until our input has ended or the peer has closed.
+
+    An input with nothing in it (/dev/null, as a shell gives its background jobs) is no end: we only receive.
+    """
     from mic_emu import scif
 
+    source: int | None = sys.stdin.buffer.fileno()
+    out, empty = memoryview(b""), True
     with ep:
-        source = sys.stdin.buffer.fileno()
-        watching: list[tuple[Endpoint | int, int]] = [(ep, POLLIN), (source, POLLIN)]
         while True:
+            watching: list[tuple[Endpoint | int, int]] = [(ep, POLLIN | POLLOUT if out else POLLIN)]
+            if source is not None and not out:
+                watching.append((source, POLLIN))
             bits = scif.poll(watching)
-            if bits[0]:
+            if bits[0] & ~POLLOUT:
                 try:
                     data = ep.recv(CHUNK, block=False)
                 except scif.ScifError as e:
@@ -161,11 +167,15 @@ def _pump(ep: Endpoint) -> None:
                     return
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            if len(bits) > 1 and bits[1]:
-                data = os.read(source, CHUNK)
-                if not data:
+            elif bits[0]:
+                out = out[ep.send(out, block=False) :]
+            if len(bits) > 1 and bits[1] and source is not None:
+                out = memoryview(os.read(source, CHUNK))
+                if not out and not empty:
                     return
-                ep.send(data)
+                if not out:
+                    source = None
+                empty = False
 
 
 @command.command()
@@ -174,7 +184,12 @@ def _pump(ep: Endpoint) -> None:
 def cat(listen: bool, address: tuple[int, ...]) -> None:
     """Netcat for SCIF: NODE PORT, or -l PORT. Standard input goes out, what comes in goes to standard output.
 
-    Ends when the input ends or the peer closes.
+    Ends when the input ends or the peer closes. With nothing on its input (/dev/null) it only receives.
+
+    \b
+    Examples:
+      micemu scif cat -l 3000 > received           on one node, and on another
+      micemu scif cat 0 3000 < file
     """
     if len(address) != (1 if listen else 2):
         raise click.UsageError("give PORT with -l, else NODE PORT")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,39 @@ def test_scif_125_cli_tables_and_cat(server: Server) -> None:
         [*micemu, "cat", "0", "3200"], env=other, input=b"through the cat\n", check=True, timeout=20
     )
     assert listener.communicate(timeout=20)[0] == b"through the cat\n"
+
+
+def test_scif_125_cat_carries_megabytes_both_ways_at_once(server: Server, tmp_path: Path) -> None:
+    """Neither side waits for the other to read first; a listener with nothing on its input only receives."""
+    micemu = [sys.executable, "-m", "mic_emu.cli", "scif", "cat"]
+    env = [{**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{n}.sock")} for n in (0, 1)]
+    payload = os.urandom(3 << 20)
+
+    def transfer(listen_input: bytes, connect_input: bytes, port: str) -> list[bytes]:
+        listener = subprocess.Popen(
+            [*micemu, "-l", port], env=env[0], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        connector = subprocess.Popen(
+            ["sh", "-c", f"until {' '.join(micemu)} 0 {port}; do :; done"],
+            env=env[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        out = [b"", b""]
+
+        def drive(i: int, process: subprocess.Popen[bytes], data: bytes) -> None:
+            out[i] = process.communicate(data, timeout=40)[0]
+
+        threads = [
+            threading.Thread(target=drive, args=args)
+            for args in ((0, listener, listen_input), (1, connector, connect_input))
+        ]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        return out
+
+    assert transfer(b"", payload, "3210") == [payload, b""]
+    got = transfer(payload, payload, "3211")
+    # Whoever has sent everything first ends: the other has all of it, and what it sent itself was on the way.
+    assert payload in got
+    assert all(payload.startswith(g) for g in got)

@@ -24,7 +24,8 @@ from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.windows import Windows
 
 if TYPE_CHECKING:
-    from mic_emu.scif.node import Node, Path
+    from mic_emu.scif.node import Node
+    from mic_emu.scif.paths import Path
 
 NODE_ALIVE_S = 30.0
 ACK_ROUND_S = 3.0

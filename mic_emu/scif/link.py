@@ -139,11 +139,11 @@ class Link:
 
     def down(self) -> None:
         """The peer is gone without a word: node removal on this side (SCIF 3.7)."""
-        self.node.lose_link(self)
+        self.node.members.lose_link(self)
 
     async def stop(self) -> None:
         """Orderly end: tell the others, EXIT, wait for EXIT_ACK at most the node timeout, drop the peer."""
-        await self.node.leave_link(self)
+        await self.node.members.leave_link(self)
 
     # --- messages -----------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ class ScifService:
         try:
             if os.fstat(fd).st_size != size:
                 raise ValueError(f"{size} bytes announced")
-            self.node.add_memory(node_id, Mapping(fd, size), fd)
+            self.node.members.add_memory(node_id, Mapping(fd, size), fd)
         except (OSError, ValueError) as e:
             self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
@@ -260,7 +260,7 @@ class ScifService:
         return Reply()
 
     async def _nodes(self) -> Reply:
-        await self.node.refresh_info()
+        await self.node.members.refresh_info()
         ids = self.node.node_ids()
         return Reply([len(ids), self.node.id], data=struct.pack(f"<{len(ids)}H", *ids))
 

@@ -19,7 +19,8 @@ from mic_emu.scif.endpoint import NODE_ALIVE_S, Endpoint, State
 from mic_emu.scif.errors import ScifError
 
 if TYPE_CHECKING:
-    from mic_emu.scif.node import Node, Path
+    from mic_emu.scif.node import Node
+    from mic_emu.scif.paths import Path
     from mic_emu.scif.service import ScifService
 
 EP_NONE, EP_CONNECTED, EP_DISCONNECTED = range(3)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import struct
 from typing import TYPE_CHECKING
 
 from mic_emu._native import lib
 from mic_emu.clock import settle
 from mic_emu.memory import PAGE
+from mic_emu.scif import records
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import END, PROT_READ, PROT_WRITE, Segment, Space, Window, check_pages
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from mic_emu.scif.endpoint import Endpoint
     from mic_emu.scif.node import Node
 
-RECORD = struct.Struct("<8Q")  # magic, offset, length, prot, segments, 3 reserved
-SEGMENT = struct.Struct("<2Q")
-RECORD_MAGIC = 0x5C1F57494E444F57
-MAX_SEGMENTS = 1 << 16
 DRAIN_S = 3.0
 DRAIN_STEP_S = 0.0002
 
@@ -39,105 +35,29 @@ class WindowTable:
         self.node = node
         self.own: dict[int, Windows] = {}  # by window id
         self.remote: dict[int, Windows] = {}
-        self.records: dict[int, tuple[int, Windows, int]] = {}  # offset in our memory, owner, bytes
-        self.waiting: dict[int, asyncio.Future[Msg]] = {}  # answers by request or window id
-        on = node.add_handler
-        on(Op.ALLOC_REQ, self._on_alloc)
-        on(Op.ALLOC_GNT, self._on_grant)
-        on(Op.ALLOC_REJ, lambda msg, link: self.answer(msg.p2, msg))
-        on(Op.FREE_VIRT, lambda msg, link: self._drop_record(msg.p1))
+        on, answer = node.add_handler, node.questions.answer
         on(Op.REGISTER, self._on_register)
-        on(Op.REGISTER_ACK, lambda msg, link: self.answer(msg.p2, msg))
-        on(Op.REGISTER_NACK, lambda msg, link: self.answer(msg.p2, msg))
+        on(Op.REGISTER_ACK, lambda msg, link: answer(msg.p2, msg))
+        on(Op.REGISTER_NACK, lambda msg, link: answer(msg.p2, msg))
         on(Op.UNREGISTER, self._on_unregister)
-        on(Op.UNREGISTER_ACK, lambda msg, link: self.answer(msg.p1, msg))
-        on(Op.UNREGISTER_NACK, lambda msg, link: self.answer(msg.p1, msg))
+        on(Op.UNREGISTER_ACK, lambda msg, link: answer(msg.p1, msg))
+        on(Op.UNREGISTER_NACK, lambda msg, link: answer(msg.p1, msg))
         on(Op.MUNMAP, self._on_munmap)
 
-    def answer(self, key: int, msg: Msg) -> None:
-        """An answer came; nothing when nobody waits for it."""
-        waiter = self.waiting.get(key)
-        if waiter is not None and not waiter.done():
-            waiter.set_result(msg)
-
-    async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
-        """Send and wait for the answer. Raises ScifError ENODEV (node lost), ENOTCONN (disconnected).
-
-        ``patient``: go on waiting when the peer's endpoint closes, its node answers all the same.
-        """
-        if ep.path is None:
-            raise ScifError(errno.ENOTCONN, "not connected")
-        self.waiting[key] = asyncio.get_running_loop().create_future()
-        unwatch = ep.watch(lambda: self._give_up(ep, key, patient))
-        try:
-            self._give_up(ep, key, patient)
-            ep.path.send(msg)
-            return await self.waiting[key]
-        finally:
-            unwatch()
-            del self.waiting[key]
-
-    def _give_up(self, ep: Endpoint, key: int, patient: bool) -> None:
-        waiter = self.waiting[key]
-        if waiter.done():
-            return
-        if self.node.path(ep.peer[0]) is not ep.path:
-            waiter.set_exception(ScifError(errno.ENODEV, "the peer's node is gone"))
-        elif not ep.windows.connected and not patient:
-            waiter.set_exception(ScifError(errno.ENOTCONN, "the peer has closed"))
-
-    def _windows(self, ep_id: int, msg: Msg) -> Windows:
+    def of(self, ep_id: int, msg: Msg) -> Windows:
+        """The windows of the endpoint that ``msg`` names. Raises ScifError EINVAL."""
         ep = self.node.endpoints.get(ep_id)
         if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
             raise ScifError(errno.EINVAL, "no such endpoint")
         return ep.windows
 
-    def _on_alloc(self, msg: Msg, link: object) -> None:
-        path = self.node.path(msg.src[0])
-        try:
-            windows = self._windows(msg.p0, msg)
-            nbytes = RECORD.size + msg.p1 * SEGMENT.size
-            if not 0 < msg.p1 <= MAX_SEGMENTS or path is None:
-                raise ScifError(errno.EINVAL, "bad record size")
-            offset = self.node.allocator.alloc(nbytes)
-        except OSError:
-            if path is not None:
-                path.send(msg.answer(Op.ALLOC_REJ, p2=msg.p2))
-            return
-        record = self.node.new_id()
-        self.records[record] = (offset, windows, nbytes)
-        path.send(msg.answer(Op.ALLOC_GNT, p0=record, p1=path.own_addr(offset), p2=msg.p2))
-
-    def _on_grant(self, msg: Msg, link: object) -> None:
-        if msg.p2 in self.waiting:
-            self.answer(msg.p2, msg)
-            return
-        path = self.node.path(msg.src[0])
-        if path is not None:  # who asked has gone meanwhile
-            path.send(msg.answer(Op.FREE_VIRT, p0=0, p1=msg.p0))
-
-    def _drop_record(self, record: int) -> None:
-        known = self.records.pop(record, None)
-        if known is not None:
-            self.node.allocator.free(known[0])
-
-    def drop_records(self, windows: Windows) -> None:
-        """The endpoint is released: nobody will fill in its records."""
-        for record in [r for r, (_, owner, _) in self.records.items() if owner is windows]:
-            self._drop_record(record)
-
     def _on_register(self, msg: Msg, link: object) -> None:
         path = self.node.path(msg.src[0])
         try:
-            windows = self._windows(msg.p0, msg)
-            offset, owner, nbytes = self.records[msg.p1]
-            data = self.node.memory.read(offset, nbytes)
-            self._drop_record(msg.p1)
-            if owner is not windows:
-                raise ScifError(errno.EINVAL, "somebody else's record")
-            windows.add_remote(msg.p1, msg.p2, data)
+            windows = self.of(msg.p0, msg)
+            windows.add_remote(msg.p1, msg.p2, self.node.records.take(msg.p1, windows))
         except (OSError, KeyError, IndexError):
-            self._drop_record(msg.p1)
+            self.node.records.drop(msg.p1)
             if path is not None:
                 path.send(msg.answer(Op.REGISTER_NACK))
             raise
@@ -161,8 +81,7 @@ class WindowTable:
 
     def node_lost(self, node_id: int) -> None:
         """Whatever a lost node had mapped or exposed is over."""
-        for record in [r for r, (_, w, _) in self.records.items() if w.ep.peer[0] == node_id]:
-            self._drop_record(record)
+        self.node.records.drop_node(node_id)
         for table in (self.own, self.remote):
             for windows in {id(w): w for w in table.values()}.values():
                 if windows.ep.peer[0] == node_id:
@@ -214,19 +133,18 @@ class Windows:
         window.segments = segments
         request = self.node.new_id()
         src, dst = (self.node.id, ep.port), ep.peer
-        grant = await self.table.ask(
+        grant = await self.node.questions.ask(
             ep, Msg(Op.ALLOC_REQ, src, dst, ep.remote_id, len(segments), request), request
         )
         if grant.op != Op.ALLOC_GNT:
             raise ScifError(errno.ENOMEM, "the peer has no room for its record")
-        record = RECORD.pack(RECORD_MAGIC, window.offset, window.length, window.prot, len(segments), 0, 0, 0)
-        record += b"".join(SEGMENT.pack(path.own_addr(off), n) for off, n in segments)
+        record = records.pack(window, path)
         try:
             path.peer_view(grant.p1, len(record)).write(0, record)
         except IndexError:
             raise ScifError(errno.ENOMEM, "the peer's record is outside its memory") from None
         window.peer_id = grant.p0
-        answer = await self.table.ask(
+        answer = await self.node.questions.ask(
             ep, Msg(Op.REGISTER, src, dst, ep.remote_id, grant.p0, window.id), window.id
         )
         if answer.op != Op.REGISTER_ACK:
@@ -238,18 +156,9 @@ class Windows:
             raise ScifError(errno.ENOTCONN, "closed meanwhile")
 
     def add_remote(self, record: int, owner_id: int, data: bytes) -> None:
-        """The peer announced a window; every field is checked against its memory."""
-        magic, offset, length, prot, count, *_ = RECORD.unpack_from(data)
-        path = self.ep.path
-        if magic != RECORD_MAGIC or path is None or RECORD.size + count * SEGMENT.size > len(data):
-            raise ScifError(errno.EINVAL, "bad window record")
-        check_pages(offset, length)
-        segments = [SEGMENT.unpack_from(data, RECORD.size + i * SEGMENT.size) for i in range(count)]
-        if sum(n for _, n in segments) != length or any(n <= 0 or a % PAGE or n % PAGE for a, n in segments):
-            raise ScifError(errno.EINVAL, "bad window record")
-        for addr, n in segments:
-            path.peer_view(addr, n)
-        window = Window(record, offset, length, prot & 3, [(a, n) for a, n in segments], owner_id, alive=True)
+        """The peer announced a window in ``record``. Raises ScifError, IndexError."""
+        offset, length, prot, segments = records.unpack(data, self.ep.path)
+        window = Window(record, offset, length, prot, segments, owner_id, alive=True)
         self.remote.add(window)
         self.table.remote[record] = self
         self._raise_gen()
@@ -282,7 +191,7 @@ class Windows:
         ep = self.ep
         msg = Msg(Op.UNREGISTER, (self.node.id, ep.port), ep.peer, window.peer_id, window.id)
         try:
-            answer = await self.table.ask(ep, msg, window.id, patient=True)
+            answer = await self.node.questions.ask(ep, msg, window.id, patient=True)
         except ScifError:
             if self.own_known(window):
                 await self._destroy(window)
@@ -367,7 +276,7 @@ class Windows:
         await asyncio.gather(*(self._quietly(w) for w in self.own))
         for window in self.remote:
             self._forget_remote(window)
-        self.table.drop_records(self)
+        self.node.records.drop_of(self)
 
     async def _quietly(self, window: Window) -> None:
         try:

@@ -358,7 +358,7 @@ def test_scif_125_card_learns_of_other_cards_and_their_loss() -> None:
 
     async def body(fab: Fabric) -> None:
         assert [n.node_ids() for n in fab.nodes] == [[0, 1, 2, 3]] * 4
-        await fab.cards[2].node.refresh_info()
+        await fab.cards[2].node.members.refresh_info()
         assert fab.cards[2].node.maxid == 3
         fab.cards[1].host_link.down()
         await eventually(lambda: fab.cards[0].node.node_ids() == [0, 1, 3], "node 2 removed")

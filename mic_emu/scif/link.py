@@ -108,7 +108,7 @@ class Link:
         if self.rings is not None or self.qp is None:
             return self.rings is not None
         try:
-            self.rings = queue.attach(self.qp, peer_qp_addr, self.ports.peer_view)
+            self.rings = queue.attach(self.qp, peer_qp_addr, self.ports.peer_view).rings
         except ScifError as e:
             self.log.warning("node %d: cannot attach to node %d: %s", self.node.id, self.peer_id, e)
             return False

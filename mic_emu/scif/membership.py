@@ -17,8 +17,8 @@ from mic_emu import layout
 from mic_emu._native import lib
 from mic_emu.clock import settle
 from mic_emu.memory import View
-from mic_emu.scif.endpoint import NODE_ALIVE_S
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.paths import Path, RelayPath
 from mic_emu.scif.proto import Msg, Op
 

@@ -21,7 +21,9 @@ from mic_emu.scif import qp as queue
 from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.fences import Fences
+from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.scif.link import Link, LinkPorts
+from mic_emu.scif.lists import Lists
 from mic_emu.scif.membership import HOST, Membership, PeerCallback
 from mic_emu.scif.notifier import Notifier
 from mic_emu.scif.pages import Pages
@@ -67,6 +69,7 @@ class Node:
         self.trace = False  # log every message (SCIF 3.8)
         self.ports = Ports()
         self.endpoints: dict[int, Endpoint] = {}
+        self.draining: set[Lists] = set()  # window lists with copies that somebody waits for
         self.listeners: dict[int, Endpoint] = {}
         self.links: dict[int, Link] = {}
         self.notifier = Notifier(self)
@@ -102,9 +105,9 @@ class Node:
         """Ready for use; the node is its own first peer (loopback needs no card)."""
         self.notifier.start()
 
-    def open(self) -> Endpoint:
+    def open(self) -> KernelEndpoint:
         """A new unbound endpoint for a kernel client."""
-        return Endpoint(self)
+        return KernelEndpoint(self)
 
     def node_ids(self) -> list[int]:
         """Online nodes including this one, ascending (SCIF-125)."""
@@ -189,6 +192,11 @@ class Node:
 
     def _new_qp(self, path: Path) -> queue.QueuePair:
         return queue.QueuePair.create(self.memory, self.allocator, queue.EP_RING, path.own_addr, PAGE)
+
+    def look_at_copies(self) -> None:
+        """A copy of a program has ended, or a process."""
+        for lists in list(self.draining):
+            lists.look()
 
     def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run a task of the node; its failure is logged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_emu.scif.errors import ScifError
@@ -13,45 +14,65 @@ if TYPE_CHECKING:
     from mic_emu.scif.endpoint import Endpoint
     from mic_emu.scif.node import Node
 
+Then = Callable[["Msg | None", "ScifError | None"], None]
+
 
 class Questions:
     """What a node waits for, by key."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self._waiting: dict[int, asyncio.Future[Msg]] = {}
+        self._open: dict[int, tuple[Endpoint, bool, Then]] = {}
 
     def __contains__(self, key: int) -> bool:
-        return key in self._waiting
+        return key in self._open
 
-    def answer(self, key: int, msg: Msg) -> None:
-        """An answer came; nothing when nobody waits for it."""
-        waiter = self._waiting.get(key)
-        if waiter is not None and not waiter.done():
-            waiter.set_result(msg)
-
-    async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
-        """Send and wait for the answer. Raises ScifError ENODEV (node lost), ENOTCONN (disconnected).
+    def put(self, ep: Endpoint, msg: Msg, key: int, then: Then, *, patient: bool = False) -> None:
+        """Send; ``then`` gets the answer, or ScifError ENODEV (node lost), ENOTCONN (disconnected).
 
         ``patient``: go on waiting when the peer's endpoint closes, its node answers all the same.
         """
-        if ep.path is None:
-            raise ScifError(errno.ENOTCONN, "not connected")
-        self._waiting[key] = asyncio.get_running_loop().create_future()
-        unwatch = ep.watch(lambda: self._give_up(ep, key, patient))
-        try:
-            self._give_up(ep, key, patient)
-            ep.path.send(msg)
-            return await self._waiting[key]
-        finally:
-            unwatch()
-            del self._waiting[key]
-
-    def _give_up(self, ep: Endpoint, key: int, patient: bool) -> None:
-        waiter = self._waiting[key]
-        if waiter.done():
+        error = self._hopeless(ep, patient)
+        if error is not None or ep.path is None:
+            then(None, error or ScifError(errno.ENOTCONN, "not connected"))
             return
+        self._open[key] = (ep, patient, then)
+        ep.questions += 1
+        ep.path.send(msg)
+
+    async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
+        """``put`` for a coroutine. Raises ScifError."""
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+        def then(msg: Msg | None, error: ScifError | None) -> None:
+            if answer.done():
+                return
+            if msg is None:
+                answer.set_exception(error or ScifError(errno.EIO))
+            else:
+                answer.set_result(msg)
+
+        self.put(ep, msg, key, then, patient=patient)
+        return await answer
+
+    def answer(self, key: int, msg: Msg) -> None:
+        """An answer came; nothing when nobody waits for it."""
+        question = self._open.pop(key, None)
+        if question is not None:
+            question[0].questions -= 1
+            question[2](msg, None)
+
+    def give_up(self, ep: Endpoint) -> None:
+        """``ep`` is no longer connected: which of its questions can still be answered?"""
+        for key, (asker, patient, then) in list(self._open.items()):
+            error = self._hopeless(ep, patient) if asker is ep else None
+            if error is not None and self._open.pop(key, None) is not None:
+                ep.questions -= 1
+                then(None, error)
+
+    def _hopeless(self, ep: Endpoint, patient: bool) -> ScifError | None:
         if self.node.path(ep.peer[0]) is not ep.path:
-            waiter.set_exception(ScifError(errno.ENODEV, "the peer's node is gone"))
-        elif not ep.windows.connected and not patient:
-            waiter.set_exception(ScifError(errno.ENOTCONN, "the peer has closed"))
+            return ScifError(errno.ENODEV, "the peer's node is gone")
+        if not patient and not ep.is_connected:
+            return ScifError(errno.ENOTCONN, "the peer has closed")
+        return None

@@ -8,24 +8,22 @@ every copy that began under the old lists has ended.
 
 from __future__ import annotations
 
-import asyncio
 import errno
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from mic_emu._native import lib
-from mic_emu.clock import settle
 from mic_emu.memory import PAGE
 from mic_emu.scif import records
+from mic_emu.scif.announce import Announcement
+from mic_emu.scif.connector import Done
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.lists import Lists
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import END, PROT_READ, PROT_WRITE, Segment, Space, Window, check_pages
 
 if TYPE_CHECKING:
     from mic_emu.scif.endpoint import Endpoint
     from mic_emu.scif.node import Node
-
-DRAIN_S = 3.0
-DRAIN_STEP_S = 0.0002
 
 
 class WindowTable:
@@ -71,7 +69,7 @@ class WindowTable:
             if path is not None:  # nobody knows it (any more): it is certainly not in use
                 path.send(msg.answer(Op.UNREGISTER_ACK))
             return
-        self.node.spawn(windows.drop_remote(msg), "drop a peer's window")
+        windows.drop_remote(msg)
 
     def _on_munmap(self, msg: Msg, link: object) -> None:
         windows = self.own.get(msg.p0)
@@ -97,7 +95,7 @@ class Windows:
         self.own: Space[Window] = Space()
         self.remote: Space[Window] = Space()
         self.released = False  # the endpoint is being released: nothing new
-        self._lock = asyncio.Lock()  # raise, wait for the old copies, free: one after the other
+        self.lists = Lists(ep)
 
     @property
     def connected(self) -> bool:
@@ -125,35 +123,20 @@ class Windows:
         self.own.remove(window)
         self.table.own.pop(window.id, None)
 
-    async def announce(self, window: Window, segments: list[Segment]) -> None:
-        """Tell the peer; when this returns, it can use the window (SCIF-84)."""
-        ep, path = self.ep, self.ep.path
-        ep.check_connected()
-        assert path is not None
+    def announce(self, window: Window, segments: list[Segment], done: Done) -> None:
+        """Tell the peer; after ``done`` it can use the window (SCIF-84)."""
+        self.ep.check_connected()
         window.segments = segments
-        request = self.node.new_id()
-        src, dst = (self.node.id, ep.port), ep.peer
-        grant = await self.node.questions.ask(
-            ep, Msg(Op.ALLOC_REQ, src, dst, ep.remote_id, len(segments), request), request
-        )
-        if grant.op != Op.ALLOC_GNT:
-            raise ScifError(errno.ENOMEM, "the peer has no room for its record")
-        record = records.pack(window, path)
-        try:
-            path.peer_view(grant.p1, len(record)).write(0, record)
-        except IndexError:
-            raise ScifError(errno.ENOMEM, "the peer's record is outside its memory") from None
-        window.peer_id = grant.p0
-        answer = await self.node.questions.ask(
-            ep, Msg(Op.REGISTER, src, dst, ep.remote_id, grant.p0, window.id), window.id
-        )
-        if answer.op != Op.REGISTER_ACK:
-            raise ScifError(errno.ENOMEM, "the peer refused the window")
+        Announcement(self, window, done).start()
+
+    def announced(self, window: Window, done: Done) -> None:
+        """The peer knows the window."""
         window.alive = True
-        self._raise_gen()
+        self.lists.changed()
         if self.released:  # it came too late: the peer must let go of it again
-            await self._quietly(window)
-            raise ScifError(errno.ENOTCONN, "closed meanwhile")
+            self._withdraw(window, lambda _: done(ScifError(errno.ENOTCONN, "closed meanwhile")))
+        else:
+            done(None)
 
     def add_remote(self, record: int, owner_id: int, data: bytes) -> None:
         """The peer announced a window in ``record``. Raises ScifError, IndexError."""
@@ -161,12 +144,12 @@ class Windows:
         window = Window(record, offset, length, prot, segments, owner_id, alive=True)
         self.remote.add(window)
         self.table.remote[record] = self
-        self._raise_gen()
+        self.lists.changed()
 
     # --- unregistration ---------------------------------------------------------------------------
 
-    async def unregister(self, offset: int, length: int) -> None:
-        """Remove the windows that make up [offset, offset + length) (SCIF 2.11)."""
+    def unregister(self, offset: int, length: int, done: Done) -> None:
+        """Remove the windows that make up [offset, offset + length) (SCIF 2.11). Raises ScifError."""
         check_pages(offset, length)
         self.ep.check_connected()
         windows = self.own.cover(offset, length, usable=False)
@@ -174,62 +157,86 @@ class Windows:
             raise ScifError(errno.EINVAL, "begins inside a window")
         if windows[-1].end != offset + length:
             raise ScifError(errno.ENXIO, "ends inside a window")
-        for window in windows:
-            await self._withdraw(window)
+        self._withdraw_all(windows, done)
 
-    async def _withdraw(self, window: Window) -> None:
-        """Begin or join the withdrawal; it runs to its end whatever becomes of the caller."""
-        if window.withdrawal is None and window.alive:
-            window.withdrawal = self.node.spawn(self._run_withdrawal(window), "withdraw a window")
-        if window.withdrawal is not None:
-            await asyncio.shield(window.withdrawal)
+    def _withdraw_all(self, windows: Iterable[Window], done: Done) -> None:
+        """Withdraw them side by side; ``done`` gets the first error."""
+        left = [w for w in windows if w.alive or w.leaving is not None]
+        count, first = len(left), None
 
-    async def _run_withdrawal(self, window: Window) -> None:
-        """UNREGISTER; with the peer's ACK its pages are free, with its NACK it lingers."""
+        def one(error: ScifError | None) -> None:
+            nonlocal count, first
+            count -= 1
+            first = first or error
+            if not count:
+                done(first)
+
+        if not left:
+            done(None)
+        for window in left:
+            self._withdraw(window, one)
+
+    def _withdraw(self, window: Window, done: Done) -> None:
+        """Begin or join the withdrawal: UNREGISTER; with the peer's ACK its pages are free, with its NACK
+        it lingers. It runs to its end whatever becomes of the caller."""
+        if window.leaving is not None:
+            window.leaving.append(done)
+            return
+        window.leaving = [done]
         window.alive = False
-        self._raise_gen()
+        grace = self.lists.changed()
         ep = self.ep
         msg = Msg(Op.UNREGISTER, (self.node.id, ep.port), ep.peer, window.peer_id, window.id)
-        try:
-            answer = await self.node.questions.ask(ep, msg, window.id, patient=True)
-        except ScifError:
-            if self.own_known(window):
-                await self._destroy(window)
-            raise
-        if answer.op == Op.UNREGISTER_NACK:
-            window.lingering = True
-        else:
-            await self._destroy(window)
 
-    def own_known(self, window: Window) -> bool:
-        """Is the window still in our list?"""
-        return window.id in self.table.own
+        def answered(answer: Msg | None, error: ScifError | None) -> None:
+            if answer is not None and answer.op == Op.UNREGISTER_NACK:
+                window.lingering = True
+                self._withdrawn(window, error)
+            else:
+                grace.then(lambda: self._destroy(window, error))
 
-    async def _destroy(self, window: Window) -> None:
-        await self._drained()
-        self.abandon(window)
-        self.node.pages.release(window.segments)
+        self.node.questions.put(ep, msg, window.id, answered, patient=True)
+
+    def _withdrawn(self, window: Window, error: ScifError | None) -> None:
+        waiting, window.leaving = window.leaving or [], None
+        for done in waiting:
+            done(error)
+
+    def _destroy(self, window: Window, error: ScifError | None = None) -> None:
+        if window.id in self.table.own:
+            self.abandon(window)
+            self.node.pages.release(window.segments)
+        self._withdrawn(window, error)
 
     def last_unmap(self, window_id: int) -> None:
         """MUNMAP: the peer's last mapping of a lingering window is gone."""
         for window in self.own:
             if window.id == window_id and window.lingering:
-                self.abandon(window)
-                self.node.pages.release(window.segments)
+                self._end_lingering(window)
 
-    async def drop_remote(self, msg: Msg) -> None:
+    def _end_lingering(self, window: Window) -> None:
+        """Nobody maps it any more: it goes when the copies in progress have ended."""
+        window.lingering = False
+        self.lists.changed().then(lambda: self._destroy(window))
+
+    def drop_remote(self, msg: Msg) -> None:
         """UNREGISTER from the peer: no new use; answer when the copies in progress have ended."""
         window = next((w for w in self.remote if w.id == msg.p0), None)
-        op = Op.UNREGISTER_ACK
-        if window is not None:
-            window.alive = False
-            self._raise_gen()
-            await self._drained()
-            if window.mapped_pages:
-                window.lingering = True
-                op = Op.UNREGISTER_NACK
-            else:
-                self._forget_remote(window)
+        if window is None:
+            self._answer_unregister(msg, Op.UNREGISTER_ACK)
+            return
+        window.alive = False
+        self.lists.changed().then(lambda: self._dropped(window, msg))
+
+    def _dropped(self, window: Window, msg: Msg) -> None:
+        if window.mapped_pages:
+            window.lingering = True
+            self._answer_unregister(msg, Op.UNREGISTER_NACK)
+        else:
+            self._forget_remote(window)
+            self._answer_unregister(msg, Op.UNREGISTER_ACK)
+
+    def _answer_unregister(self, msg: Msg, op: Op) -> None:
         if self.ep.path is not None:
             self.ep.path.send(Msg(op, msg.dst, msg.src, self.ep.remote_id, msg.p1))
 
@@ -268,21 +275,19 @@ class Windows:
 
     # --- end --------------------------------------------------------------------------------------
 
-    async def release(self) -> None:
+    def release(self, done: Callable[[], None]) -> None:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
         self.released = True
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
-        await asyncio.gather(*(self._quietly(w) for w in self.own))
+        self._withdraw_all(self.own, lambda _: self._released(done))
+
+    def _released(self, done: Callable[[], None]) -> None:
+        """The peer may be gone; the windows are destroyed all the same."""
         for window in self.remote:
             self._forget_remote(window)
         self.node.records.drop_of(self)
-
-    async def _quietly(self, window: Window) -> None:
-        try:
-            await self._withdraw(window)
-        except ScifError:
-            pass  # the peer is gone; the window is destroyed all the same
+        done()
 
     def forget_peer(self) -> None:
         """The peer's node is lost: nothing of it is mapped by living programs any more."""
@@ -290,25 +295,5 @@ class Windows:
             self._forget_remote(window)
         for window in self.own:
             if window.lingering:
-                self.abandon(window)
-                self.node.pages.release(window.segments)
-        self._raise_gen()
-
-    # --- programs ---------------------------------------------------------------------------------
-
-    def _raise_gen(self) -> None:
-        if self.ep.qp is not None:
-            lib.mic_scif_raise_gen(self.ep.qp.control)
-
-    async def _drained(self) -> None:
-        """Wait until every copy that began before the last raise has ended, at most DRAIN_S.
-
-        A copy takes microseconds to milliseconds; there is no event for its end, so look again soon.
-        """
-        async with self._lock:
-            qp = self.ep.qp
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            limit = self.node.clock.alarm(self.node.clock.api(DRAIN_S), lambda: settle(done))
-            while qp is not None and qp is self.ep.qp and lib.mic_scif_busy(qp.control) and not done.done():
-                await asyncio.sleep(DRAIN_STEP_S)
-            limit.cancel()
+                self._end_lingering(window)
+        self.lists.changed()

@@ -16,9 +16,10 @@ from mic_emu import layout
 from mic_emu.clock import Clock, ManualClock
 from mic_emu.layout import SCIF_QP
 from mic_emu.scif import ScifError
-from mic_emu.scif.endpoint import Endpoint, State
+from mic_emu.scif.kernel import KernelEndpoint as Endpoint
 from mic_emu.scif.node import Node
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.state import State
 
 
 def run(body: Callable[[Fabric], Awaitable[None]], cards: int = 1, clock: Clock | None = None) -> None:

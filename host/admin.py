@@ -16,8 +16,8 @@ from mic_emu.host import metrics
 from mic_emu.host.devices import block
 from mic_emu.host.logfile import keep_small
 from mic_emu.host.sysfs import Sysfs, watch_states
-from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.wire_aio import AsyncChannel
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Admin:
         finally:
             await ep.close()
 
-    async def _ask(self, ep: Endpoint, node: int, msg: dict[str, Any]) -> Reply:
+    async def _ask(self, ep: KernelEndpoint, node: int, msg: dict[str, Any]) -> Reply:
         self._bind_privileged(ep)
         await ep.connect((node, msg["port"]))
         await ep.send(bytes.fromhex(msg["data"]))
@@ -184,7 +184,7 @@ class Admin:
         rest = await ep.recv(int.from_bytes(head[at : at + 2], "little")) if len(head) == msg["head"] else b""
         return {"data": (head + rest).hex()}
 
-    def _bind_privileged(self, ep: Endpoint) -> None:
+    def _bind_privileged(self, ep: KernelEndpoint) -> None:
         """A free port from 1023 downwards: the proof of root that the services look at."""
         for port in range(1023, 900, -1):
             try:

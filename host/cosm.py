@@ -18,8 +18,8 @@ from mic_emu.clock import Clock
 from mic_emu.cosm.states import Event, State, Status, step
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.log import Log
-from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.kernel import KernelEndpoint
 
 C = L.CONSTANTS
 POLLIN, POLLERR, POLLHUP = 1, 8, 0x10
@@ -371,14 +371,14 @@ class CosmDevice:
 class CosmServer:
     """Listens on node 0 port 201 and hands connections to the cards (COSM-41)."""
 
-    def __init__(self, listener: Endpoint, find: Callable[[int], CosmDevice | None], log: Log) -> None:
+    def __init__(self, listener: KernelEndpoint, find: Callable[[int], CosmDevice | None], log: Log) -> None:
         self._listener = listener
         self._find = find
         self._log = log
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def open(cls, endpoint: Endpoint, find: Callable[[int], CosmDevice | None], log: Log) -> CosmServer:
+    def open(cls, endpoint: KernelEndpoint, find: Callable[[int], CosmDevice | None], log: Log) -> CosmServer:
         """Bind and listen. Raises ScifError."""
         endpoint.bind(C["SCIF_COSM_PORT"])
         endpoint.listen(C["COSM_BACKLOG"])

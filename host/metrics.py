@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection
-from mic_emu.scif.endpoint import State as EndpointState
+from mic_emu.scif.state import State as EndpointState
 from mic_emu.version import VERSION
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from mic_emu import layout as L
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
-from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.scif.node import Node
 
 C = L.CONSTANTS
@@ -28,7 +28,7 @@ class CosmClient:
         self._clock = clock
         self._log = log
         self._power_off = power_off
-        self._ep: Endpoint | None = None
+        self._ep: KernelEndpoint | None = None
         self.clock_offset_ns = 0  # host wall clock minus ours, from SYNC_TIME
         self.connected = asyncio.Event()
 
@@ -56,7 +56,7 @@ class CosmClient:
             except ScifError:
                 return
 
-    async def _connect(self) -> Endpoint | None:
+    async def _connect(self) -> KernelEndpoint | None:
         for attempt in range(CONNECT_TRIES):
             ep = self._node.open()
             try:

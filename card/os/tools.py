@@ -16,8 +16,8 @@ from typing import Any
 
 from mic_emu.cosm import tools_proto as P
 from mic_emu.log import Log
-from mic_emu.scif.endpoint import POLLHUP, POLLIN, Endpoint
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.kernel import POLLHUP, POLLIN, KernelEndpoint
 from mic_emu.scif.node import Node
 
 BACKLOG = 32
@@ -254,7 +254,7 @@ class ToolServers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _accept(self, listener: Endpoint, service: Systools | Ras) -> None:
+    async def _accept(self, listener: KernelEndpoint, service: Systools | Ras) -> None:
         while await listener.poll(POLLIN) == POLLIN:
             try:
                 client = await listener.accept(sync=False)
@@ -265,7 +265,7 @@ class ToolServers:
                 continue
             self._spawn(self._serve(client, service))
 
-    async def _serve(self, client: Endpoint, service: Systools | Ras) -> None:
+    async def _serve(self, client: KernelEndpoint, service: Systools | Ras) -> None:
         """Requests of one client, until it closes, is silent for long or sends more than one at a time."""
         self._clients[service.port] = self._clients.get(service.port, 0) + 1
         try:
@@ -287,7 +287,7 @@ class ToolServers:
             self._clients[service.port] -= 1
             await client.close()
 
-    def _body(self, client: Endpoint, request: bytes) -> None:
+    def _body(self, client: KernelEndpoint, request: bytes) -> None:
         """Take a RAS request's body out of the way; none of those we serve has one."""
         if len(request) == P.RAS_HEADER.size and (length := P.RAS_HEADER.unpack(request)[1]):
             client.recv_nowait(min(length, 4096))

@@ -32,9 +32,9 @@ class Fences:
         node.add_handler(Op.SIG_LOCAL, self._on_signal)
         node.add_handler(Op.SIG_REMOTE, self._on_signal)
         for op in (Op.MARK_ACK, Op.MARK_NACK, Op.WAIT_ACK, Op.WAIT_NACK):
-            node.add_handler(op, lambda msg, link: node.windows.answer(msg.p1, msg))
+            node.add_handler(op, lambda msg, link: node.questions.answer(msg.p1, msg))
         for op in (Op.SIG_ACK, Op.SIG_NACK):
-            node.add_handler(op, lambda msg, link: node.windows.answer(msg.p3, msg))
+            node.add_handler(op, lambda msg, link: node.questions.answer(msg.p3, msg))
 
     # --- our programs' requests -------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ class Fences:
         ep.check_connected()
         key = self.node.new_id()
         msg = Msg(Op.MARK, (self.node.id, ep.port), ep.peer, ep.remote_id, key)
-        answer = await self.node.windows.ask(ep, msg, key)
+        answer = await self.node.questions.ask(ep, msg, key)
         if answer.op != Op.MARK_ACK:
             raise ScifError(errno.ENOMEM, "the peer cannot set a mark")
         return (answer.p2 & 0x7FFFFFFF) | REMOTE_MARK
@@ -53,7 +53,7 @@ class Fences:
         ep.check_connected()
         key = self.node.new_id()
         msg = Msg(Op.WAIT, (self.node.id, ep.port), ep.peer, ep.remote_id, key, mark & 0x7FFFFFFF)
-        answer = await self.node.windows.ask(ep, msg, key)
+        answer = await self.node.questions.ask(ep, msg, key)
         if answer.op != Op.WAIT_ACK:
             raise ScifError(errno.ENOMEM, "the peer's wait failed")
 
@@ -68,7 +68,7 @@ class Fences:
             ep.check_connected()
             key = self.node.new_id()
             msg = Msg(op, (self.node.id, ep.port), ep.peer, ep.remote_id, off, value, key)
-            answer = await self.node.windows.ask(ep, msg, key)
+            answer = await self.node.questions.ask(ep, msg, key)
             if answer.op != Op.SIG_ACK:
                 raise ScifError(errno.ENXIO, "the peer cannot write there")
 

@@ -108,7 +108,7 @@ class Link:
         if self.rings is not None or self.qp is None:
             return self.rings is not None
         try:
-            self.rings = queue.attach(self.qp, peer_qp_addr, self.ports.peer_view)
+            self.rings = queue.attach(self.qp, peer_qp_addr, self.ports.peer_view).rings
         except ScifError as e:
             self.log.warning("node %d: cannot attach to node %d: %s", self.node.id, self.peer_id, e)
             return False
@@ -139,11 +139,11 @@ class Link:
 
     def down(self) -> None:
         """The peer is gone without a word: node removal on this side (SCIF 3.7)."""
-        self.node.lose_link(self)
+        self.node.members.lose_link(self)
 
     async def stop(self) -> None:
         """Orderly end: tell the others, EXIT, wait for EXIT_ACK at most the node timeout, drop the peer."""
-        await self.node.leave_link(self)
+        await self.node.members.leave_link(self)
 
     # --- messages -----------------------------------------------------------------------------
 

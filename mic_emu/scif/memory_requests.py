@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import struct
 from collections.abc import Callable, Iterable
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mic_emu._native import lib
+from mic_emu.scif.control import Answer, Call, Control, Reply
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.ras import Segment, Window
-from mic_emu.scif.session import Answer, Control, Reply, Session
+from mic_emu.scif.session import Session
 
 if TYPE_CHECKING:
     from mic_emu.scif.service import ScifService
@@ -74,37 +74,41 @@ class MemoryRequests:
         ticket = self._tickets.pop(args[0], None)
         if ticket is None or ticket.pid != control.pid:
             raise ScifError(errno.EINVAL, "no such registration")
-        return self._announce(
-            control.pid, session, ticket, [_SEG.unpack_from(data, o) for o in range(0, len(data) & -16, 16)]
-        )
+        windows, window = session.ep.windows, ticket.window
+        held: list[Segment] = []
+        try:
+            segments = list(_SEG.iter_unpack(data[: len(data) & -16]))
+            if sum(n for _, n in segments) != window.length:
+                raise ScifError(errno.EINVAL, "wrong number of pages")
+            held = self.node.pages.hold(control.pid, segments)
+            # Once the peer may know of it, it runs to its end whatever becomes of the caller.
+            call = control.call
+            assert call is not None
+            windows.announce(window, held, lambda error: self._announced(windows, window, held, call, error))
+        except BaseException:
+            self._undo(windows, window, held)
+            raise
+        return None
+
+    def _announced(
+        self, windows: Windows, window: Window, held: list[Segment], call: Call, error: ScifError | None
+    ) -> None:
+        if error is not None:
+            self._undo(windows, window, held)
+            call.fail(error)
+        else:
+            call.done(Reply((window.offset & (1 << 64) - 1,)))
+
+    def _undo(self, windows: Windows, window: Window, held: list[Segment]) -> None:
+        """The registration failed."""
+        if window.id in self.node.windows.own:  # else it was destroyed already, pages and all
+            windows.abandon(window)
+            self.node.pages.release(held)
 
     def forget(self, sid: int) -> None:
         """The endpoint is released: its unfinished registrations are over."""
         for key in [k for k, t in self._tickets.items() if t.sid == sid]:
             del self._tickets[key]
-
-    async def _announce(self, pid: int, session: Session, ticket: Ticket, segments: list[Segment]) -> Reply:
-        windows, window = session.ep.windows, ticket.window
-        held: list[Segment] = []
-        try:
-            if sum(n for _, n in segments) != window.length:
-                raise ScifError(errno.EINVAL, "wrong number of pages")
-            held = self.node.pages.hold(pid, segments)
-        except BaseException:
-            windows.abandon(window)
-            raise
-        # Once the peer may know of it, the announcement runs to its end whatever becomes of the caller.
-        await asyncio.shield(self.node.spawn(self._finish(windows, window, held), "announce a window"))
-        return Reply([window.offset & (1 << 64) - 1])
-
-    async def _finish(self, windows: Windows, window: Window, held: list[Segment]) -> None:
-        try:
-            await windows.announce(window, held)
-        except BaseException:
-            if window.id in self.node.windows.own:  # else it was destroyed already, pages and all
-                windows.abandon(window)
-                self.node.pages.release(held)
-            raise
 
     def _abort(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         ticket = self._tickets.pop(args[0], None)
@@ -114,9 +118,11 @@ class MemoryRequests:
                 self.node.pages.drop(ticket.pid, ticket.run)
         return Reply()
 
-    async def _unregister(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        await session.ep.windows.unregister(signed(args[0]), args[1])
-        return Reply()
+    def _unregister(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
+        call = control.call
+        assert call is not None
+        session.ep.windows.unregister(signed(args[0]), args[1], call.end)
+        return None
 
     def drop(self, control: Control, data: bytes) -> Reply:
         """Pages that the process no longer maps."""

@@ -86,7 +86,10 @@ class Notifier:
 
     def _on_event(self) -> None:
         drain(self._event_fd)
-        while (slot := lib.mic_scif_notifier_next(self._thread)) >= 0:
+        while (slot := lib.mic_scif_notifier_next(self._thread)) != -1:
+            if slot == lib.MIC_SCIF_COPY_LEFT:
+                self.node.look_at_copies()
+                continue
             owner = self._owners.get(slot)
             if owner is not None:
                 owner.changed()

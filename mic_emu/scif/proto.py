@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from mic_emu import layout
 
@@ -58,8 +58,7 @@ class Op(enum.IntEnum):
     SIG_NACK = 39
 
 
-@dataclass(frozen=True)
-class Msg:
+class Msg(NamedTuple):
     """One node message; ``src`` and ``dst`` are (node, port), ``p0``..``p3`` unsigned 64 bit."""
 
     op: int
@@ -72,15 +71,8 @@ class Msg:
 
     def pack(self) -> bytes:
         """The 44 bytes on the queue."""
-        return _FRAME.pack(
-            *self.src,
-            *self.dst,
-            self.op,
-            self.p0 & MASK64,
-            self.p1 & MASK64,
-            self.p2 & MASK64,
-            self.p3 & MASK64,
-        )
+        op, (sn, sp), (dn, dp), p0, p1, p2, p3 = self
+        return _FRAME.pack(sn, sp, dn, dp, op, p0 & MASK64, p1 & MASK64, p2 & MASK64, p3 & MASK64)
 
     @classmethod
     def unpack(cls, data: bytes) -> Msg:
@@ -88,9 +80,17 @@ class Msg:
         sn, sp, dn, dp, op, p0, p1, p2, p3 = _FRAME.unpack(data)
         return cls(op, (sn, sp), (dn, dp), p0, p1, p2, p3)
 
-    def answer(self, op: int, **changes: int) -> Msg:
-        """The same payload back to the sender with another opcode."""
-        return replace(self, op=op, src=self.dst, dst=self.src, **changes)
+    def answer(self, op: int, p0: int | None = None, p1: int | None = None, p2: int | None = None) -> Msg:
+        """Back to the sender with another opcode; the payload is the same where nothing else is given."""
+        return Msg(
+            op,
+            self.dst,
+            self.src,
+            self.p0 if p0 is None else p0,
+            self.p1 if p1 is None else p1,
+            self.p2 if p2 is None else p2,
+            self.p3,
+        )
 
     def __str__(self) -> str:
         name = Op(self.op).name if self.op in Op._value2member_map_ else f"op{self.op}"

@@ -10,32 +10,40 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
-from mic_emu.layout import SCIF_QP
 from mic_emu.memory import PAGE, PageAllocator, View
 from mic_emu.scif.errors import ScifError
 
 QP_MAGIC: int = layout.CONSTANTS["SCIF_QP_MAGIC"]
 NODE_RING: int = layout.CONSTANTS["SCIF_NODE_RING"]
 EP_RING: int = layout.CONSTANTS["SCIF_EP_RING"]
-QP_OFFLINE, QP_ONLINE = 0xDEAD, 0xC0DE
 
+_QPAGE, _CTL = ffi.typeof("struct mic_scif_qpage *"), ffi.typeof("struct mic_scif_ctl *")
+_TX, _RX = ffi.typeof("struct mic_scif_tx *"), ffi.typeof("struct mic_scif_rx *")
 OwnAddr = Callable[[int], int]
 PeerView = Callable[[int, int], View]
 
 
-@dataclass
 class QueuePair:
-    """Our half: where it lies in our memory. ``extra`` bytes follow the ring (the control page)."""
+    """Our half: where it lies in our memory. The control page, if any, follows the ring.
 
-    memory: View
-    allocator: PageAllocator
-    offset: int
-    ring_size: int
+    ``page``, ``control``: C pointers, ``struct mic_scif_qpage *`` and ``struct mic_scif_ctl *``.
+    """
+
+    __slots__ = ("allocator", "control", "memory", "offset", "page", "ring_offset", "ring_size")
+
+    def __init__(self, memory: View, allocator: PageAllocator, offset: int, ring_size: int) -> None:
+        self.memory = memory
+        self.allocator = allocator
+        self.offset = offset
+        self.ring_size = ring_size
+        self.ring_offset = offset + PAGE
+        base = memory.pointer + offset
+        self.page: Any = ffi.cast(_QPAGE, base)
+        self.control: Any = ffi.cast(_CTL, base + PAGE + ring_size)
 
     @classmethod
     def create(
@@ -44,35 +52,16 @@ class QueuePair:
         """Allocate and initialise. Raises OutOfNodeMemory (ENOMEM)."""
         off = allocator.alloc(PAGE + ring_size + extra)
         qp = cls(memory, allocator, off, ring_size)
-        SCIF_QP.put(memory, off, "local_buf", own_addr(qp.ring_offset))
-        SCIF_QP.put(memory, off, "local_qp", own_addr(off))
-        SCIF_QP.put(memory, off, "qp_state", QP_OFFLINE)
-        SCIF_QP.put(memory, off, "magic", QP_MAGIC)
+        lib.mic_scif_qp_init(qp.page, own_addr(qp.ring_offset), own_addr(off))
         return qp
 
-    @property
-    def ring_offset(self) -> int:
-        """Offset of the receive ring in our memory."""
-        return self.offset + PAGE
-
-    @property
-    def control_offset(self) -> int:
-        """Offset of the control page in our memory."""
-        return self.offset + PAGE + self.ring_size
-
-    @property
-    def page(self) -> Any:
-        """The queue pair page as ``struct mic_scif_qpage *``."""
-        return ffi.cast("struct mic_scif_qpage *", self.memory.pointer + self.offset)
-
-    @property
-    def control(self) -> Any:
-        """The control page as ``struct mic_scif_ctl *``."""
-        return ffi.cast("struct mic_scif_ctl *", self.memory.pointer + self.control_offset)
+    def announce(self, notify_addr: int, slot: int) -> None:
+        """Tell the peer how to reach our notify page, and our slot in it."""
+        lib.mic_scif_qp_notify(self.page, notify_addr, slot)
 
     def invalidate(self) -> None:
         """Nobody may attach any more."""
-        SCIF_QP.put(self.memory, self.offset, "magic", 0)
+        lib.mic_scif_qp_invalid(self.page)
 
     def free(self) -> None:
         """Give the pages back."""
@@ -83,22 +72,12 @@ class QueuePair:
 class Rings:
     """Both ring ends between our queue pair and an attached peer's. Errors are ScifError EPROTO."""
 
-    def __init__(self, own: QueuePair, peer_qp: View, peer_ring: View) -> None:
-        size = own.ring_size
-        base = own.memory.pointer
-        self._keep = (own, peer_qp, peer_ring)
-        self.peer_page: Any = ffi.cast("struct mic_scif_qpage *", peer_qp.pointer)
-        u32 = "uint32_t *"
-        self.tx: Any = ffi.new("struct mic_scif_tx *")
-        self.tx.buf = peer_ring.pointer
-        self.tx.windex = ffi.cast(u32, peer_qp.pointer + SCIF_QP.off("local_write"))
-        self.tx.rindex = ffi.cast(u32, base + own.offset + SCIF_QP.off("local_read"))
-        self.tx.size = size
-        self.rx: Any = ffi.new("struct mic_scif_rx *")
-        self.rx.buf = base + own.ring_offset
-        self.rx.windex = ffi.cast(u32, base + own.offset + SCIF_QP.off("local_write"))
-        self.rx.rindex = ffi.cast(u32, peer_qp.pointer + SCIF_QP.off("local_read"))
-        self.rx.size = size
+    def __init__(self, own: QueuePair, peer_page: Any, peer_ring: View) -> None:
+        self._keep = (own, peer_ring)
+        self.peer_page = peer_page
+        self.tx: Any = ffi.new(_TX)
+        self.rx: Any = ffi.new(_RX)
+        lib.mic_scif_rings_init(self.tx, self.rx, own.page, peer_page, peer_ring.pointer, own.ring_size)
 
     def drained(self) -> None:
         """A kernel client has read everything: programs notify it again for the next bytes."""
@@ -136,28 +115,46 @@ class Rings:
         return bytes(ffi.buffer(out, length))
 
 
-def attach(own: QueuePair, peer_addr: int, peer_view: PeerView) -> Rings:
+class Attachment:
+    """The peer's queue pair, once it was checked."""
+
+    __slots__ = ("_own", "_ring", "_rings", "addr", "page", "ring_addr")
+
+    def __init__(self, own: QueuePair, page: Any, addr: int, ring: View, ring_addr: int) -> None:
+        self.page = page  # struct mic_scif_qpage *
+        self.addr, self.ring_addr = addr, ring_addr  # bus addresses
+        self._own, self._ring = own, ring
+        self._rings: Rings | None = None
+
+    @property
+    def rings(self) -> Rings:
+        """Ring ends for code in this process; programs have their own."""
+        if self._rings is None:
+            self._rings = Rings(self._own, self.page, self._ring)
+        return self._rings
+
+
+def attach(own: QueuePair, peer_addr: int, peer_view: PeerView) -> Attachment:
     """Attach to the peer's queue pair at bus address ``peer_addr``.
 
     Raises ScifError EIO when it is not one: outside memory, bad magic, bad ring address; ECANCELED
     when its owner has released it.
     """
     try:
-        peer_qp = peer_view(peer_addr, PAGE)
-        magic = SCIF_QP.get(peer_qp, 0, "magic")
+        page = ffi.cast(_QPAGE, peer_view(peer_addr, PAGE).pointer)
+        magic = lib.mic_scif_qp_magic(page)
         if magic == 0:
             raise ScifError(errno.ECANCELED, f"the queue pair at {peer_addr:#x} was released")
         if magic != QP_MAGIC:
             raise ScifError(errno.EIO, f"no queue pair at {peer_addr:#x}")
-        ring_addr = SCIF_QP.get(peer_qp, 0, "local_buf")
+        ring_addr = int(page.local_buf)
         if ring_addr % PAGE or peer_addr % PAGE:
             raise ScifError(errno.EIO, f"misaligned queue pair at {peer_addr:#x}")
-        peer_ring = peer_view(ring_addr, own.ring_size)
+        ring = peer_view(ring_addr, own.ring_size)
     except IndexError as e:
         raise ScifError(errno.EIO, str(e)) from None
-    SCIF_QP.put(own.memory, own.offset, "remote_qp", peer_addr)
-    SCIF_QP.put(own.memory, own.offset, "remote_buf", ring_addr)
-    return Rings(own, peer_qp, peer_ring)
+    own.page.remote_qp, own.page.remote_buf = peer_addr, ring_addr
+    return Attachment(own, page, peer_addr, ring, ring_addr)
 
 
 def _check(rc: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import bisect
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -35,7 +34,7 @@ class Window:
     mapped_pages: int = 0  # of a peer's window: pages in scif_mmap mappings of our programs
     lingering: bool = False  # unregistered, but still mapped somewhere
     alive: bool = False  # announced: usable
-    withdrawal: asyncio.Task[None] | None = None  # under way, or over
+    leaving: list[Callable[[ScifError | None], None]] | None = None  # who waits for the withdrawal
 
     @property
     def end(self) -> int:

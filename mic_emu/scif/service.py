@@ -19,19 +19,23 @@ from typing import TYPE_CHECKING
 
 from mic_emu._native import lib
 from mic_emu.bar import close_all
+from mic_emu.clock import settle
 from mic_emu.memory import Mapping
-from mic_emu.scif.endpoint import State
-from mic_emu.scif.errors import ScifError
-from mic_emu.scif.inspect import tables
-from mic_emu.scif.memory_requests import MemoryRequests
-from mic_emu.scif.session import (
+from mic_emu.scif.control import (
+    REPLY,
+    REQUEST,
     Answer,
+    Call,
     Control,
     Reply,
-    Session,
     caller_is_privileged,
     peer_credentials,
 )
+from mic_emu.scif.errors import ScifError
+from mic_emu.scif.inspect import tables
+from mic_emu.scif.memory_requests import MemoryRequests
+from mic_emu.scif.session import Session
+from mic_emu.scif.state import State
 
 if TYPE_CHECKING:
     from mic_emu.scif.node import Node
@@ -60,6 +64,12 @@ def listen_at(path: str | os.PathLike[str]) -> socket.socket:
     return sock
 
 
+def _taken(control: Control) -> Call:
+    """The request that is being served; who takes it answers it."""
+    assert control.call is not None
+    return control.call
+
+
 class ScifService:
     """Serves programs on ``node`` through ``listener`` (``listen_at``); start it in the node's loop.
 
@@ -82,6 +92,7 @@ class ScifService:
         self._by_fd: dict[int, Session] = {}
         self.sessions: dict[int, Session] = {}  # by sid
         self._by_cookie: dict[int, Session] = {}
+        self._when_empty: Callable[[], None] | None = None
         self._handlers: dict[int, Handler] = {
             lib.MIC_SCIF_BIND: self._bind,
             lib.MIC_SCIF_LISTEN: self._listen,
@@ -113,7 +124,12 @@ class ScifService:
             control.close()
         for sock in self._fresh.values():
             sock.close()
-        await asyncio.gather(*(s.release() for s in list(self.sessions.values())), return_exceptions=True)
+        for session in list(self.sessions.values()):
+            session.release()
+        if self.sessions:
+            empty = asyncio.get_running_loop().create_future()
+            self._when_empty = lambda: settle(empty)
+            await empty
         self._epoll.close()
 
     # --- events -----------------------------------------------------------------------------------
@@ -137,7 +153,7 @@ class ScifService:
         for fd, events in self._epoll.poll(0, 256):
             if fd in self._by_fd:
                 session = self._by_fd[fd]
-                if session.released is None and session.gone():
+                if not session.released and session.gone():
                     session.release()
             elif fd in self._controls:
                 self._on_control(fd, self._controls[fd])
@@ -163,11 +179,11 @@ class ScifService:
         except OSError:
             packet, fds = b"", []
         del self._fresh[fd]
-        if len(packet) != Control.REQUEST.size:
+        if len(packet) != REQUEST.size:
             self._drop(fd, sock)
             close_all(fds)
             return
-        op, _, _, a0, a1, *_ = Control.REQUEST.unpack(packet)
+        op, _, _, a0, a1, *_ = REQUEST.unpack(packet)
         if op == lib.MIC_SCIF_MEMORY and len(fds) == 1:
             self._take_memory(a0, a1, fds[0])
             self._reply_to(sock, 0)
@@ -189,13 +205,13 @@ class ScifService:
         try:
             if os.fstat(fd).st_size != size:
                 raise ValueError(f"{size} bytes announced")
-            self.node.add_memory(node_id, Mapping(fd, size), fd)
+            self.node.members.add_memory(node_id, Mapping(fd, size), fd)
         except (OSError, ValueError) as e:
             self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
     def _reply_to(self, sock: socket.socket, status: int, value: int = 0) -> None:
         try:
-            sock.send(Control.REPLY.pack(status, 0, value, *([0] * 7)), socket.MSG_NOSIGNAL)
+            sock.send(REPLY.pack(status, 0, value, *([0] * 7)), socket.MSG_NOSIGNAL)
         except OSError:
             pass
 
@@ -212,6 +228,11 @@ class ScifService:
         del self._controls[fd]
         self._epoll.unregister(fd)
         control.close()
+        self.node.look_at_copies()  # its process may have died in the middle of one
+
+    def living(self) -> set[int]:
+        """Processes that are connected."""
+        return {c.pid for c in self._controls.values()}
 
     def forget(self, session: Session) -> None:
         """The session is released."""
@@ -223,13 +244,15 @@ class ScifService:
         if self._by_fd.get(fd) is session:
             del self._by_fd[fd]
             self._epoll.unregister(fd)
+        if not self.sessions and self._when_empty is not None:
+            self._when_empty()
 
     # --- requests ---------------------------------------------------------------------------------
 
     def serve(self, control: Control, op: int, sid: int, args: list[int], data: bytes) -> Answer:
         """One request. Raises OSError with the errno for the program."""
         if op == lib.MIC_SCIF_SYNC:
-            return self._sync(sid)
+            return self._sync(control, sid)
         if op == lib.MIC_SCIF_TABLES:
             return Reply(data=json.dumps(tables(self.node, self.sessions.values())).encode()[: PACKET - 256])
         if op == lib.MIC_SCIF_DROP:
@@ -242,7 +265,7 @@ class ScifService:
         if handler is None:
             raise ScifError(errno.EINVAL, f"unknown request {op}")
         session = self.sessions.get(sid)
-        if session is None or session.released is not None:
+        if session is None or session.released:
             raise ScifError(errno.EBADF, "no such endpoint")
         return handler(control, session, args, data)
 
@@ -252,19 +275,21 @@ class ScifService:
             raise ScifError(errno.ENOTTY, "not an endpoint")
         return Reply([session.sid])
 
-    async def _sync(self, sid: int) -> Reply:
+    def _sync(self, control: Control, sid: int) -> Answer:
         self.dispatch()
         session = self.sessions.get(sid)
-        if session is not None and session.released is not None:
-            await asyncio.wait([session.released])
-        return Reply()
+        if session is None or not session.released:
+            return Reply()
+        call = _taken(control)
+        session.on_released.append(lambda: call.done(Reply()))
+        return None
 
     async def _nodes(self) -> Reply:
-        await self.node.refresh_info()
+        await self.node.members.refresh_info()
         ids = self.node.node_ids()
         return Reply([len(ids), self.node.id], data=struct.pack(f"<{len(ids)}H", *ids))
 
-    async def _bind(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+    def _bind(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
         port = args[0] & 0xFFFF
         try:
             return Reply([session.ep.bind(port, privileged=session.privileged)])
@@ -273,9 +298,15 @@ class ScifService:
                 raise
         # Taken, perhaps by one that the same program has just closed: let that release end first.
         self.dispatch()
-        leaving = [s.released for s in self.sessions.values() if s.released is not None and s.ep.port == port]
-        if leaving:
-            await asyncio.wait(leaving)
+        return self._bind_after(session, port)
+
+    async def _bind_after(self, session: Session, port: int) -> Reply:
+        loop = asyncio.get_running_loop()
+        for leaving in [s for s in self.sessions.values() if s.released and s.ep.port == port]:
+            gone: asyncio.Future[None] = loop.create_future()
+            leaving.on_released.append(lambda gone=gone: settle(gone))  # type: ignore[misc]
+            if self.sessions.get(leaving.sid) is leaving:
+                await gone
         return Reply([session.ep.bind(port, privileged=session.privileged)])
 
     def _listen(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
@@ -283,25 +314,21 @@ class ScifService:
         session.ep.listen(max(backlog, 0))
         return Reply()
 
-    async def _connect(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        return Reply([await session.connect((args[0] & 0xFFFF, args[1] & 0xFFFF), bool(args[2]))])
+    def _connect(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
+        session.connect((args[0] & 0xFFFF, args[1] & 0xFFFF), bool(args[2]), _taken(control))
+        return None
 
-    async def _accept(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+    def _accept(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
         fresh = self.sessions.get(args[0])
         if fresh is None or fresh is session or fresh.ep.state is not State.UNBOUND:
             raise ScifError(errno.EINVAL, "no descriptor for the new endpoint")
         if session.ep.state is State.LISTENING and (args[1] or session.ep.pending):
             session.last_acceptor = control.process
-        try:
-            node, port = await session.accept(fresh, bool(args[1]), control.process)
-        except ScifError as e:
-            e.reply = Reply([0, 0, session.surplus_token()])  # type: ignore[attr-defined]
-            raise
-        return Reply([node, port, session.surplus_token()])
+        session.accept(fresh, bool(args[1]), control.process, _taken(control))
+        return None
 
     def _attach(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        values, fds = session.attach()
-        return Reply(values, fds)
+        return session.attach(control.pid)
 
     def _flush(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         session.flush(control.process)

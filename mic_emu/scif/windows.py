@@ -8,28 +8,22 @@ every copy that began under the old lists has ended.
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import struct
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from mic_emu._native import lib
-from mic_emu.clock import settle
 from mic_emu.memory import PAGE
+from mic_emu.scif import records
+from mic_emu.scif.announce import Announcement
+from mic_emu.scif.connector import Done
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.lists import Lists
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import END, PROT_READ, PROT_WRITE, Segment, Space, Window, check_pages
 
 if TYPE_CHECKING:
     from mic_emu.scif.endpoint import Endpoint
     from mic_emu.scif.node import Node
-
-RECORD = struct.Struct("<8Q")  # magic, offset, length, prot, segments, 3 reserved
-SEGMENT = struct.Struct("<2Q")
-RECORD_MAGIC = 0x5C1F57494E444F57
-MAX_SEGMENTS = 1 << 16
-DRAIN_S = 3.0
-DRAIN_STEP_S = 0.0002
 
 
 class WindowTable:
@@ -39,105 +33,29 @@ class WindowTable:
         self.node = node
         self.own: dict[int, Windows] = {}  # by window id
         self.remote: dict[int, Windows] = {}
-        self.records: dict[int, tuple[int, Windows, int]] = {}  # offset in our memory, owner, bytes
-        self.waiting: dict[int, asyncio.Future[Msg]] = {}  # answers by request or window id
-        on = node.add_handler
-        on(Op.ALLOC_REQ, self._on_alloc)
-        on(Op.ALLOC_GNT, self._on_grant)
-        on(Op.ALLOC_REJ, lambda msg, link: self.answer(msg.p2, msg))
-        on(Op.FREE_VIRT, lambda msg, link: self._drop_record(msg.p1))
+        on, answer = node.add_handler, node.questions.answer
         on(Op.REGISTER, self._on_register)
-        on(Op.REGISTER_ACK, lambda msg, link: self.answer(msg.p2, msg))
-        on(Op.REGISTER_NACK, lambda msg, link: self.answer(msg.p2, msg))
+        on(Op.REGISTER_ACK, lambda msg, link: answer(msg.p2, msg))
+        on(Op.REGISTER_NACK, lambda msg, link: answer(msg.p2, msg))
         on(Op.UNREGISTER, self._on_unregister)
-        on(Op.UNREGISTER_ACK, lambda msg, link: self.answer(msg.p1, msg))
-        on(Op.UNREGISTER_NACK, lambda msg, link: self.answer(msg.p1, msg))
+        on(Op.UNREGISTER_ACK, lambda msg, link: answer(msg.p1, msg))
+        on(Op.UNREGISTER_NACK, lambda msg, link: answer(msg.p1, msg))
         on(Op.MUNMAP, self._on_munmap)
 
-    def answer(self, key: int, msg: Msg) -> None:
-        """An answer came; nothing when nobody waits for it."""
-        waiter = self.waiting.get(key)
-        if waiter is not None and not waiter.done():
-            waiter.set_result(msg)
-
-    async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
-        """Send and wait for the answer. Raises ScifError ENODEV (node lost), ENOTCONN (disconnected).
-
-        ``patient``: go on waiting when the peer's endpoint closes, its node answers all the same.
-        """
-        if ep.path is None:
-            raise ScifError(errno.ENOTCONN, "not connected")
-        self.waiting[key] = asyncio.get_running_loop().create_future()
-        unwatch = ep.watch(lambda: self._give_up(ep, key, patient))
-        try:
-            self._give_up(ep, key, patient)
-            ep.path.send(msg)
-            return await self.waiting[key]
-        finally:
-            unwatch()
-            del self.waiting[key]
-
-    def _give_up(self, ep: Endpoint, key: int, patient: bool) -> None:
-        waiter = self.waiting[key]
-        if waiter.done():
-            return
-        if self.node.path(ep.peer[0]) is not ep.path:
-            waiter.set_exception(ScifError(errno.ENODEV, "the peer's node is gone"))
-        elif not ep.windows.connected and not patient:
-            waiter.set_exception(ScifError(errno.ENOTCONN, "the peer has closed"))
-
-    def _windows(self, ep_id: int, msg: Msg) -> Windows:
+    def of(self, ep_id: int, msg: Msg) -> Windows:
+        """The windows of the endpoint that ``msg`` names. Raises ScifError EINVAL."""
         ep = self.node.endpoints.get(ep_id)
         if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
             raise ScifError(errno.EINVAL, "no such endpoint")
         return ep.windows
 
-    def _on_alloc(self, msg: Msg, link: object) -> None:
-        path = self.node.path(msg.src[0])
-        try:
-            windows = self._windows(msg.p0, msg)
-            nbytes = RECORD.size + msg.p1 * SEGMENT.size
-            if not 0 < msg.p1 <= MAX_SEGMENTS or path is None:
-                raise ScifError(errno.EINVAL, "bad record size")
-            offset = self.node.allocator.alloc(nbytes)
-        except OSError:
-            if path is not None:
-                path.send(msg.answer(Op.ALLOC_REJ, p2=msg.p2))
-            return
-        record = self.node.new_id()
-        self.records[record] = (offset, windows, nbytes)
-        path.send(msg.answer(Op.ALLOC_GNT, p0=record, p1=path.own_addr(offset), p2=msg.p2))
-
-    def _on_grant(self, msg: Msg, link: object) -> None:
-        if msg.p2 in self.waiting:
-            self.answer(msg.p2, msg)
-            return
-        path = self.node.path(msg.src[0])
-        if path is not None:  # who asked has gone meanwhile
-            path.send(msg.answer(Op.FREE_VIRT, p0=0, p1=msg.p0))
-
-    def _drop_record(self, record: int) -> None:
-        known = self.records.pop(record, None)
-        if known is not None:
-            self.node.allocator.free(known[0])
-
-    def drop_records(self, windows: Windows) -> None:
-        """The endpoint is released: nobody will fill in its records."""
-        for record in [r for r, (_, owner, _) in self.records.items() if owner is windows]:
-            self._drop_record(record)
-
     def _on_register(self, msg: Msg, link: object) -> None:
         path = self.node.path(msg.src[0])
         try:
-            windows = self._windows(msg.p0, msg)
-            offset, owner, nbytes = self.records[msg.p1]
-            data = self.node.memory.read(offset, nbytes)
-            self._drop_record(msg.p1)
-            if owner is not windows:
-                raise ScifError(errno.EINVAL, "somebody else's record")
-            windows.add_remote(msg.p1, msg.p2, data)
+            windows = self.of(msg.p0, msg)
+            windows.add_remote(msg.p1, msg.p2, self.node.records.take(msg.p1, windows))
         except (OSError, KeyError, IndexError):
-            self._drop_record(msg.p1)
+            self.node.records.drop(msg.p1)
             if path is not None:
                 path.send(msg.answer(Op.REGISTER_NACK))
             raise
@@ -151,7 +69,7 @@ class WindowTable:
             if path is not None:  # nobody knows it (any more): it is certainly not in use
                 path.send(msg.answer(Op.UNREGISTER_ACK))
             return
-        self.node.spawn(windows.drop_remote(msg), "drop a peer's window")
+        windows.drop_remote(msg)
 
     def _on_munmap(self, msg: Msg, link: object) -> None:
         windows = self.own.get(msg.p0)
@@ -161,8 +79,7 @@ class WindowTable:
 
     def node_lost(self, node_id: int) -> None:
         """Whatever a lost node had mapped or exposed is over."""
-        for record in [r for r, (_, w, _) in self.records.items() if w.ep.peer[0] == node_id]:
-            self._drop_record(record)
+        self.node.records.drop_node(node_id)
         for table in (self.own, self.remote):
             for windows in {id(w): w for w in table.values()}.values():
                 if windows.ep.peer[0] == node_id:
@@ -178,7 +95,7 @@ class Windows:
         self.own: Space[Window] = Space()
         self.remote: Space[Window] = Space()
         self.released = False  # the endpoint is being released: nothing new
-        self._lock = asyncio.Lock()  # raise, wait for the old copies, free: one after the other
+        self.lists = Lists(ep)
 
     @property
     def connected(self) -> bool:
@@ -206,58 +123,33 @@ class Windows:
         self.own.remove(window)
         self.table.own.pop(window.id, None)
 
-    async def announce(self, window: Window, segments: list[Segment]) -> None:
-        """Tell the peer; when this returns, it can use the window (SCIF-84)."""
-        ep, path = self.ep, self.ep.path
-        ep.check_connected()
-        assert path is not None
+    def announce(self, window: Window, segments: list[Segment], done: Done) -> None:
+        """Tell the peer; after ``done`` it can use the window (SCIF-84)."""
+        self.ep.check_connected()
         window.segments = segments
-        request = self.node.new_id()
-        src, dst = (self.node.id, ep.port), ep.peer
-        grant = await self.table.ask(
-            ep, Msg(Op.ALLOC_REQ, src, dst, ep.remote_id, len(segments), request), request
-        )
-        if grant.op != Op.ALLOC_GNT:
-            raise ScifError(errno.ENOMEM, "the peer has no room for its record")
-        record = RECORD.pack(RECORD_MAGIC, window.offset, window.length, window.prot, len(segments), 0, 0, 0)
-        record += b"".join(SEGMENT.pack(path.own_addr(off), n) for off, n in segments)
-        try:
-            path.peer_view(grant.p1, len(record)).write(0, record)
-        except IndexError:
-            raise ScifError(errno.ENOMEM, "the peer's record is outside its memory") from None
-        window.peer_id = grant.p0
-        answer = await self.table.ask(
-            ep, Msg(Op.REGISTER, src, dst, ep.remote_id, grant.p0, window.id), window.id
-        )
-        if answer.op != Op.REGISTER_ACK:
-            raise ScifError(errno.ENOMEM, "the peer refused the window")
+        Announcement(self, window, done).start()
+
+    def announced(self, window: Window, done: Done) -> None:
+        """The peer knows the window."""
         window.alive = True
-        self._raise_gen()
+        self.lists.changed()
         if self.released:  # it came too late: the peer must let go of it again
-            await self._quietly(window)
-            raise ScifError(errno.ENOTCONN, "closed meanwhile")
+            self._withdraw(window, lambda _: done(ScifError(errno.ENOTCONN, "closed meanwhile")))
+        else:
+            done(None)
 
     def add_remote(self, record: int, owner_id: int, data: bytes) -> None:
-        """The peer announced a window; every field is checked against its memory."""
-        magic, offset, length, prot, count, *_ = RECORD.unpack_from(data)
-        path = self.ep.path
-        if magic != RECORD_MAGIC or path is None or RECORD.size + count * SEGMENT.size > len(data):
-            raise ScifError(errno.EINVAL, "bad window record")
-        check_pages(offset, length)
-        segments = [SEGMENT.unpack_from(data, RECORD.size + i * SEGMENT.size) for i in range(count)]
-        if sum(n for _, n in segments) != length or any(n <= 0 or a % PAGE or n % PAGE for a, n in segments):
-            raise ScifError(errno.EINVAL, "bad window record")
-        for addr, n in segments:
-            path.peer_view(addr, n)
-        window = Window(record, offset, length, prot & 3, [(a, n) for a, n in segments], owner_id, alive=True)
+        """The peer announced a window in ``record``. Raises ScifError, IndexError."""
+        offset, length, prot, segments = records.unpack(data, self.ep.path)
+        window = Window(record, offset, length, prot, segments, owner_id, alive=True)
         self.remote.add(window)
         self.table.remote[record] = self
-        self._raise_gen()
+        self.lists.changed()
 
     # --- unregistration ---------------------------------------------------------------------------
 
-    async def unregister(self, offset: int, length: int) -> None:
-        """Remove the windows that make up [offset, offset + length) (SCIF 2.11)."""
+    def unregister(self, offset: int, length: int, done: Done) -> None:
+        """Remove the windows that make up [offset, offset + length) (SCIF 2.11). Raises ScifError."""
         check_pages(offset, length)
         self.ep.check_connected()
         windows = self.own.cover(offset, length, usable=False)
@@ -265,62 +157,86 @@ class Windows:
             raise ScifError(errno.EINVAL, "begins inside a window")
         if windows[-1].end != offset + length:
             raise ScifError(errno.ENXIO, "ends inside a window")
-        for window in windows:
-            await self._withdraw(window)
+        self._withdraw_all(windows, done)
 
-    async def _withdraw(self, window: Window) -> None:
-        """Begin or join the withdrawal; it runs to its end whatever becomes of the caller."""
-        if window.withdrawal is None and window.alive:
-            window.withdrawal = self.node.spawn(self._run_withdrawal(window), "withdraw a window")
-        if window.withdrawal is not None:
-            await asyncio.shield(window.withdrawal)
+    def _withdraw_all(self, windows: Iterable[Window], done: Done) -> None:
+        """Withdraw them side by side; ``done`` gets the first error."""
+        left = [w for w in windows if w.alive or w.leaving is not None]
+        count, first = len(left), None
 
-    async def _run_withdrawal(self, window: Window) -> None:
-        """UNREGISTER; with the peer's ACK its pages are free, with its NACK it lingers."""
+        def one(error: ScifError | None) -> None:
+            nonlocal count, first
+            count -= 1
+            first = first or error
+            if not count:
+                done(first)
+
+        if not left:
+            done(None)
+        for window in left:
+            self._withdraw(window, one)
+
+    def _withdraw(self, window: Window, done: Done) -> None:
+        """Begin or join the withdrawal: UNREGISTER; with the peer's ACK its pages are free, with its NACK
+        it lingers. It runs to its end whatever becomes of the caller."""
+        if window.leaving is not None:
+            window.leaving.append(done)
+            return
+        window.leaving = [done]
         window.alive = False
-        self._raise_gen()
+        grace = self.lists.changed()
         ep = self.ep
         msg = Msg(Op.UNREGISTER, (self.node.id, ep.port), ep.peer, window.peer_id, window.id)
-        try:
-            answer = await self.table.ask(ep, msg, window.id, patient=True)
-        except ScifError:
-            if self.own_known(window):
-                await self._destroy(window)
-            raise
-        if answer.op == Op.UNREGISTER_NACK:
-            window.lingering = True
-        else:
-            await self._destroy(window)
 
-    def own_known(self, window: Window) -> bool:
-        """Is the window still in our list?"""
-        return window.id in self.table.own
+        def answered(answer: Msg | None, error: ScifError | None) -> None:
+            if answer is not None and answer.op == Op.UNREGISTER_NACK:
+                window.lingering = True
+                self._withdrawn(window, error)
+            else:
+                grace.then(lambda: self._destroy(window, error))
 
-    async def _destroy(self, window: Window) -> None:
-        await self._drained()
-        self.abandon(window)
-        self.node.pages.release(window.segments)
+        self.node.questions.put(ep, msg, window.id, answered, patient=True)
+
+    def _withdrawn(self, window: Window, error: ScifError | None) -> None:
+        waiting, window.leaving = window.leaving or [], None
+        for done in waiting:
+            done(error)
+
+    def _destroy(self, window: Window, error: ScifError | None = None) -> None:
+        if window.id in self.table.own:
+            self.abandon(window)
+            self.node.pages.release(window.segments)
+        self._withdrawn(window, error)
 
     def last_unmap(self, window_id: int) -> None:
         """MUNMAP: the peer's last mapping of a lingering window is gone."""
         for window in self.own:
             if window.id == window_id and window.lingering:
-                self.abandon(window)
-                self.node.pages.release(window.segments)
+                self._end_lingering(window)
 
-    async def drop_remote(self, msg: Msg) -> None:
+    def _end_lingering(self, window: Window) -> None:
+        """Nobody maps it any more: it goes when the copies in progress have ended."""
+        window.lingering = False
+        self.lists.changed().then(lambda: self._destroy(window))
+
+    def drop_remote(self, msg: Msg) -> None:
         """UNREGISTER from the peer: no new use; answer when the copies in progress have ended."""
         window = next((w for w in self.remote if w.id == msg.p0), None)
-        op = Op.UNREGISTER_ACK
-        if window is not None:
-            window.alive = False
-            self._raise_gen()
-            await self._drained()
-            if window.mapped_pages:
-                window.lingering = True
-                op = Op.UNREGISTER_NACK
-            else:
-                self._forget_remote(window)
+        if window is None:
+            self._answer_unregister(msg, Op.UNREGISTER_ACK)
+            return
+        window.alive = False
+        self.lists.changed().then(lambda: self._dropped(window, msg))
+
+    def _dropped(self, window: Window, msg: Msg) -> None:
+        if window.mapped_pages:
+            window.lingering = True
+            self._answer_unregister(msg, Op.UNREGISTER_NACK)
+        else:
+            self._forget_remote(window)
+            self._answer_unregister(msg, Op.UNREGISTER_ACK)
+
+    def _answer_unregister(self, msg: Msg, op: Op) -> None:
         if self.ep.path is not None:
             self.ep.path.send(Msg(op, msg.dst, msg.src, self.ep.remote_id, msg.p1))
 
@@ -359,21 +275,19 @@ class Windows:
 
     # --- end --------------------------------------------------------------------------------------
 
-    async def release(self) -> None:
+    def release(self, done: Callable[[], None]) -> None:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
         self.released = True
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
-        await asyncio.gather(*(self._quietly(w) for w in self.own))
+        self._withdraw_all(self.own, lambda _: self._released(done))
+
+    def _released(self, done: Callable[[], None]) -> None:
+        """The peer may be gone; the windows are destroyed all the same."""
         for window in self.remote:
             self._forget_remote(window)
-        self.table.drop_records(self)
-
-    async def _quietly(self, window: Window) -> None:
-        try:
-            await self._withdraw(window)
-        except ScifError:
-            pass  # the peer is gone; the window is destroyed all the same
+        self.node.records.drop_of(self)
+        done()
 
     def forget_peer(self) -> None:
         """The peer's node is lost: nothing of it is mapped by living programs any more."""
@@ -381,25 +295,5 @@ class Windows:
             self._forget_remote(window)
         for window in self.own:
             if window.lingering:
-                self.abandon(window)
-                self.node.pages.release(window.segments)
-        self._raise_gen()
-
-    # --- programs ---------------------------------------------------------------------------------
-
-    def _raise_gen(self) -> None:
-        if self.ep.qp is not None:
-            lib.mic_scif_raise_gen(self.ep.qp.control)
-
-    async def _drained(self) -> None:
-        """Wait until every copy that began before the last raise has ended, at most DRAIN_S.
-
-        A copy takes microseconds to milliseconds; there is no event for its end, so look again soon.
-        """
-        async with self._lock:
-            qp = self.ep.qp
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            limit = self.node.clock.alarm(self.node.clock.api(DRAIN_S), lambda: settle(done))
-            while qp is not None and qp is self.ep.qp and lib.mic_scif_busy(qp.control) and not done.done():
-                await asyncio.sleep(DRAIN_STEP_S)
-            limit.cancel()
+                self._end_lingering(window)
+        self.lists.changed()

@@ -102,6 +102,8 @@ void wire_after_fork(void);
 /* Sleep until *word is no longer `seen`, or the node died, or a signal (-EINTR, without SA_RESTART). */
 int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen);
 bool spin_allowed(void);
+/* A copy under window lists `gen` has ended: count it out, and tell the node if it waits for that. */
+void copy_out(struct ep *ep, uint32_t gen);
 /* Is our node dead? The kernel has then marked the lock that it held. */
 bool node_dead(struct ep *ep);
 void lock(uint64_t *words);

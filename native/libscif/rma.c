@@ -159,7 +159,7 @@ int rma_begin(struct ep *ep, struct rma_table **out)
 	for (;;) {
 		uint32_t gen = mic_load_acquire(&ep->ctl->gen);
 
-		mic_fetch_add(&ep->ctl->busy[gen & 1], 1);
+		mic_fetch_add(&ep->ctl->busy[gen % MIC_SCIF_GENS], 1);
 		/* Counted in, then look again: pairs with the node, which raises, then reads the count. */
 		if (mic_load_acquire(&ep->ctl->gen) == gen) {
 			pthread_mutex_lock(&ep->rma_lock);
@@ -175,7 +175,7 @@ int rma_begin(struct ep *ep, struct rma_table **out)
 				return 0;
 			}
 		}
-		mic_fetch_add(&ep->ctl->busy[gen & 1], -1);
+		copy_out(ep, gen);
 		if (mic_load_acquire(&ep->ctl->state) != MIC_SCIF_EP_CONNECTED)
 			return -ECONNRESET;
 		rc = refresh(ep);
@@ -186,7 +186,7 @@ int rma_begin(struct ep *ep, struct rma_table **out)
 
 void rma_end(struct ep *ep, struct rma_table *t)
 {
-	mic_fetch_add(&ep->ctl->busy[t->gen & 1], -1);
+	copy_out(ep, t->gen);
 	table_put(t);
 }
 

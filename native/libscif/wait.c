@@ -103,3 +103,16 @@ void unlock(uint64_t *words)
 {
 	pthread_mutex_unlock((pthread_mutex_t *)(void *)words);
 }
+
+void copy_out(struct ep *ep, uint32_t gen)
+{
+	struct mic_scif_notify *page = ep->own_notify;
+
+	mic_fetch_add(&ep->ctl->busy[gen % MIC_SCIF_GENS], -1);
+	/* Pairs with the node, which sets drain, then reads the counts. */
+	if (!mic_load_seq_cst(&ep->ctl->drain) || !mic_exchange(&ep->ctl->drain, 0u))
+		return;
+	mic_store_release(&page->left, 1u);
+	mic_fetch_add(&page->seq, 1);
+	(void)syscall(SYS_futex, &page->seq, FUTEX_WAKE, 1 << 30, NULL, NULL, 0);
+}

@@ -59,15 +59,62 @@ void mic_scif_ctl_state(struct mic_scif_ctl *ctl, struct mic_scif_qpage *qp, uin
 	mic_scif_wake_tx(qp);
 }
 
-void mic_scif_raise_gen(struct mic_scif_ctl *ctl)
+/* --- copies of programs ------------------------------------------------------------------------ */
+
+uint32_t mic_scif_raise_gen(struct mic_scif_ctl *ctl)
 {
+	uint32_t next = (mic_load_relaxed(&ctl->gen) + 1) % MIC_SCIF_GENS, classes = 0;
+
+	/* The class that copies will use from now on may still hold some of MIC_SCIF_GENS raises ago. */
+	if (mic_load_acquire(&ctl->busy[next]))
+		classes = 1u << next;
+	/* Pairs with the library: it counts itself in, then looks at gen again. */
 	mic_fetch_add(&ctl->gen, 1);
+	for (uint32_t i = 0; i < MIC_SCIF_GENS; i++)
+		if (i != next && mic_load_seq_cst(&ctl->busy[i]))
+			classes |= 1u << i;
+	return classes;
 }
 
-uint32_t mic_scif_busy(struct mic_scif_ctl *ctl)
+uint32_t mic_scif_busy(struct mic_scif_ctl *ctl, uint32_t classes)
 {
-	/* Pairs with the increment in the library: it counts itself in, then looks at gen. */
-	return mic_load_acquire(&ctl->busy[(mic_load_acquire(&ctl->gen) - 1) & 1]);
+	uint32_t still = 0;
+
+	/* Pairs with the library: it counts itself out, then looks at drain. */
+	mic_exchange(&ctl->drain, 1u);
+	for (uint32_t i = 0; i < MIC_SCIF_GENS; i++)
+		if (classes >> i & 1 && mic_load_seq_cst(&ctl->busy[i]))
+			still |= 1u << i;
+	return still;
+}
+
+/* --- queue pairs ------------------------------------------------------------------------------- */
+
+#define QP_OFFLINE 0xdead /* SCIF 3.2: nothing reads it */
+
+void mic_scif_qp_init(struct mic_scif_qpage *qp, uint64_t local_buf, uint64_t local_qp)
+{
+	qp->local_buf = local_buf;
+	qp->local_qp = local_qp;
+	qp->qp_state = QP_OFFLINE;
+	mic_store_release(&qp->magic, MIC_SCIF_QP_MAGIC);
+}
+
+void mic_scif_qp_notify(struct mic_scif_qpage *qp, uint64_t notify_addr, uint32_t slot)
+{
+	qp->notify_addr = notify_addr;
+	qp->notify_slot = slot;
+	mic_store_release(&qp->abi, MIC_SCIF_ABI);
+}
+
+void mic_scif_qp_invalid(struct mic_scif_qpage *qp)
+{
+	mic_store_release(&qp->magic, 0u);
+}
+
+uint64_t mic_scif_qp_magic(const struct mic_scif_qpage *qp)
+{
+	return mic_load_acquire(&qp->magic);
 }
 
 void mic_scif_kernel_drained(struct mic_scif_qpage *peer)
@@ -126,6 +173,7 @@ struct mic_scif_notifier {
 	int event_fd;
 	int fd[MIC_SCIF_SLOTS];              /* -2 unused, -1 kernel client */
 	uint64_t ready[MIC_SCIF_SLOTS / 64]; /* kernel clients that were notified */
+	int copy_left;
 };
 
 static void serve_slot(struct mic_scif_notifier *n, uint32_t slot, int rx)
@@ -169,6 +217,10 @@ static void *notifier_main(void *arg)
 		pthread_mutex_lock(&n->lock);
 		serve_bits(n, n->page->rx, 1);
 		serve_bits(n, n->page->tx, 0);
+		if (mic_load_relaxed(&n->page->left) && mic_exchange(&n->page->left, 0u)) {
+			n->copy_left = 1;
+			(void)!eventfd_write(n->event_fd, 1);
+		}
 		pthread_mutex_unlock(&n->lock);
 		if (mic_load_acquire(&n->stop))
 			break;
@@ -231,7 +283,11 @@ int mic_scif_notifier_next(struct mic_scif_notifier *n)
 	int slot = -1;
 
 	pthread_mutex_lock(&n->lock);
-	for (uint32_t w = 0; w < MIC_SCIF_SLOTS / 64 && slot < 0; w++) {
+	if (n->copy_left) {
+		n->copy_left = 0;
+		slot = MIC_SCIF_COPY_LEFT;
+	}
+	for (uint32_t w = 0; w < MIC_SCIF_SLOTS / 64 && slot == -1; w++) {
 		if (!n->ready[w])
 			continue;
 		slot = (int)(w * 64) + __builtin_ctzll(n->ready[w]);

@@ -6,6 +6,17 @@
 
 #include "mic/barrier.h"
 
+void mic_scif_rings_init(struct mic_scif_tx *tx, struct mic_scif_rx *rx, struct mic_scif_qpage *own,
+			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size)
+{
+	*tx = (struct mic_scif_tx){
+		.buf = peer_ring, .windex = &peer->local_write, .rindex = &own->local_read, .size = size};
+	*rx = (struct mic_scif_rx){.buf = (uint8_t *)own + 4096, /* the ring follows its page */
+				   .windex = &own->local_write,
+				   .rindex = &peer->local_read,
+				   .size = size};
+}
+
 static uint32_t distance(uint32_t from, uint32_t to, uint32_t size)
 {
 	return (to - from) & (size - 1);

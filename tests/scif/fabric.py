@@ -114,7 +114,7 @@ async def fabric(cards: int = 1, *, clock: Clock | None = None, wait: bool = Tru
             await node.start()
             for other, (view, fd) in views.items():
                 if other != i + 1:
-                    node.add_memory(other, view, fd)
+                    node.members.add_memory(other, view, fd)
             card = Card(
                 bus,
                 page,

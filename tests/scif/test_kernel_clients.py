@@ -16,9 +16,10 @@ from mic_emu import layout
 from mic_emu.clock import Clock, ManualClock
 from mic_emu.layout import SCIF_QP
 from mic_emu.scif import ScifError
-from mic_emu.scif.endpoint import Endpoint, State
+from mic_emu.scif.kernel import KernelEndpoint as Endpoint
 from mic_emu.scif.node import Node
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.state import State
 
 
 def run(body: Callable[[Fabric], Awaitable[None]], cards: int = 1, clock: Clock | None = None) -> None:
@@ -358,7 +359,7 @@ def test_scif_125_card_learns_of_other_cards_and_their_loss() -> None:
 
     async def body(fab: Fabric) -> None:
         assert [n.node_ids() for n in fab.nodes] == [[0, 1, 2, 3]] * 4
-        await fab.cards[2].node.refresh_info()
+        await fab.cards[2].node.members.refresh_info()
         assert fab.cards[2].node.maxid == 3
         fab.cards[1].host_link.down()
         await eventually(lambda: fab.cards[0].node.node_ids() == [0, 1, 3], "node 2 removed")

@@ -78,16 +78,19 @@ struct mic_scif_ctl {
 	uint32_t streak;    /* blocking receives in a row that had to wait, in a hot loop */
 	uint64_t last_recv; /* time stamp counter at the end of the last receive */
 	uint8_t reserved2[56];
-	/* 320: copies in progress, by parity of gen */
-	uint32_t busy[2];
-	uint8_t reserved3[56];
+	/* 320: copies in progress, by gen modulo MIC_SCIF_GENS */
+	uint32_t busy[16];
+	/* 384: the node waits for copies: whoever counts out tells it */
+	uint32_t drain;
+	uint8_t reserved3[60];
 };
+#define MIC_SCIF_GENS 16
 
 #define MIC_SCIF_NOT_INLINE 0xffffffff
 #define MIC_SCIF_SLOTS      15872
 struct mic_scif_notify {
-	uint32_t seq; /* futex of the notifier thread */
-	uint32_t reserved0;
+	uint32_t seq;      /* futex of the notifier thread */
+	uint32_t left;     /* a copy that some endpoint's node waits for has ended */
 	uint64_t alive[5]; /* robust mutex, held by the notifier for as long as the node lives */
 	uint8_t reserved1[16];
 	uint64_t rx[248]; /* one bit per slot: bytes for it arrived, put a token on its descriptor */
@@ -97,9 +100,17 @@ struct mic_scif_notify {
 /* Node side (scif_node.c). 0 or -errno. */
 void mic_scif_ctl_init(struct mic_scif_ctl *ctl, uint64_t sid);
 void mic_scif_ctl_state(struct mic_scif_ctl *ctl, struct mic_scif_qpage *qp, uint32_t state);
-void mic_scif_raise_gen(struct mic_scif_ctl *ctl);
-/* Copies that began before the last raise and are not finished. */
-uint32_t mic_scif_busy(struct mic_scif_ctl *ctl);
+/* A window list has changed. Returns the classes (bits, gen modulo MIC_SCIF_GENS) of the copies in progress
+ * that began before. One thread of the node raises. */
+uint32_t mic_scif_raise_gen(struct mic_scif_ctl *ctl);
+/* Which of `classes` still have copies in progress? Programs tell the node when one of them ends. */
+uint32_t mic_scif_busy(struct mic_scif_ctl *ctl, uint32_t classes);
+/* Set up a queue pair page: bus addresses of its ring and of itself. The magic comes last. */
+void mic_scif_qp_init(struct mic_scif_qpage *qp, uint64_t local_buf, uint64_t local_qp);
+/* How the peer reaches our notify page, and our bit in it. */
+void mic_scif_qp_notify(struct mic_scif_qpage *qp, uint64_t notify_addr, uint32_t slot);
+void mic_scif_qp_invalid(struct mic_scif_qpage *qp);
+uint64_t mic_scif_qp_magic(const struct mic_scif_qpage *qp);
 /* Bytes or room arrived: wake whoever sleeps in this endpoint's recv or send. */
 void mic_scif_wake_rx(struct mic_scif_qpage *qp);
 void mic_scif_wake_tx(struct mic_scif_qpage *qp);
@@ -108,6 +119,7 @@ void mic_scif_kernel_drained(struct mic_scif_qpage *peer);
 /* A kernel client is the sender and waits for room; `peer` is the receiver's page. */
 void mic_scif_kernel_wants_room(struct mic_scif_qpage *peer);
 
+enum { MIC_SCIF_COPY_LEFT = -2 };
 struct mic_scif_notifier;
 /* A thread that serves a node's notify page. Slots without a descriptor are collected for Python:
  * event_fd becomes readable. NULL with errno. */
@@ -116,7 +128,7 @@ void mic_scif_notifier_stop(struct mic_scif_notifier *n);
 /* The node's end of the descriptor of `slot`; -1: a kernel client. */
 void mic_scif_notifier_set(struct mic_scif_notifier *n, uint32_t slot, int fd);
 void mic_scif_notifier_clear(struct mic_scif_notifier *n, uint32_t slot);
-/* Next kernel client slot that was notified, -1: none. */
+/* Next kernel client slot that was notified, -1: none, MIC_SCIF_COPY_LEFT: a copy has ended. */
 int mic_scif_notifier_next(struct mic_scif_notifier *n);
 /* What the notifier does for a slot, at once: token on, or unfill. */
 void mic_scif_token(int fd);
@@ -136,6 +148,8 @@ _Static_assert(offsetof(struct mic_scif_qpage, notify_addr) == 384, "qpage");
 _Static_assert(offsetof(struct mic_scif_ctl, tx_lock) == 64, "ctl");
 _Static_assert(offsetof(struct mic_scif_ctl, rx_lock) == 192, "ctl");
 _Static_assert(offsetof(struct mic_scif_ctl, busy) == 320, "ctl");
+_Static_assert(offsetof(struct mic_scif_ctl, drain) == 384, "ctl");
+_Static_assert(MIC_SCIF_GENS == sizeof((struct mic_scif_ctl){0}.busy) / sizeof(uint32_t), "ctl");
 _Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
 
 /* --- messages on the node's socket (SOCK_SEQPACKET) --------------------------------------------

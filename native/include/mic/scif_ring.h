@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "mic/scif_abi.h"
+
 /* cffi-begin */
 /* The sending end, private to its owner. */
 struct mic_scif_tx {
@@ -30,6 +32,9 @@ struct mic_scif_rx {
 	uint32_t write; /* last sight of *windex */
 };
 
+/* Both ends between queue pair `own`, whose ring is the page behind it, and an attached peer's. */
+void mic_scif_rings_init(struct mic_scif_tx *tx, struct mic_scif_rx *rx, struct mic_scif_qpage *own,
+			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size);
 /* Free bytes, 0..size - 1, after a fresh look; -EPROTO: the peer's index is not an offset. */
 int mic_scif_tx_room(struct mic_scif_tx *tx);
 /* Copy all of `len` bytes in. 0, -EAGAIN (no room for all of it), -EPROTO. Not yet visible. */

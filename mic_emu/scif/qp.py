@@ -1,7 +1,8 @@
 """Queue pairs in shared memory: the bytes of SCIF 3.2 and the two ring ends over them.
 
 A queue pair lies in its owner's memory, one page, followed by its receive ring; an endpoint's has
-a third part, the control page, which only the owner's side ever maps. The peer writes into the
+a third part, the control page, which only the owner's side ever maps. Of an endpoint's ring a sender
+fills 4095 bytes, and more only while a program waits in recv for more (native/libscif/data.c). The peer writes into the
 ring and into two words of the queue pair: the write index of what it sent, the read index of what
 it consumed.
 """
@@ -22,6 +23,7 @@ from mic_emu.scif.errors import ScifError
 QP_MAGIC: int = layout.CONSTANTS["SCIF_QP_MAGIC"]
 NODE_RING: int = layout.CONSTANTS["SCIF_NODE_RING"]
 EP_RING: int = layout.CONSTANTS["SCIF_EP_RING"]
+EP_CAPACITY: int = layout.CONSTANTS["SCIF_EP_CAPACITY"]
 QP_OFFLINE, QP_ONLINE = 0xDEAD, 0xC0DE
 
 OwnAddr = Callable[[int], int]
@@ -54,6 +56,11 @@ class QueuePair:
     def ring_offset(self) -> int:
         """Offset of the receive ring in our memory."""
         return self.offset + PAGE
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that fit into the ring: without a reader, of an endpoint's."""
+        return EP_CAPACITY if self.ring_size == EP_RING else self.ring_size - 1
 
     @property
     def control_offset(self) -> int:
@@ -94,6 +101,7 @@ class Rings:
         self.tx.windex = ffi.cast(u32, peer_qp.pointer + SCIF_QP.off("local_write"))
         self.tx.rindex = ffi.cast(u32, base + own.offset + SCIF_QP.off("local_read"))
         self.tx.size = size
+        self.tx.limit = own.capacity
         self.rx: Any = ffi.new("struct mic_scif_rx *")
         self.rx.buf = base + own.ring_offset
         self.rx.windex = ffi.cast(u32, base + own.offset + SCIF_QP.off("local_write"))

@@ -24,7 +24,9 @@ static int look(const uint32_t *index, uint32_t size, uint32_t *cached)
 
 static uint32_t room(const struct mic_scif_tx *tx)
 {
-	return tx->size - 1 - distance(tx->read, tx->write, tx->size);
+	uint32_t used = distance(tx->read, tx->write, tx->size);
+
+	return used < tx->limit ? tx->limit - used : 0; /* a hostile read index can go back */
 }
 
 int mic_scif_tx_room(struct mic_scif_tx *tx)

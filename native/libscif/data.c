@@ -315,8 +315,6 @@ static int sleep_until(struct ep *ep, uint32_t *seq, uint32_t *flag, bool (*read
 /* Wait in recv until there is a byte or the peer is gone; rx_lock is held. 0, -EINTR, -ENODEV. */
 static int wait_bytes(struct ep *ep)
 {
-	int rc;
-
 	/* While a token is out the sender does not ask: leave its cache line alone. */
 	if (mic_load_relaxed(&ep->qp->told) != ep->ctl->epoch + 1)
 		mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);

@@ -297,8 +297,9 @@ CONSTANTS: dict[str, int] = {
     # SCIF (SCIF 3)
     "SCIF_QP_MAGIC": 0x5C1F000000005C1F,
     "SCIF_NODE_RING": 0x10000,
-    "SCIF_EP_RING": 0x1000,
-    "SCIF_ABI": 0x31465343,
+    "SCIF_EP_RING": 0x8000,  # bytes behind an endpoint's ring, more than fit without a reader
+    "SCIF_EP_CAPACITY": 4095,  # bytes that fit without a reader (SCIF 2.7)
+    "SCIF_ABI": 0x32465343,
     "SCIF_ADMIN_PORT_END": 1024,
     "SCIF_PORT_RSVD": 1088,
     "SCIF_COSM_PORT": 201,

@@ -40,10 +40,8 @@ def headers() -> list[Path]:
 def sources() -> list[str]:
     """C files of the module, relative to the project's root (libscif too: the Python API calls it)."""
     root = NATIVE.parent
-    return [
-        str(p.relative_to(root))
-        for p in [*sorted((NATIVE / "src").glob("*.c")), *sorted((NATIVE / "libscif").glob("*.c"))]
-    ]
+    folders = (NATIVE / "src", NATIVE / "libscif", NATIVE / "bench")
+    return [str(p.relative_to(root)) for folder in folders for p in sorted(folder.glob("*.c"))]
 
 
 ffi = FFI()

@@ -23,6 +23,19 @@ def run(part: str, scale: float) -> list[dict[str, Any]]:
     return [{"part": part, **row} for row in rows]
 
 
+def notes(part: str) -> list[str]:
+    """What a part could not measure, and how to get it."""
+    found: list[str] = getattr(importlib.import_module(f"mic_emu.bench.{part}"), "notes", list)()
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """One figure as text."""
+    bar = f"   bar {row['bar']}" if row.get("bar") else ""
+    figures = f"{row['value']:>10.5g} {row['unit']:<10} limit {row['limit']:>10.5g}  ratio {row['ratio']:.3g}"
+    return f"{row['name']:<52} {figures}{bar}"
+
+
 def available() -> list[str]:
     """Parts that this version can measure."""
     return [p for p in PARTS if importlib.util.find_spec(f"mic_emu.bench.{p}")]
@@ -50,6 +63,7 @@ def command(parts: tuple[str, ...], scale: float, output: Path | None, as_json: 
         if part not in known:
             raise click.UsageError(f"no part {part!r} to measure: use {', '.join(known)}")
     rows: list[dict[str, Any]] = []
+    remarks: list[str] = []
     for part in parts or known:
         if not as_json:
             click.echo(f"{part} ...", err=True)
@@ -58,17 +72,18 @@ def command(parts: tuple[str, ...], scale: float, output: Path | None, as_json: 
         except (OSError, AssertionError) as e:
             raise MicemuError(f"bench {part}: {e}") from e
         rows += found
+        remarks += notes(part)
         for r in [] if as_json else found:
-            note = f"   bar {r['bar']}" if "bar" in r else ""
-            click.echo(
-                f"{r['name']:<48} {r['value']:>12.5g} {r['unit']:<10} limit {r['limit']:>10.5g}  ratio {r['ratio']:.3g}{note}"
-            )
+            click.echo(line(r))
+    for remark in [] if as_json else remarks:
+        click.echo(remark, err=True)
     result = {
         "schema": 1,
         "time": time.time(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
         "rows": rows,
+        "notes": remarks,
     }
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")

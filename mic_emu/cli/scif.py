@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 
 import mic_emu
 from mic_emu.cli import client
+from mic_emu.cli.bench import line
 from mic_emu.errors import MicemuError
 
 if TYPE_CHECKING:
@@ -196,62 +196,44 @@ def cat(listen: bool, address: tuple[int, ...]) -> None:
     _pump(_open(listen, address[0], address[-1]))
 
 
-def _serve_perf(ep: Endpoint) -> None:
-    from mic_emu import scif
-
-    window = ep.register(scif.alloc(4 << 20))
-    ep.send(window.offset.to_bytes(8, "little"))
-    buffer = bytearray(8)
-    try:
-        while True:
-            ep.recv_into(buffer)
-            ep.send(buffer)
-    except scif.ScifError:
-        return
-
-
-def _measure(ep: Endpoint, rounds: int) -> dict[str, float]:
-    from mic_emu import scif
-
-    offset = int.from_bytes(ep.recv(8), "little")
-    buffer = bytearray(8)
-    t0 = time.perf_counter()
-    for _ in range(rounds):
-        ep.send(buffer)
-        ep.recv_into(buffer)
-    out = {"half_round_trip_us_8B": (time.perf_counter() - t0) / rounds / 2 * 1e6}
-    for size in (4096, 65536, 1 << 20, 4 << 20):
-        data, n = scif.alloc(size), max(4, (64 << 20) // size)
-        plain = bytearray(size)
-        for name, call in (
-            (f"write_GBps_{size}", lambda d=data: ep.vwriteto(d, offset)),
-            (f"read_GBps_{size}", lambda d=data: ep.vreadfrom(d, offset)),
-            (f"memcpy_GBps_{size}", lambda d=data, p=plain: p.__setitem__(slice(None), d)),
-        ):
-            call()
-            t0 = time.perf_counter()
-            for _ in range(n):
-                call()
-            out[name] = size * n / (time.perf_counter() - t0) / 1e9
-    return out
-
-
 @command.command()
-@click.option("-l", "--listen", is_flag=True, help="Be the server, for one client.")
-@click.option("-n", "--rounds", default=20000, show_default=True, type=click.IntRange(1), help="Round trips.")
+@click.option("-l", "--listen", is_flag=True, help="Be the serving side, for one client.")
+@click.option(
+    "--scale", type=float, default=1.0, show_default=True, help="Longer (2) or shorter (0.5) measurements."
+)
 @client.json_option
 @click.argument("address", nargs=-1, required=True, type=click.IntRange(0, 65535))
-def perf(listen: bool, rounds: int, as_json: bool, address: tuple[int, ...]) -> None:
-    """Latency of messages and bandwidth of RMA, beside a plain copy: NODE PORT, or -l PORT for the server."""
+def perf(listen: bool, scale: float, as_json: bool, address: tuple[int, ...]) -> None:
+    """Measure SCIF beside the limits of this machine, and UCX where it is installed: NODE PORT, or -l PORT.
+
+    One process serves (-l), the other measures, each on a CPU of its own. In parentheses: the limit.
+
+    \b
+    Examples:
+      micemu run mic0 -- micemu scif perf -l 3000         on the card, and on the host
+      micemu scif perf 1 3000
+    """
     if len(address) != (1 if listen else 2):
         raise click.UsageError("give PORT with -l, else NODE PORT")
+    from mic_emu.bench import scif as scif_bench
+    from mic_emu.bench.scif_peer import Client, serve
+    from mic_emu.bench.scif_rows import Bench, cpus
+
     with _open(listen, address[0], address[-1]) as ep:
         if listen:
-            _serve_perf(ep)
+            serve(ep)
             return
-        figures = _measure(ep, rounds)
+        rows = []
+        try:
+            for row in Bench(Client(ep, cpus()), address[0], scale).rows():
+                rows.append(row)
+                if not as_json:
+                    click.echo(line(row))
+        except OSError as e:
+            raise MicemuError(f"scif perf: {e.strerror or e}", e.errno or 0) from e
+    remarks = scif_bench.notes()
     if as_json:
-        client.emit(figures)
+        client.emit({"rows": rows, "notes": remarks})
         return
-    for name, value in figures.items():
-        click.echo(f"{name:28} {value:10.3f}")
+    for remark in remarks:
+        click.echo(remark, err=True)

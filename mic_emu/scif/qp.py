@@ -1,7 +1,8 @@
 """Queue pairs in shared memory: the bytes of SCIF 3.2 and the two ring ends over them.
 
 A queue pair lies in its owner's memory, one page, followed by its receive ring; an endpoint's has
-a third part, the control page, which only the owner's side ever maps. The peer writes into the
+a third part, the control page, which only the owner's side ever maps. Of an endpoint's ring a sender
+fills 4095 bytes, and more only while a program waits in recv for more (native/libscif/data.c). The peer writes into the
 ring and into two words of the queue pair: the write index of what it sent, the read index of what
 it consumed.
 """
@@ -20,6 +21,7 @@ from mic_emu.scif.errors import ScifError
 QP_MAGIC: int = layout.CONSTANTS["SCIF_QP_MAGIC"]
 NODE_RING: int = layout.CONSTANTS["SCIF_NODE_RING"]
 EP_RING: int = layout.CONSTANTS["SCIF_EP_RING"]
+EP_CAPACITY: int = layout.CONSTANTS["SCIF_EP_CAPACITY"]
 
 _QPAGE, _CTL = ffi.typeof("struct mic_scif_qpage *"), ffi.typeof("struct mic_scif_ctl *")
 _TX, _RX = ffi.typeof("struct mic_scif_tx *"), ffi.typeof("struct mic_scif_rx *")
@@ -59,6 +61,11 @@ class QueuePair:
         """Tell the peer how to reach our notify page, and our slot in it."""
         lib.mic_scif_qp_notify(self.page, notify_addr, slot)
 
+    @property
+    def capacity(self) -> int:
+        """Bytes that fit into the ring: without a reader, of an endpoint's."""
+        return EP_CAPACITY if self.ring_size == EP_RING else self.ring_size - 1
+
     def invalidate(self) -> None:
         """Nobody may attach any more."""
         lib.mic_scif_qp_invalid(self.page)
@@ -77,7 +84,9 @@ class Rings:
         self.peer_page = peer_page
         self.tx: Any = ffi.new(_TX)
         self.rx: Any = ffi.new(_RX)
-        lib.mic_scif_rings_init(self.tx, self.rx, own.page, peer_page, peer_ring.pointer, own.ring_size)
+        lib.mic_scif_rings_init(
+            self.tx, self.rx, own.page, peer_page, peer_ring.pointer, own.ring_size, own.capacity
+        )
 
     def drained(self) -> None:
         """A kernel client has read everything: programs notify it again for the next bytes."""

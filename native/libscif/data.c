@@ -1,4 +1,12 @@
-/* send and recv: the two 4095-byte rings of a connection, and who wakes whom (SCIF 2.7).
+/* send and recv: the two rings of a connection, and who wakes whom (SCIF 2.7).
+ *
+ * Without a reader 4095 bytes fit. A program that waits in recv has promised to take what it asked for:
+ * beside its read index it tells how many bytes that still is, and a blocking send may be as far ahead of
+ * it as if they were taken already, within what the ring holds. Non-blocking sends and poll never look
+ * at the promise. When recv ends early (a signal), it takes the promise back and then what came on its
+ * strength, which fits into its buffer; so again at most 4095 bytes stay, except that a sender which
+ * was copying at that moment may add that one piece. When the reader is killed and others share its
+ * endpoint, the promise stands until their next recv.
  *
  * All positions are changed under the lock of their direction. After publishing, a side looks at
  * what its peer left in this side's own queue pair page: does it sleep (wake it), does it wait in
@@ -17,12 +25,14 @@
 #include <unistd.h>
 
 #define RING        MIC_SCIF_EP_RING
+#define CAPACITY    MIC_SCIF_EP_CAPACITY
 #define HOT_STREAK  64u /* waits in a row after which the token stays where it is */
 #define HOT_GAP_US  20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
 #define LINE        64u
-#define PIECE       1360u /* published at once, three fill the ring: the other side copies meanwhile */
+#define PIECE_MIN   1024u /* published at once: the other side copies meanwhile */
+#define PIECE_MAX   8192u
 
 static uint32_t distance(uint32_t from, uint32_t to)
 {
@@ -45,15 +55,55 @@ static int used(struct ep *ep)
 	return (int)distance(ep->ctl->rx_read, w);
 }
 
-/* Bytes that can be written. tx_lock is held. */
-static int room(struct ep *ep)
+static uint32_t least(uint32_t a, uint32_t b)
 {
-	uint32_t r = mic_load_acquire(&ep->qp->local_read); /* pairs with publish_read() */
+	return a < b ? a : b;
+}
+
+/* Bytes that may be on their way to a receiver that has promised to take `promised`. */
+static uint32_t window(uint32_t promised)
+{
+	return promised < RING - 1 - CAPACITY ? CAPACITY + promised : RING - 1;
+}
+
+/* A quarter of the window, whole cache lines. */
+static uint32_t piece(uint32_t promised)
+{
+	uint32_t n = window(promised) / 4 / LINE * LINE;
+
+	return n < PIECE_MIN ? PIECE_MIN : least(n, PIECE_MAX);
+}
+
+/* Bytes that a blocking send may write now, and in `most` how many at once. tx_lock is held. */
+static int room_ahead(struct ep *ep, uint32_t *most)
+{
+	uint64_t word = mic_load_acquire(&ep->qp->local_read); /* pairs with publish_read() */
+	uint32_t r = (uint32_t)word, promised = (uint32_t)(word >> 32);
 
 	if (r >= RING)
 		return -EPROTO;
 	ep->ctl->tx_read = r;
-	return (int)(RING - 1 - distance(r, ep->ctl->tx_write));
+	*most = piece(promised);
+	uint32_t n = distance(r, ep->ctl->tx_write), max = window(promised);
+
+	return n < max ? (int)(max - n) : 0;
+}
+
+/* Bytes that fit without a reader, as last seen. */
+static uint32_t known_room(struct ep *ep)
+{
+	uint32_t n = distance(ep->ctl->tx_read, ep->ctl->tx_write);
+
+	return n < CAPACITY ? CAPACITY - n : 0;
+}
+
+/* Bytes that fit without a reader. tx_lock is held. */
+static int room(struct ep *ep)
+{
+	uint32_t most;
+	int n = room_ahead(ep, &most);
+
+	return n < 0 ? n : (int)known_room(ep);
 }
 
 static void raise_word(uint32_t *word)
@@ -172,11 +222,16 @@ static void publish_write(struct ep *ep, uint64_t before)
 
 static void publish_read(struct ep *ep)
 {
-	mic_store_release(&ep->peer->local_read, ep->ctl->rx_read);
+	const struct mic_scif_ctl *ctl = ep->ctl;
+
+	mic_store_release(&ep->peer->local_read, ctl->rx_read | (uint64_t)ctl->promised << 32);
 	light_fence(); /* pairs with the heavy fences of the sender */
 	if (mic_load_acquire(&ep->qp->tx_asleep))
 		raise_word(&ep->peer->tx_seq);
-	if (mic_load_relaxed(&ep->qp->tx_native) && mic_exchange(&ep->qp->tx_native, 0u))
+	/* Poll shows room only where there would be some without our promise. */
+	if (mic_load_relaxed(&ep->qp->tx_native) &&
+	    distance(ctl->rx_read, mic_load_acquire(&ep->qp->local_write)) < CAPACITY &&
+	    mic_exchange(&ep->qp->tx_native, 0u))
 		notify_node(ep->notify, ep->notify->tx, ep->slot);
 }
 
@@ -190,15 +245,18 @@ static bool rx_ready(struct ep *ep)
 
 static bool tx_ready(struct ep *ep)
 {
-	return room(ep) != 0 || state(ep) != MIC_SCIF_EP_CONNECTED;
+	uint32_t most;
+
+	return room_ahead(ep, &most) != 0 || state(ep) != MIC_SCIF_EP_CONNECTED;
 }
 
-/* Room for a whole piece: worth copying. */
+/* Room for a whole piece, or for the rest: worth copying. */
 static bool tx_roomy(struct ep *ep)
 {
-	int n = room(ep);
+	uint32_t most;
+	int n = room_ahead(ep, &most);
 
-	return n < 0 || (uint32_t)n >= ep->want || state(ep) != MIC_SCIF_EP_CONNECTED;
+	return n < 0 || (uint32_t)n >= least(ep->want, most) || state(ep) != MIC_SCIF_EP_CONNECTED;
 }
 
 /* Look for a while. After the first microseconds give the CPU away between looks: when the peer waits
@@ -257,22 +315,12 @@ static int sleep_until(struct ep *ep, uint32_t *seq, uint32_t *flag, bool (*read
 /* Wait in recv until there is a byte or the peer is gone; rx_lock is held. 0, -EINTR, -ENODEV. */
 static int wait_bytes(struct ep *ep)
 {
-	int rc;
-
 	/* While a token is out the sender does not ask: leave its cache line alone. */
 	if (mic_load_relaxed(&ep->qp->told) != ep->ctl->epoch + 1)
 		mic_store_release(&ep->peer->rx_wait, ep->ctl->received + 1);
 	if (spin_for(ep, rx_ready))
 		return 0;
-	rc = sleep_until(ep, &ep->qp->rx_seq, &ep->peer->rx_asleep, rx_ready);
-	if (rc < 0) {
-		/* We leave without having taken what the sender may believe we wait for. */
-		mic_store_release(&ep->peer->rx_wait, 0ull);
-		heavy_fence(); /* pairs with the light fence in publish_write() */
-		if (used(ep) > 0)
-			notify_self(ep);
-	}
-	return rc;
+	return sleep_until(ep, &ep->qp->rx_seq, &ep->peer->rx_asleep, rx_ready);
 }
 
 /* --- send --------------------------------------------------------------------------------------- */
@@ -297,12 +345,9 @@ static void put_inline(struct ep *ep, const uint8_t *p, uint32_t n)
 static void put(struct ep *ep, const uint8_t *p, uint32_t n)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
-	uint32_t head = RING - ctl->tx_write;
+	uint32_t head = least(RING - ctl->tx_write, n);
 
 	put_inline(ep, p, n);
-
-	if (head > n)
-		head = n;
 	memcpy(ep->peer_ring + ctl->tx_write, p, head);
 	if (n > head)
 		memcpy(ep->peer_ring, p + head, n - head);
@@ -317,22 +362,23 @@ static void put(struct ep *ep, const uint8_t *p, uint32_t n)
  * waiting for a moment gives that, since the ends of pieces then keep to their own cache lines. */
 static int next_piece(struct ep *ep, uint32_t left, bool block)
 {
-	uint32_t want = left < PIECE ? left : PIECE;
-	int n = (int)(RING - 1 - distance(ep->ctl->tx_read, ep->ctl->tx_write));
+	uint32_t most = left;
+	int n;
 
-	/* A stale view of the reader is good enough while it shows room for a piece. */
-	if ((uint32_t)n < (block ? want : left))
-		n = room(ep);
-	if (n >= 0 && block && (uint32_t)n < want) {
-		ep->want = want;
-		spin_for(ep, tx_roomy);
+	/* A stale view of the reader is good enough while it shows room without its promise. */
+	if (known_room(ep) >= left && left <= PIECE_MIN)
+		return (int)left;
+	ep->want = left;
+	if (block) {
+		if (!tx_roomy(ep))
+			spin_for(ep, tx_roomy);
+		n = room_ahead(ep, &most);
+	} else {
 		n = room(ep);
 	}
 	if (n < 0)
 		return -ECONNRESET; /* the peer damaged its index: it is as good as gone */
-	uint32_t most = block ? want : left;
-
-	return (uint32_t)n < most ? n : (int)most;
+	return (int)least((uint32_t)n, least(left, most));
 }
 
 /* tx_lock is held. Bytes sent, or -errno when none. */
@@ -422,10 +468,8 @@ static bool get_inline(struct ep *ep, uint8_t *p, uint32_t n)
 static void get(struct ep *ep, uint8_t *p, uint32_t n)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
-	uint32_t head = RING - ctl->rx_read;
+	uint32_t head = least(RING - ctl->rx_read, n);
 
-	if (head > n)
-		head = n;
 	if (!get_inline(ep, p, n)) {
 		/* Ask for all lines at once: each is in the sender's cache. */
 		for (uint32_t i = 0; i < head; i += LINE)
@@ -436,7 +480,33 @@ static void get(struct ep *ep, uint8_t *p, uint32_t n)
 	}
 	ctl->rx_read = (ctl->rx_read + n) & (RING - 1);
 	ctl->received += n;
+	ctl->promised -= least(ctl->promised, n);
 	publish_read(ep);
+}
+
+/* Tell the sender how many bytes we shall take, whatever happens. rx_lock is held. */
+static void promise(struct ep *ep, uint32_t n)
+{
+	ep->ctl->promised = n;
+	publish_read(ep);
+}
+
+/* Leave recv early, `len` bytes short: take back what the sender may count on, and then take what it
+ * has sent because of that. Bytes taken. rx_lock is held. */
+static uint32_t leave(struct ep *ep, uint8_t *p, uint32_t len)
+{
+	mic_store_release(&ep->peer->rx_wait, 0ull);
+	promise(ep, 0);
+	heavy_fence(); /* pairs with the light fence in publish_write() */
+	int n = used(ep);
+
+	if (n <= 0)
+		return 0;
+	len = least(len, (uint32_t)n);
+	get(ep, p, len);
+	if (used(ep) > 0)
+		notify_self(ep);
+	return len;
 }
 
 struct receive { /* one call of recv */
@@ -450,15 +520,18 @@ static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, struct receive *r)
 	uint32_t done = 0;
 	int rc = 0;
 
+	/* Not for a few bytes, nor for those that are here. What a killed reader has promised must go. */
+	if (r->block && len > PIECE_MIN && (uint32_t)used(ep) < len)
+		promise(ep, len);
+	else if (ep->ctl->promised)
+		promise(ep, 0);
 	while (done < len) {
 		uint32_t st = state(ep); /* before the look: what came before the close counts */
 		int n = used(ep);
 
 		if (n > 0) {
-			uint32_t k = len - done < (uint32_t)n ? len - done : (uint32_t)n;
+			uint32_t k = least(least(len - done, (uint32_t)n), piece(ep->ctl->promised));
 
-			if (k > PIECE)
-				k = PIECE;
 			get(ep, p + done, k);
 			done += k;
 			continue;
@@ -471,8 +544,10 @@ static int recv_some(struct ep *ep, uint8_t *p, uint32_t len, struct receive *r)
 			break;
 		r->waited = true;
 		rc = wait_bytes(ep);
-		if (rc < 0)
+		if (rc < 0) {
+			done += leave(ep, p + done, len - done);
 			break;
+		}
 	}
 	return done ? (int)done : rc;
 }
@@ -530,14 +605,15 @@ int ep_mask(struct ep *ep)
 {
 	struct mic_scif_ctl *ctl = ep->ctl;
 	uint32_t st = state(ep);
-	uint32_t w = mic_load_acquire(&ep->qp->local_write), r = mic_load_acquire(&ep->qp->local_read);
+	uint32_t w = mic_load_acquire(&ep->qp->local_write);
+	uint32_t r = (uint32_t)mic_load_acquire(&ep->qp->local_read);
 	int mask = st == MIC_SCIF_EP_CONNECTED && !node_dead(ep) ? 0 : POLLHUP;
 
 	if (mic_load_relaxed(&ctl->uncollected))
 		return POLLOUT;
 	if (w < RING && w != mic_load_relaxed(&ctl->rx_read))
 		mask |= POLLIN;
-	if (r < RING && distance(r, mic_load_relaxed(&ctl->tx_write)) < RING - 1)
+	if (r < RING && distance(r, mic_load_relaxed(&ctl->tx_write)) < CAPACITY)
 		mask |= POLLOUT;
 	return mask;
 }

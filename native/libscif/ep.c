@@ -13,8 +13,9 @@
 #define SO_COOKIE 57
 #endif
 
-#define CHUNK  1024
-#define CHUNKS 1024
+#define CHUNK     1024
+#define CHUNKS    1024
+#define OWN_BYTES (PAGE + MIC_SCIF_EP_RING + PAGE) /* queue pair, ring, control page */
 
 static struct ep **chunks[CHUNKS];
 static struct ep *free_list;
@@ -80,10 +81,12 @@ static struct ep **slot_of(int fd, bool create)
 
 static void unmap_pages(struct ep *ep)
 {
-	void *pages[] = {ep->peer, ep->peer_ring, ep->own_notify, ep->notify};
+	void *pages[] = {ep->peer, ep->own_notify, ep->notify};
 
 	if (ep->qp)
-		munmap(ep->qp, 3 * PAGE);
+		munmap(ep->qp, OWN_BYTES);
+	if (ep->peer_ring)
+		munmap(ep->peer_ring, MIC_SCIF_EP_RING);
 	for (unsigned i = 0; i < sizeof pages / sizeof *pages; i++)
 		if (pages[i])
 			munmap(pages[i], PAGE);
@@ -248,9 +251,9 @@ static int map_connection(struct ep *ep, const struct answer *ans)
 	const uint64_t *v = ans->head.v;
 	struct stat st;
 
-	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], 3 * PAGE);
+	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], OWN_BYTES);
 	ep->peer = map(ans->fds[1], v[MIC_SCIF_V_PEER_QP], PAGE);
-	ep->peer_ring = map(ans->fds[1], v[MIC_SCIF_V_PEER_RING], PAGE);
+	ep->peer_ring = map(ans->fds[1], v[MIC_SCIF_V_PEER_RING], MIC_SCIF_EP_RING);
 	ep->own_notify = map(ans->fds[0], v[MIC_SCIF_V_OWN_NOTIFY], PAGE);
 	ep->notify = map(ans->fds[1], v[MIC_SCIF_V_PEER_NOTIFY], PAGE);
 	ep->qp = (void *)own;
@@ -259,7 +262,7 @@ static int map_connection(struct ep *ep, const struct answer *ans)
 		return -ENOMEM;
 	}
 	ep->ring = own + PAGE;
-	ep->ctl = (void *)(own + 2 * PAGE);
+	ep->ctl = (void *)(own + PAGE + MIC_SCIF_EP_RING);
 	if (fstat(ans->fds[0], &st) == 0) {
 		ep->mem_dev = st.st_dev;
 		ep->mem_ino = st.st_ino;

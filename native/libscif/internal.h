@@ -46,7 +46,7 @@ struct ep {
 	uint64_t mem_dev, mem_ino; /* our node's memory */
 	struct rma_table *rma;     /* windows as last seen */
 	pthread_mutex_t rma_lock;
-	uint32_t want; /* bytes of room that a spinning sender waits for */
+	uint32_t want; /* bytes that a spinning sender has left */
 	struct ep *next_free;
 };
 
@@ -108,6 +108,8 @@ void copy_out(struct ep *ep, uint32_t gen);
 bool node_dead(struct ep *ep);
 void lock(uint64_t *words);
 void unlock(uint64_t *words);
+/* True: taken, as by lock(). */
+bool try_lock(uint64_t *words);
 uint64_t ticks_per_us(void);
 
 /* --- data.c ----------------------------------------------------------------------------------- */

@@ -69,14 +69,13 @@ static void arm(struct pollfd *e)
 		int mask;
 
 		/* Both locks may be held for long by a blocked call: then that call keeps things right. */
-		if (pthread_mutex_trylock((pthread_mutex_t *)(void *)ep->ctl->rx_lock) == 0) {
+		if (try_lock(ep->ctl->rx_lock)) {
 			if (!(ep_mask(ep) & POLLIN))
 				token_clear(ep, e->fd, true);
 			unlock(ep->ctl->rx_lock);
 		}
 		mask = ep_mask(ep);
-		if ((e->events & POLLOUT) && !(mask & POLLOUT) &&
-		    pthread_mutex_trylock((pthread_mutex_t *)(void *)ep->ctl->tx_lock) == 0) {
+		if ((e->events & POLLOUT) && !(mask & POLLOUT) && try_lock(ep->ctl->tx_lock)) {
 			want_room(ep, e->fd);
 			unlock(ep->ctl->tx_lock);
 		}

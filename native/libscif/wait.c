@@ -99,6 +99,16 @@ void lock(uint64_t *words)
 		pthread_mutex_consistent(m);
 }
 
+bool try_lock(uint64_t *words)
+{
+	pthread_mutex_t *m = (pthread_mutex_t *)(void *)words;
+	int rc = pthread_mutex_trylock(m);
+
+	if (rc == EOWNERDEAD)
+		rc = pthread_mutex_consistent(m);
+	return rc == 0;
+}
+
 void unlock(uint64_t *words)
 {
 	pthread_mutex_unlock((pthread_mutex_t *)(void *)words);

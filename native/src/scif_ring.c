@@ -7,10 +7,13 @@
 #include "mic/barrier.h"
 
 void mic_scif_rings_init(struct mic_scif_tx *tx, struct mic_scif_rx *rx, struct mic_scif_qpage *own,
-			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size)
+			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size, uint32_t limit)
 {
-	*tx = (struct mic_scif_tx){
-		.buf = peer_ring, .windex = &peer->local_write, .rindex = &own->local_read, .size = size};
+	*tx = (struct mic_scif_tx){.buf = peer_ring,
+				   .windex = &peer->local_write,
+				   .rindex = &own->local_read,
+				   .size = size,
+				   .limit = limit};
 	*rx = (struct mic_scif_rx){.buf = (uint8_t *)own + 4096, /* the ring follows its page */
 				   .windex = &own->local_write,
 				   .rindex = &peer->local_read,
@@ -35,7 +38,9 @@ static int look(const uint32_t *index, uint32_t size, uint32_t *cached)
 
 static uint32_t room(const struct mic_scif_tx *tx)
 {
-	return tx->size - 1 - distance(tx->read, tx->write, tx->size);
+	uint32_t used = distance(tx->read, tx->write, tx->size);
+
+	return used < tx->limit ? tx->limit - used : 0; /* a hostile read index can go back */
 }
 
 int mic_scif_tx_room(struct mic_scif_tx *tx)

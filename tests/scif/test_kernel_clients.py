@@ -16,6 +16,7 @@ from mic_emu import layout
 from mic_emu.clock import Clock, ManualClock
 from mic_emu.layout import SCIF_QP
 from mic_emu.scif import ScifError
+from mic_emu.scif import qp as queue
 from mic_emu.scif.kernel import KernelEndpoint as Endpoint
 from mic_emu.scif.node import Node
 from mic_emu.scif.proto import Msg, Op
@@ -428,7 +429,7 @@ def test_scif_link_survives_bad_indices_and_refuses_bad_queue_pairs() -> None:
         client, server = await pair(card.node, fab.host)
         client_qp = client.qp
         assert client_qp is not None
-        SCIF_QP.put(card.node.memory, client_qp.offset, "local_write", 4096)
+        SCIF_QP.put(card.node.memory, client_qp.offset, "local_write", queue.EP_RING)
         await fails(errno.ECONNRESET, client.recv(1))
         await asyncio.gather(client.close(), server.close())
 

@@ -1,6 +1,6 @@
 /* What the SCIF node and libscif.so agree on: shared pages and the messages on the node's socket.
  *
- * An endpoint that is connected has three pages in its node's memory: the queue pair, which the
+ * An endpoint that is connected has three places in its node's memory: the queue pair page, which the
  * peer may write; the receive ring, likewise; the control page, which only this side ever maps.
  * The first 256 bytes of the queue pair are those of SCIF 3.2, unused parts of its cache lines
  * carry the words with which two programs wake each other without their nodes. */
@@ -23,8 +23,7 @@ struct mic_scif_qpage {
 	uint8_t inline_data[40]; /* a copy of its last message, if short: it comes with the index */
 	uint8_t reserved1[12];
 	/* 192: written by the peer whenever it has received */
-	uint32_t local_read; /* its read index */
-	uint32_t reserved2;
+	uint64_t local_read; /* its read index; above bit 32: bytes beyond it that it waits to take in recv */
 	uint64_t remote_qp, local_buf, local_qp, remote_buf; /* ours: bus addresses */
 	uint32_t qp_state;
 	uint8_t reserved3[20];
@@ -77,7 +76,8 @@ struct mic_scif_ctl {
 	uint32_t epoch;     /* what we last told the peer as rx_epoch */
 	uint32_t streak;    /* blocking receives in a row that had to wait, in a hot loop */
 	uint64_t last_recv; /* time stamp counter at the end of the last receive */
-	uint8_t reserved2[56];
+	uint32_t promised;  /* upper half of the peer's local_read */
+	uint8_t reserved2[52];
 	/* 320: copies in progress, by gen modulo MIC_SCIF_GENS */
 	uint32_t busy[16];
 	/* 384: the node waits for copies: whoever counts out tells it */

@@ -3,7 +3,7 @@
  * The receive buffer and the write index that the receiver reads lie in the receiver's memory; the
  * read index that the sender reads lies in the sender's memory. So nobody ever reads across the
  * link. Indices are byte offsets modulo the size, a power of two; one byte always stays free. The
- * node queues and the 4096-byte endpoint rings are both made of this. */
+ * node queues and the kernel clients' ends of endpoint rings are made of this. */
 #ifndef MIC_SCIF_RING_H
 #define MIC_SCIF_RING_H
 
@@ -18,6 +18,7 @@ struct mic_scif_tx {
 	uint32_t *windex; /* receiver's memory: what we have published */
 	uint32_t *rindex; /* our memory: what the receiver has consumed */
 	uint32_t size;    /* bytes, a power of two */
+	uint32_t limit;   /* bytes that may be on their way, at most size - 1 */
 	uint32_t write;   /* our position; ahead of *windex until the commit */
 	uint32_t read;    /* last sight of *rindex */
 };
@@ -32,10 +33,11 @@ struct mic_scif_rx {
 	uint32_t write; /* last sight of *windex */
 };
 
-/* Both ends between queue pair `own`, whose ring is the page behind it, and an attached peer's. */
+/* Both ends between queue pair `own`, whose ring is the page behind it, and an attached peer's. A
+ * sender fills `limit` of the `size` bytes. */
 void mic_scif_rings_init(struct mic_scif_tx *tx, struct mic_scif_rx *rx, struct mic_scif_qpage *own,
-			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size);
-/* Free bytes, 0..size - 1, after a fresh look; -EPROTO: the peer's index is not an offset. */
+			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size, uint32_t limit);
+/* Free bytes, 0..limit, after a fresh look; -EPROTO: the peer's index is not an offset. */
 int mic_scif_tx_room(struct mic_scif_tx *tx);
 /* Copy all of `len` bytes in. 0, -EAGAIN (no room for all of it), -EPROTO. Not yet visible. */
 int mic_scif_tx_put(struct mic_scif_tx *tx, const void *data, uint32_t len);

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mic_emu import image
 from mic_emu import layout as L
 from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
@@ -59,6 +58,7 @@ class Card:
         self.boots = 0
         self.crashes = 0
         self.cwd = "/"
+        self.micos = Path(os.devnull)  # the built-in card OS
         self.vop: VopHost | None = None
         self.files: VopFiles | None = None
         self.supervisor: Supervisor | None = None
@@ -340,7 +340,7 @@ class Card:
         if found or not name or name.startswith("/"):
             return found or name
         if name == DEFAULT_FIRMWARE:
-            return self.config.image or str(image.built_in())
+            return self.config.image or str(self.micos)
         return self.config.ramdisk if name == f"mic/{self.name}.image" else places[0]
 
     async def _make_ready(self) -> None:

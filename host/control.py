@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from mic_emu import image
 from mic_emu.config import CardConfig, Config
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.host import inspection
 from mic_emu.host.admin import Admin
+from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import WireError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mic_emu.host.daemon import Instance
 
 EVENT_SCHEMA = 1
+FOR_ALL_VERSIONS = ("status", "stop", "events")  # what ends or shows an emulator of another version
 BACKLOG = 1000
 
 Reply = dict[str, Any]
@@ -78,9 +79,18 @@ class Control:
     async def _serve(self, channel: AsyncChannel) -> None:
         msg, fds = await channel.recv(10.0, "a request")
         try:
-            handler = self._requests.get(msg.get("op", ""))
+            op = msg.get("op", "")
+            if msg.get("protocol", PROTOCOL) != PROTOCOL and op not in FOR_ALL_VERSIONS:
+                raise MicemuError(
+                    f"this is micemu {msg.get('version')}, the emulator that runs is micemu {VERSION} and speaks "
+                    "another protocol: end it with micemu stop, then micemu boot",
+                    errno.EPROTO,
+                )
+            handler = self._requests.get(op)
             if handler is None:
-                raise UsageError(f"unknown request {msg.get('op')!r}: is this micemu of another version?")
+                raise UsageError(
+                    f"unknown request {op!r}: the emulator that runs is micemu {VERSION}, this is another version?"
+                )
             reply = await handler(channel, msg, fds)
             out = reply.pop("_fds", [])
             await channel.send({"done": True, **reply}, out)
@@ -181,8 +191,8 @@ class Control:
 
     @staticmethod
     def _image(card: Card) -> str:
-        """The configured image, or the package's own (built on first use)."""
-        return card.config.image or str(image.built_in())
+        """The configured image, or the instance's own."""
+        return card.config.image or str(card.micos)
 
     async def _wait(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         words = set(msg["states"])

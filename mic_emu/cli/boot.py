@@ -14,7 +14,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
-from mic_emu.errors import MicemuError, UsageError
+from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel
 
@@ -154,7 +154,7 @@ def current(where: RunDir) -> Config | None:
     """The configuration of the running instance, None when there is none."""
     try:
         return Config.from_dict(client.ask("config")["config"]) if where.read_pids() else None
-    except MicemuError:
+    except NotRunning:
         return None
 
 

@@ -12,6 +12,7 @@ import click
 
 from mic_emu.errors import BY_NAME, MicemuError, NotRunning
 from mic_emu.rundir import RunDir
+from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import Channel, PeerClosed, connect_unix
 
 Message = dict[str, Any]
@@ -39,7 +40,7 @@ def converse(
     channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any
 ) -> Iterator[tuple[Message, list[int]]]:
     """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
-    channel.send({"op": op, **fields}, fds)
+    channel.send({"op": op, "protocol": PROTOCOL, "version": VERSION, **fields}, fds)
     while True:
         try:
             msg, got = channel.recv(None, f"the host's answer to {op!r}")

@@ -71,7 +71,7 @@ class Card:
 
     async def open(self, host_fd: int) -> None:
         """Plug the card in: slot, board process, probe."""
-        self.dir.mkdir(mode=0o700, exist_ok=True)
+        self.dir.mkdir(mode=0o750, exist_ok=True)
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
         self.bus.set_over_pci()
@@ -210,8 +210,9 @@ class Card:
             waiter.set()
 
     async def until(self, condition: Callable[[], bool], limit_s: float | None, what: str) -> None:
-        """Wait for a condition on this card. Raises TimeoutError with ``what``."""
-
+        """Wait for a condition on this card; also a limit of 0 looks once. Raises TimeoutError with ``what``."""
+        if condition():
+            return
         woken = asyncio.Event()
 
         async def watch() -> None:

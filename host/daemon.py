@@ -19,7 +19,8 @@ from mic_emu.config import CardConfig, Config
 from mic_emu.errors import MicemuError, NoSuchCard
 from mic_emu.host.card import Card
 from mic_emu.host.control import Control
-from mic_emu.host.cosm import CosmDevice, CosmServer
+from mic_emu.host.cosm import CosmDevice
+from mic_emu.host.cosm_server import CosmServer
 from mic_emu.host.network import Network
 from mic_emu.host.spawn import Spawner
 from mic_emu.log import Log

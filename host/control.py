@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mic_emu.config import CardConfig, Config
+from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
-from mic_emu.host import inspection
+from mic_emu.host import inspection, metrics
 from mic_emu.host.admin import Admin
 from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import WireError
@@ -194,18 +196,33 @@ class Control:
         """The configured image, or the instance's own."""
         return card.config.image or str(card.micos)
 
-    async def _wait(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+    async def _wait(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Until each card has shown one of the words; one time-out for all of them."""
         words = set(msg["states"])
-        for card in self.instance.select(msg.get("cards", [])):
 
-            def there(c: Card = card) -> bool:
-                return c.cosm.state.word in words or c.cosm.shutdown_status.word in words
+        async def shown(card: Card) -> None:
+            def there() -> bool:
+                return card.cosm.state.word in words or card.cosm.shutdown_status.word in words
 
             try:
                 await card.until(there, msg.get("timeout"), f"waiting for {' or '.join(sorted(words))}")
             except TimeoutError as e:
                 raise WaitTimeout(f"{e}; it is {card.cosm.state.word}") from None
-        return {"status": self.instance.status()}
+
+        cards = self.instance.select(msg.get("cards", []))
+        all_shown = asyncio.gather(*(shown(c) for c in cards), return_exceptions=True)
+        gone = asyncio.ensure_future(channel.recv(None, "the end of the one who waits"))
+        try:
+            both: set[asyncio.Future[Any]] = {all_shown, gone}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            failed = [r for r in all_shown.result() if r is not None] if all_shown.done() else []
+            if failed:
+                raise failed[0]
+            return {"status": self.instance.status()}
+        finally:
+            for task in (all_shown, gone):
+                task.cancel()
+            await asyncio.gather(all_shown, gone, return_exceptions=True)
 
     async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         for card in list(self.instance.cards.values()):
@@ -226,6 +243,9 @@ class Control:
                 await channel.send(event)
         self._listeners.add(queue)
         gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))
+        sampler = None
+        if every := msg.get("sample"):
+            sampler = asyncio.ensure_future(self._samples(float(every), queue))
         try:
             while True:
                 item = asyncio.ensure_future(queue.get())
@@ -236,8 +256,19 @@ class Control:
                     return {}
                 await channel.send(item.result())
         finally:
+            if sampler:
+                sampler.cancel()
             self._listeners.discard(queue)
             gone.cancel()
+
+    async def _samples(self, every_s: float, queue: asyncio.Queue[dict[str, Any]]) -> None:
+        """The metrics as events, one ``sample`` per ``every_s`` seconds; none while the listener is behind."""
+        while True:
+            values = await metrics.values(self.instance)
+            if queue.qsize() < BACKLOG:
+                event = {"schema": EVENT_SCHEMA, "time": round(time.time(), 6), "event": "sample"}
+                queue.put_nowait({**event, "metrics": values})
+            await asyncio.sleep(every_s)
 
     async def _run(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
@@ -252,13 +283,11 @@ class Control:
         return {
             "_fds": self.instance.network.namespace_fds(),
             "socket": str(self.instance.rundir / "scif.sock"),
+            "user": os.geteuid(),
         }
 
     async def _config(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        config = Config(
-            self.instance.config.timing, self.instance.config.host_memory,
-            [c.config for c in self.instance.cards.values()],
-        )  # fmt: skip
+        config = replace(self.instance.config, cards=[c.config for c in self.instance.cards.values()])
         return {"config": config.to_dict()}
 
     async def _dump(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

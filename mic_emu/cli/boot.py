@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def start_host(where: RunDir, config: Config) -> None:
     """Start init and the host process of an instance. Raises MicemuError."""
     from mic_emu.host import launcher
 
-    where.create()
+    where.create(config.group)
     fd = launcher.start(where, {"instance": where.instance, "config": config.to_dict()})
     with os.fdopen(fd, "rb") as pipe:
         line = pipe.readline()
@@ -37,6 +38,9 @@ def start_host(where: RunDir, config: Config) -> None:
 
 def connect_or_start(where: RunDir, config: Config) -> Channel:
     """The instance's control channel; the instance is started, or swept up first, as needed."""
+    if where.read_pids():
+        with suppress(NotRunning):
+            return client.connect(where)  # also for those who may use it, but not start it
     with where.locked():
         where.check_owner()
         if not where.read_pids():

@@ -34,6 +34,10 @@ def connect(where: RunDir | None = None) -> Channel:
         raise NotRunning(
             f"no emulator runs (instance {where.instance}): start one with micemu boot"
         ) from None
+    except PermissionError as e:
+        raise MicemuError(
+            f"the emulator in {where.path} belongs to another user and is not shared with you", e.errno or 0
+        ) from None
 
 
 def converse(

@@ -30,7 +30,7 @@ CARD = (
     "autoboot cmdline device_id disk disk_size heartbeat image interrupts max_reboots memory namespaces net on_crash "
     "personality ramdisk read_only restart stepping"
 )
-CONFIG = "cards host_memory timing"
+CONFIG = "cards group host_memory timing"
 
 
 def test_protocol_number_stands_for_these_requests_and_settings() -> None:

@@ -225,12 +225,15 @@ class Control:
             await asyncio.gather(all_shown, gone, return_exceptions=True)
 
     async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        for card in list(self.instance.cards.values()):
-            if msg.get("orderly") and card.cosm.state is State.ONLINE:
-                try:
-                    await card.shutdown(msg.get("timeout"))
-                except (MicemuError, TimeoutError) as e:
-                    self.instance.log.warning(f"{card.name}: {e}; it is reset")
+        async def down(card: Card) -> None:
+            try:
+                await card.shutdown(msg.get("timeout"))
+            except (MicemuError, OSError, TimeoutError) as e:
+                self.instance.log.warning(f"{card.name}: {e}; it is reset")
+
+        online = [c for c in self.instance.cards.values() if c.cosm.state is State.ONLINE]
+        if msg.get("orderly"):
+            await asyncio.gather(*(down(c) for c in online))
         self.instance.stopping.set()
         return {}
 

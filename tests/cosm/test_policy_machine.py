@@ -81,7 +81,7 @@ def test_service_goes_on_when_a_card_dies_at_its_autoboot(machine: Machine, tmp_
 
 
 def test_waiting_clients_that_go_away_leave_nothing_in_the_host(machine: Machine) -> None:
-    """Interrupted `micemu wait` commands cost no descriptor; one time-out counts for all cards together."""
+    """Interrupted `micemu wait` commands cost no descriptor; a time-out names the first card that was late."""
     machine.boot("-n", "2", "--disk", "none", "--net", "none")
     host = machine.status()["host"]["pid"]
     Control(machine).ask("status")
@@ -96,6 +96,5 @@ def test_waiting_clients_that_go_away_leave_nothing_in_the_host(machine: Machine
         process.kill()
         process.wait()
     eventually(lambda: held() == before, 10, "the end of their requests")
-    late = machine.micemu("wait", "ready", "--timeout", "0", check=False)
+    late = machine.micemu("wait", "ready", "--timeout", "0.2", check=False)
     assert (late.returncode, "mic0" in late.stderr) == (5, True)
-    assert machine.micemu("wait", "online", "--timeout", "0").returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from mic_emu.host import metrics
 from mic_emu.host.devices import block
 from mic_emu.host.logfile import keep_small
 from mic_emu.host.sysfs import Sysfs, watch_states
+from mic_emu.peers import restrict
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.wire_aio import AsyncChannel
@@ -48,7 +48,7 @@ class Admin:
         """Serve the metrics socket, ``metrics.sock`` in the run directory."""
         path = self.instance.rundir.path / "metrics.sock"
         self._metrics = await asyncio.start_unix_server(self._scrape, str(path))
-        os.chmod(path, 0o600)
+        restrict(path)
         self._rotation = asyncio.ensure_future(keep_small(self.instance.rundir.log))
 
     async def close(self) -> None:

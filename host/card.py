@@ -6,18 +6,17 @@ import asyncio
 import errno
 import os
 import shlex
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mic_emu import image
 from mic_emu import layout as L
 from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
+from mic_emu.host.board import Board
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan, swapped_block
 from mic_emu.host.driver import Driver, check_file
@@ -32,10 +31,8 @@ from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
 from mic_emu.scif.node import Node
-from mic_emu.wire_aio import AsyncChannel
 
 C = L.CONSTANTS
-POWER_ON_LIMIT_S = 10.0
 BOOT_LIMIT = 240.0  # the specification's seconds until `boot` gives up; the state machine itself never does
 DEFAULT_FIRMWARE = "mic/uos.img"
 STATE_WORDS = {s.word: s for s in State}
@@ -57,34 +54,32 @@ class Card:
         self.memory = memory
         self.clock = clock
         self.log = log.bind(card=self.name)
-        self.board_pid = 0
-        self.os_pid = 0
-        self.contained: dict[str, Any] = {}
-        self.refused = ""  # why the bootstrap refused the last image
         self.os_ended = ""
         self.boots = 0
         self.crashes = 0
         self.cwd = "/"
+        self.micos = Path(os.devnull)  # the built-in card OS
         self.vop: VopHost | None = None
         self.files: VopFiles | None = None
         self.supervisor: Supervisor | None = None
         self.link: HostLink | None = None
         self.network: Network | None = None
         self._waiters: set[asyncio.Event] = set()
-        self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[Any]] = []
-        self._closing = False
 
     # --- power ----------------------------------------------------------------------------------
 
     async def open(self, host_fd: int) -> None:
         """Plug the card in: slot, board process, probe."""
-        self.dir.mkdir(mode=0o700, exist_ok=True)
+        self.dir.mkdir(mode=0o750, exist_ok=True)
         fds = create_slot(self.name, self.config.memory, host_fd)
         self.bus = Bus(fds)
         self.bus.set_over_pci()
         build(self.bus, self._identity())
-        await self._power_on()
+        self.board = Board(
+            self.index, self.config, self.dir, self.clock.profile.name, self.spawner, self.bus.fds, self.log
+        )
+        await self.board.power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
         self.driver.bring_up = self._bring_up
         self.driver.tear_down = self._tear_down
@@ -95,8 +90,12 @@ class Card:
         self.cosm.log_buf_len = C["CARD_TEXT_BASE"] + C["CARD_LOG"]
         self.cosm.log_buf_addr = self.cosm.log_buf_len + 4
         self.policy = Policy(
-            self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.os_pid != 0
+            self.cosm, self.config, self.clock, self.log, self.boot_stored, lambda: self.board.os_pid != 0
         )
+        self.board.notify = self._board_spoke
+        self.board.os_exited = self._os_exited
+        self.board.lost = self._board_lost
+        self.board.replaced = self._board_replaced
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
 
     def _identity(self) -> PciIdentity:
@@ -109,56 +108,27 @@ class Card:
             msi=offers != "intx",
         )
 
-    async def _power_on(self) -> None:
-        """Start the board process over the slot's memories."""
-        ours, theirs = socket.socketpair()
-        self._channel = AsyncChannel(ours)
-        args = {
-            "name": self.name, "index": self.index, "dir": str(self.dir), "namespaces": self.config.namespaces,
-            "timing": self.clock.profile.name,
-        }  # fmt: skip
-        try:
-            self.board_pid = await self.spawner.start(
-                "board", f"{self.name}-board", args, [theirs.fileno(), *self.bus.fds], self._board_exit
-            )
-        finally:
-            theirs.close()
-        powered = asyncio.Event()
-        self._tasks.append(asyncio.ensure_future(self._serve_board(self._channel, powered)))
-        await asyncio.wait_for(powered.wait(), POWER_ON_LIMIT_S)
-
-    async def _serve_board(self, channel: AsyncChannel, powered: asyncio.Event) -> None:
-        try:
-            while True:
-                msg, _ = await channel.recv(None, "a message of the board")
-                event = msg.get("event")
-                if event == "power_on":
-                    powered.set()
-                elif event == "os_start":
-                    self.os_pid, self.contained = msg["pid"], msg["contained"]
-                    self.log.info(
-                        "card OS started", event="os_start", pid=msg["pid"], contained=msg["contained"]
-                    )
-                elif event == "refused":
-                    self.refused = msg["why"]
-                elif event == "os_exit":
-                    self._os_exit(msg["status"], msg["reset"])
-                self.notify()
-        except OSError:
-            return
-
-    def _os_exit(self, status: int, reset: bool) -> None:
-        how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        self.log.info(f"card OS ended: {how}", event="os_exit", status=status, reset=reset)
-        self.os_pid = 0
+    def _board_spoke(self) -> None:
         self.policy.wake()
-        if reset:
-            return
+        self.notify()
+
+    def _os_exited(self, how: str) -> None:
         self._peer_died()
-        if status != 0:
+        if how:
             self.os_ended = how
             self.crashes += 1
             self.cosm.os_died(f"the card OS ended with {how}")
+
+    def _board_lost(self) -> None:
+        self.driver.board_lost = True
+        self.crashes += 1
+        self._peer_died()
+        self.cosm.os_died("the board is gone")
+
+    def _board_replaced(self) -> None:
+        if self.cosm.state in (State.BOOTING, State.ONLINE):
+            self.os_ended = "the board process was killed"
+        self.notify()
 
     def _peer_died(self) -> None:
         if self.link:
@@ -166,43 +136,22 @@ class Card:
         if self.vop:
             self.vop.peer_died()
 
-    def _board_exit(self, status: int) -> None:
-        """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
-        self.board_pid = self.os_pid = 0
-        self.driver.board_lost = True
-        if self._closing:
-            return
-        self.log.error(
-            "the board process died; a new board takes its place", event="board_exit", status=status
-        )
-        self.crashes += 1
-        self._peer_died()
-        self.cosm.os_died("the board is gone")
-        self._tasks.append(asyncio.ensure_future(self._replace_board()))
-
-    async def _replace_board(self) -> None:
-        await self._power_on()
-        if self.cosm.state in (State.BOOTING, State.ONLINE):
-            self.os_ended = "the board process was killed"
-        self.notify()
-
     async def close(self) -> None:
         """Stop, power off, unplug."""
-        self._closing = True
+        self.board.keep_off()
         await self.cosm.stop(force=False)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.driver.remove()
-        if self._channel:
-            self._channel.close()
+        await self.board.close()
         self.bus.close()
 
     # --- what start and stop bring up (HW 6.3, 8.2) -------------------------------------------------
 
     async def _bring_up(self) -> None:
         self.boots += 1
-        self.refused = self.os_ended = ""
+        self.board.refused = self.os_ended = ""
         self.driver.board_lost = False
         self.link = HostLink(
             self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log
@@ -218,7 +167,7 @@ class Card:
             self.clock,
             self.log,
         )
-        self.vop.peer_alive = lambda: self.os_pid != 0
+        self.vop.peer_alive = lambda: self.board.os_pid != 0
         self.vop.hold = self.driver.hold
         self.supervisor = Supervisor(
             self.name,
@@ -261,8 +210,9 @@ class Card:
             waiter.set()
 
     async def until(self, condition: Callable[[], bool], limit_s: float | None, what: str) -> None:
-        """Wait for a condition on this card. Raises TimeoutError with ``what``."""
-
+        """Wait for a condition on this card; also a limit of 0 looks once. Raises TimeoutError with ``what``."""
+        if condition():
+            return
         woken = asyncio.Event()
 
         async def watch() -> None:
@@ -391,7 +341,7 @@ class Card:
         if found or not name or name.startswith("/"):
             return found or name
         if name == DEFAULT_FIRMWARE:
-            return self.config.image or str(image.built_in())
+            return self.config.image or str(self.micos)
         return self.config.ramdisk if name == f"mic/{self.name}.image" else places[0]
 
     async def _make_ready(self) -> None:
@@ -422,11 +372,11 @@ class Card:
             self.os_ended = str(e)
         if self.is_online:
             return
-        why = self.refused or self.os_ended or f"it is {self.cosm.state.word}"
+        why = self.board.refused or self.os_ended or f"it is {self.cosm.state.word}"
         log = self.log_tail()
         if self.cosm.state is not State.READY:
             await self._reset_and_wait()
-        if self.refused:
+        if self.board.refused:
             raise MicemuError(f"{self.name}: the bootstrap refused {self.driver.firmware}: {why}")
         raise MicemuError(f"{self.name} did not boot: {why}" + (f"; its last words: {log}" if log else ""))
 
@@ -440,7 +390,7 @@ class Card:
 
     def _boot_settled(self) -> bool:
         if (
-            self.refused
+            self.board.refused
             or self.os_ended
             or (self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE)
         ):
@@ -509,11 +459,11 @@ class Card:
             "name": self.name,
             "state": self.cosm.state.word,
             "shutdown_status": self.cosm.shutdown_status.word,
-            "pids": {"board": self.board_pid or None, "os": self.os_pid or None},
+            "pids": {"board": self.board.pid or None, "os": self.board.os_pid or None},
             "net": self.net_mode,
             "devices": self.devices(),
             "memory": self.config.memory,
-            "contained": self.contained,
+            "contained": self.board.contained,
             "boots": self.boots,
             "crashes": self.crashes,
             "post_code": self.post_code,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mic_emu import image
-from mic_emu.config import CardConfig, Config
+from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
-from mic_emu.host import inspection
+from mic_emu.host import inspection, metrics
 from mic_emu.host.admin import Admin
+from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import WireError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mic_emu.host.daemon import Instance
 
 EVENT_SCHEMA = 1
+FOR_ALL_VERSIONS = ("status", "stop", "events")  # what ends or shows an emulator of another version
 BACKLOG = 1000
 
 Reply = dict[str, Any]
@@ -78,9 +81,18 @@ class Control:
     async def _serve(self, channel: AsyncChannel) -> None:
         msg, fds = await channel.recv(10.0, "a request")
         try:
-            handler = self._requests.get(msg.get("op", ""))
+            op = msg.get("op", "")
+            if msg.get("protocol", PROTOCOL) != PROTOCOL and op not in FOR_ALL_VERSIONS:
+                raise MicemuError(
+                    f"this is micemu {msg.get('version')}, the emulator that runs is micemu {VERSION} and speaks "
+                    "another protocol: end it with micemu stop, then micemu boot",
+                    errno.EPROTO,
+                )
+            handler = self._requests.get(op)
             if handler is None:
-                raise UsageError(f"unknown request {msg.get('op')!r}: is this micemu of another version?")
+                raise UsageError(
+                    f"unknown request {op!r}: the emulator that runs is micemu {VERSION}, this is another version?"
+                )
             reply = await handler(channel, msg, fds)
             out = reply.pop("_fds", [])
             await channel.send({"done": True, **reply}, out)
@@ -181,29 +193,47 @@ class Control:
 
     @staticmethod
     def _image(card: Card) -> str:
-        """The configured image, or the package's own (built on first use)."""
-        return card.config.image or str(image.built_in())
+        """The configured image, or the instance's own."""
+        return card.config.image or str(card.micos)
 
-    async def _wait(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+    async def _wait(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Until each card has shown one of the words; one time-out for all of them."""
         words = set(msg["states"])
-        for card in self.instance.select(msg.get("cards", [])):
 
-            def there(c: Card = card) -> bool:
-                return c.cosm.state.word in words or c.cosm.shutdown_status.word in words
+        async def shown(card: Card) -> None:
+            def there() -> bool:
+                return card.cosm.state.word in words or card.cosm.shutdown_status.word in words
 
             try:
                 await card.until(there, msg.get("timeout"), f"waiting for {' or '.join(sorted(words))}")
             except TimeoutError as e:
                 raise WaitTimeout(f"{e}; it is {card.cosm.state.word}") from None
-        return {"status": self.instance.status()}
+
+        cards = self.instance.select(msg.get("cards", []))
+        all_shown = asyncio.gather(*(shown(c) for c in cards), return_exceptions=True)
+        gone = asyncio.ensure_future(channel.recv(None, "the end of the one who waits"))
+        try:
+            both: set[asyncio.Future[Any]] = {all_shown, gone}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            failed = [r for r in all_shown.result() if r is not None] if all_shown.done() else []
+            if failed:
+                raise failed[0]
+            return {"status": self.instance.status()}
+        finally:
+            for task in (all_shown, gone):
+                task.cancel()
+            await asyncio.gather(all_shown, gone, return_exceptions=True)
 
     async def _stop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        for card in list(self.instance.cards.values()):
-            if msg.get("orderly") and card.cosm.state is State.ONLINE:
-                try:
-                    await card.shutdown(msg.get("timeout"))
-                except (MicemuError, TimeoutError) as e:
-                    self.instance.log.warning(f"{card.name}: {e}; it is reset")
+        async def down(card: Card) -> None:
+            try:
+                await card.shutdown(msg.get("timeout"))
+            except (MicemuError, OSError, TimeoutError) as e:
+                self.instance.log.warning(f"{card.name}: {e}; it is reset")
+
+        online = [c for c in self.instance.cards.values() if c.cosm.state is State.ONLINE]
+        if msg.get("orderly"):
+            await asyncio.gather(*(down(c) for c in online))
         self.instance.stopping.set()
         return {}
 
@@ -216,6 +246,9 @@ class Control:
                 await channel.send(event)
         self._listeners.add(queue)
         gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))
+        sampler = None
+        if every := msg.get("sample"):
+            sampler = asyncio.ensure_future(self._samples(float(every), queue))
         try:
             while True:
                 item = asyncio.ensure_future(queue.get())
@@ -226,8 +259,19 @@ class Control:
                     return {}
                 await channel.send(item.result())
         finally:
+            if sampler:
+                sampler.cancel()
             self._listeners.discard(queue)
             gone.cancel()
+
+    async def _samples(self, every_s: float, queue: asyncio.Queue[dict[str, Any]]) -> None:
+        """The metrics as events, one ``sample`` per ``every_s`` seconds; none while the listener is behind."""
+        while True:
+            values = await metrics.values(self.instance)
+            if queue.qsize() < BACKLOG:
+                event = {"schema": EVENT_SCHEMA, "time": round(time.time(), 6), "event": "sample"}
+                queue.put_nowait({**event, "metrics": values})
+            await asyncio.sleep(every_s)
 
     async def _run(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
@@ -242,13 +286,11 @@ class Control:
         return {
             "_fds": self.instance.network.namespace_fds(),
             "socket": str(self.instance.rundir / "scif.sock"),
+            "user": os.geteuid(),
         }
 
     async def _config(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        config = Config(
-            self.instance.config.timing, self.instance.config.host_memory,
-            [c.config for c in self.instance.cards.values()],
-        )  # fmt: skip
+        config = replace(self.instance.config, cards=[c.config for c in self.instance.cards.values()])
         return {"config": config.to_dict()}
 
     async def _dump(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

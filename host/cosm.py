@@ -1,4 +1,4 @@
-"""COSM, host side: the state machine of one card and its SCIF server (COSM 2 to 5).
+"""COSM, host side: the state machine of one card and its connection (COSM 2 to 5).
 
 Policy (reset after a shutdown, boot after a restart) is not here: see policy.py. Every transition
 goes through ``_move``, which logs it and wakes whoever waits for the state.
@@ -19,7 +19,6 @@ from mic_emu.cosm.states import Event, State, Status, step
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.log import Log
 from mic_emu.scif.errors import ScifError
-from mic_emu.scif.kernel import KernelEndpoint
 
 C = L.CONSTANTS
 POLLIN, POLLERR, POLLHUP = 1, 8, 0x10
@@ -366,46 +365,3 @@ class CosmDevice:
             self.log.error(f"the card died while it was shutting down: {why}", event="crash", why=why)
             self._pending = Status.CRASHED
             self._publish(Status.CRASHED)
-
-
-class CosmServer:
-    """Listens on node 0 port 201 and hands connections to the cards (COSM-41)."""
-
-    def __init__(self, listener: KernelEndpoint, find: Callable[[int], CosmDevice | None], log: Log) -> None:
-        self._listener = listener
-        self._find = find
-        self._log = log
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @classmethod
-    def open(cls, endpoint: KernelEndpoint, find: Callable[[int], CosmDevice | None], log: Log) -> CosmServer:
-        """Bind and listen. Raises ScifError."""
-        endpoint.bind(C["SCIF_COSM_PORT"])
-        endpoint.listen(C["COSM_BACKLOG"])
-        return cls(endpoint, find, log)
-
-    async def serve(self) -> None:
-        """Accept until cancelled or the listener is closed.
-
-        Each request is granted in a task of its own: a card that stops in the middle of its connection
-        must not keep the others waiting (COSM-60).
-        """
-        while await self._listener.poll(POLLIN) == POLLIN:
-            task = asyncio.ensure_future(self._accept())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.sleep(0)  # it has taken its request off the queue
-
-    async def _accept(self) -> None:
-        try:
-            ep = await self._listener.accept(sync=False)
-        except ScifError as e:
-            self._log.warning(f"COSM accept: {e}")  # a card that went away in the middle of it
-            return
-        node = ep.peer[0] if ep.peer else 0
-        device = self._find(node - 1)
-        if device is None:
-            self._log.warning("COSM connection from a node without a card", node=node)
-            await ep.close()
-        else:
-            await device.adopt(ep)

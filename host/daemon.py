@@ -7,17 +7,20 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import time
 from typing import Any
 
+from mic_emu import image
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig, Config
 from mic_emu.errors import MicemuError, NoSuchCard
 from mic_emu.host.card import Card
 from mic_emu.host.control import Control
-from mic_emu.host.cosm import CosmDevice, CosmServer
+from mic_emu.host.cosm import CosmDevice
+from mic_emu.host.cosm_server import CosmServer
 from mic_emu.host.network import Network
 from mic_emu.host.spawn import Spawner
 from mic_emu.log import Log
@@ -25,6 +28,7 @@ from mic_emu.memory import Mapping, PageAllocator, create_shm
 from mic_emu.rundir import RunDir
 from mic_emu.scif.node import Node
 from mic_emu.scif.service import ScifService, listen_at
+from mic_emu.version import VERSION
 from mic_emu.wire_aio import AsyncChannel
 
 HOST_MEMORY_START = 1 << 20  # the first MiB stays unused: a zero address means "absent" everywhere
@@ -49,11 +53,14 @@ class Instance:
         self.node = Node(0, self.memory, self.memory_view, self.clock, log.bind(part="scif"))
         self.network = Network(log.bind(part="network"))
         self.scif: ScifService | None = None
+        # Ours as long as we live: after an upgrade of the package, the cards get the OS that we understand.
+        self.micos = rundir / "micos.img"
         self._cosm_task: asyncio.Task[None] | None = None
         self._plug = asyncio.Lock()
 
     async def start(self) -> None:
         """Bring up what needs no card."""
+        shutil.copyfile(image.built_in(), self.micos)
         await self.node.start()
         self.scif = ScifService(self.node, listen_at(self.rundir / "scif.sock"))
         self.scif.start()
@@ -72,25 +79,23 @@ class Instance:
                 if name in self.cards:
                     await self._reconfigure(self.cards[name], config)
                     continue
-                card = Card(
-                    index,
-                    config,
-                    self.rundir.path,
-                    self.spawner,
-                    self.node,
-                    self.memory,
-                    self.clock,
-                    self.log,
-                )
-                try:
-                    await card.open(self.host_fd)
-                except OSError as e:
-                    raise MicemuError(
-                        f"{name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO
-                    ) from e
-                card.network = self.network
-                self.cards[name] = card
+                self.cards[name] = await self._new_card(index, config)
                 self.tell_watchers()
+
+    async def _new_card(self, index: int, config: CardConfig) -> Card:
+        """A card, plugged in. Raises MicemuError."""
+        card = Card(
+            index, config, self.rundir.path, self.spawner, self.node, self.memory, self.clock, self.log
+        )
+        card.network = self.network
+        card.micos = self.micos
+        try:
+            await card.open(self.host_fd)
+        except OSError as e:
+            raise MicemuError(
+                f"{card.name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO
+            ) from e
+        return card
 
     def tell_watchers(self) -> None:
         """The set of cards has changed."""
@@ -103,19 +108,7 @@ class Instance:
         hardware = ("memory", "device_id", "stepping", "interrupts", "namespaces")
         if any(getattr(card.config, name) != getattr(config, name) for name in hardware):
             await self.unplug(card)
-            fresh = Card(
-                card.index,
-                config,
-                self.rundir.path,
-                self.spawner,
-                self.node,
-                self.memory,
-                self.clock,
-                self.log,
-            )
-            await fresh.open(self.host_fd)
-            fresh.network = self.network
-            self.cards[card.name] = fresh
+            self.cards[card.name] = await self._new_card(card.index, config)
             self.tell_watchers()
         else:
             card.reconfigure(config)
@@ -148,6 +141,7 @@ class Instance:
                 "init": os.getppid(),
                 "started": self.started,
                 "timing": self.clock.profile.name,
+                "version": VERSION,
             },
             "cards": [card.status() for card in self.cards.values()],
         }

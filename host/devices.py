@@ -10,6 +10,7 @@ from mic_emu.config import CardConfig, format_size, parse_size
 from mic_emu.errors import MicemuError, UsageError
 from mic_emu.host.disk import open_image
 from mic_emu.host.supervisor import Backend
+from mic_emu.peers import group_of
 from mic_emu.wire import listen_unix
 
 RNG = "mic_emu.virtio.rng:Rng"
@@ -48,10 +49,11 @@ def console(card: Card) -> Backend:
     path = card.dir / "console.sock"
     listener = listen_unix(str(path))
     listener.setblocking(False)
-    log = os.open(card.dir / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = os.open(card.dir / "console.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
     backend = Backend(
-        "console", "console", {"personality": card.config.personality}, [listener.detach(), log]
-    )
+        "console", "console", {"personality": card.config.personality, "group": group_of(path)},
+        [listener.detach(), log],
+    )  # fmt: skip
     backend.facts["socket"] = str(path)
     backend.facts["log"] = str(card.dir / "console.log")
     return backend

@@ -187,7 +187,8 @@ def start(rundir: RunDir, args: dict[str, Any]) -> int:
 
 def _daemon(rundir: RunDir, args: dict[str, Any], ready_w: int) -> None:
     os.chdir("/")
-    os.umask(0o077)
+    # Members of a group read files; what sockets let in, their directory says (peers.restrict).
+    os.umask(0o027 if args["config"].get("group") else 0o077)
     null = os.open("/dev/null", os.O_RDWR)
     crash = os.open(rundir / "stderr.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for fd, src in ((0, null), (1, crash), (2, crash)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def rotate(path: Path, keep: int = KEEP) -> None:
         with suppress(FileNotFoundError):
             Path(f"{path}.{n - 1}").replace(f"{path}.{n}")
     shutil.copyfile(path, f"{path}.1")
-    Path(f"{path}.1").chmod(0o600)
+    Path(f"{path}.1").chmod(stat.S_IMODE(path.stat().st_mode))
     with path.open("r+b") as f:
         f.truncate()
 

@@ -1,11 +1,11 @@
-"""Prometheus text of an instance (format 0.0.4): states, boots, crashes, devices, rings, SCIF."""
+"""Prometheus text of an instance (format 0.0.4): states, boots, crashes, doorbells, devices, rings, DMA, SCIF."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection
@@ -28,9 +28,20 @@ HELP = {
     "micemu_card_memory_bytes": ("gauge", "Size of the card's memory."),
     "micemu_device_running": ("gauge", "1 when the card drives the device."),
     "micemu_device_restarts_total": ("counter", "Starts of a backend after it died."),
-    "micemu_device_counter": ("counter", "What the backend counted: requests, bytes, packets, errors."),
+    "micemu_device_stats_total": ("counter", "What the backend counted: requests, bytes, packets, errors."),
     "micemu_vring_pending": ("gauge", "Chains the card has made available and the backend not yet used."),
     "micemu_smpt_mapped_bytes": ("gauge", "Host memory that the card's page table shows for transfers."),
+    "micemu_doorbells_total": ("counter", "Rings of a doorbell, towards the host or the card."),
+    "micemu_dma_bytes_total": (
+        "counter",
+        "Bytes that the host driver submitted to a DMA channel since the boot.",
+    ),
+    "micemu_dma_transactions_total": (
+        "counter",
+        "Transactions of a DMA channel of the host, by what became of them.",
+    ),
+    "micemu_dma_ring_depth": ("gauge", "Descriptors that wait in a channel's ring."),
+    "micemu_scif_connections": ("gauge", "Connections between the host and the card."),
     "micemu_scif_nodes": ("gauge", "Online SCIF nodes, the host included."),
     "micemu_scif_endpoints": ("gauge", "Endpoints of node 0 by state."),
 }
@@ -55,6 +66,27 @@ def _card(card: Card) -> Iterator[Sample]:
     for ring in inspection.vrings(card):
         where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
         yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF
+    for to, counts in zip(("host", "card"), card.bus.doorbell_counts(), strict=True):
+        for number, count in enumerate(counts):
+            yield "micemu_doorbells_total", {**label, "to": to, "doorbell": str(number)}, count
+    yield from _dma(card, label)
+    ends = card.node.endpoints.values()
+    connected = [
+        e for e in ends if e.state is EndpointState.CONNECTED and e.peer and e.peer[0] == card.index + 1
+    ]
+    yield "micemu_scif_connections", label, len(connected)
+
+
+def _dma(card: Card, label: dict[str, str]) -> Iterator[Sample]:
+    for row in inspection.dma(card):
+        channel = {**label, "channel": str(row["channel"]), "owner": row["owner"]}
+        if row["size"]:
+            yield "micemu_dma_ring_depth", channel, (row["head"] - row["tail"]) % row["size"]
+        if row["driver"]:
+            yield "micemu_dma_bytes_total", channel, row["driver"]["bytes"]
+            for what in ("transactions", "completed"):
+                name = "submitted" if what == "transactions" else what
+                yield "micemu_dma_transactions_total", {**channel, "what": name}, row["driver"][what]
 
 
 def samples(instance: Instance) -> Iterator[Sample]:
@@ -80,8 +112,8 @@ async def _counters(instance: Instance) -> list[Sample]:
         stats = reply.get("stats", {}) if isinstance(reply, dict) else {}
         for name, value in stats.items():
             if isinstance(value, int):
-                row = {"card": card.name, "device": backend.name, "counter": name}
-                rows.append(("micemu_device_counter", row, value))
+                row = {"card": card.name, "device": backend.name, "stat": name}
+                rows.append(("micemu_device_stats_total", row, value))
     return rows
 
 
@@ -91,6 +123,14 @@ def _quote(value: str) -> str:
 
 def _number(value: float) -> str:
     return repr(float(value)) if isinstance(value, float) else str(int(value))
+
+
+async def values(instance: Instance) -> list[dict[str, Any]]:
+    """The same samples as plain data, for the event stream."""
+    return [
+        {"name": name, **labels, "value": value}
+        for name, labels, value in [*samples(instance), *await _counters(instance)]
+    ]
 
 
 async def render(instance: Instance) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
 from mic_emu.errors import MicemuError
-from mic_emu.host import inspection
-from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused
+from mic_emu.host import debugfs, inspection
+from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused, parse_int
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.memory import View
 from mic_emu.pciconfig import ConfigSpace
@@ -72,6 +72,7 @@ class Sysfs:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
+        self.switches = {"en_msg_log": 0, "p2p_enable": 1}
 
     def tree(self) -> dict[str, File]:
         """All files by path."""
@@ -79,7 +80,23 @@ class Sysfs:
         for card in self.instance.cards.values():
             files |= self._class(card) | self._debug(card)
         files["kernel/debug/scif/scif_dev"] = File(0o444, _lazy(self._scif_dev))
+        for name in self.switches:
+            files[f"kernel/debug/scif/{name}"] = self._switch(name)
         return files
+
+    def _switch(self, name: str) -> File:
+        """A byte that is kept and has no effect here: there is no message log, cards always reach each other."""
+
+        async def read() -> bytes:
+            return b"%d\n" % self.switches[name]
+
+        async def write(data: bytes) -> None:
+            value = parse_int(name, data.decode("latin-1").removesuffix("\n"))
+            if not 0 <= value <= 255:
+                raise Refused(f"{name}: {value} does not fit in a byte", errno.ERANGE)
+            self.switches[name] = value
+
+        return File(0o666, read, write)
 
     def file(self, path: str) -> File:
         """One file. Raises MicemuError ENOENT."""
@@ -148,9 +165,11 @@ class Sysfs:
         return {
             f"{cosm}/log_buf": File(0o444, _lazy(lambda: self.log_buf(card))),
             f"{cosm}/force_reset": File(0o444, force_reset),
-            f"{host}/post_code": File(0o444, _lazy(lambda: card.post_code)),
-            f"{host}/smpt": File(0o444, _lazy(lambda: smpt_text(card))),
-            f"{host}/msi_irq_info": File(0o444, _lazy(lambda: irq_text(card))),
+            f"{host}/post_code": File(0o444, _lazy(lambda: debugfs.post_code(card.bus))),
+            f"{host}/smpt": File(0o444, _lazy(lambda: debugfs.smpt(card.index, card.driver.smpt))),
+            f"{host}/msi_irq_info": File(
+                0o444, _lazy(lambda: debugfs.msi_irq_info(card.driver.irq, card.bus))
+            ),
             f"{vop}/dp": File(0o444, _lazy(lambda: page_text(card))),
             f"{vop}/vdev_info": File(0o444, _lazy(lambda: rings_text(card))),
         }
@@ -172,23 +191,6 @@ class Sysfs:
         for n in range(node.maxid + 1):
             lines.append(f"{n:>16}{'Running' if n in online else 'Offline':>16}")
         return "\n".join(lines) + "\n"
-
-
-def smpt_text(card: Card) -> str:
-    """32 rows: entry, address, bytes mapped (COSM 7)."""
-    rule = "=" * 59
-    lines = [f"MIC {card.index:<2} |SMPT entry| SW DMA addr RefCount", rule]
-    lines += [f"{'':6} |{r.index:<10}| {r.host_addr:#014x} {r.refs}" for r in card.driver.smpt.rows()]
-    return "\n".join([*lines, rule]) + "\n"
-
-
-def irq_text(card: Card) -> str:
-    """One row per vector: number, map register, names of its users."""
-    irq = card.driver.irq
-    if irq.mode.value != "msix":
-        return "MSI/MSIx interrupts not enabled\n"
-    rows = [f"vector {v:<3} mxar {bits:#010x} {', '.join(names) or '-'}" for v, bits, names in irq.rows()]
-    return "\n".join(rows) + "\n"
 
 
 def page_text(card: Card) -> str:

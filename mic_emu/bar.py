@@ -36,9 +36,9 @@ def create_slot(name: str, gddr_size: int, host_fd: int) -> list[int]:
         fds.append(create_shm(f"{name}-gddr", gddr_size))
         fds.append(create_shm(f"{name}-mmio", layout.MMIO_SIZE))
         fds.append(os.dup(host_fd))
-        fds.append(create_shm(f"{name}-config", layout.CONSTANTS["CONFIG_SIZE"]))
+        fds.append(create_shm(f"{name}-config", layout.CONSTANTS["CONFIG_OBJECT_SIZE"]))
         # Registers and configuration space are always there: reserve them now (no SIGBUS later).
-        for fd, size in ((fds[1], layout.MMIO_SIZE), (fds[3], 4096)):
+        for fd, size in ((fds[1], layout.MMIO_SIZE), (fds[3], layout.CONSTANTS["CONFIG_OBJECT_SIZE"])):
             rc = lib.mic_reserve(fd, 0, size)
             if rc < 0:
                 raise OSError(-rc, f"{name}: /dev/shm has no room for the card's registers")
@@ -115,6 +115,12 @@ class Bus:
     def ring_card(self, db: int) -> None:
         """The host rings card doorbell ``db``; unknown numbers are ignored (HW-18)."""
         lib.mic_ring_card(self.ptr, db)
+
+    def doorbell_counts(self) -> tuple[list[int], list[int]]:
+        """How often host doorbells 0..3 and card doorbells 0..15 were rung since the slot was made."""
+        at = ffi.cast("uint64_t *", lib.mic_bus_config(self.ptr) + layout.CONSTANTS["DOORBELL_COUNTS"])
+        counts = [int(at[i]) for i in range(4 + 16)]
+        return counts[:4], counts[4:]
 
     def set_over_pci(self) -> None:
         """This process is the host: register accesses need memory decoding enabled and power state D0."""

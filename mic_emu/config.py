@@ -84,6 +84,7 @@ class Config:
 
     timing: str = "fast"
     host_memory: int = 16 << 30
+    group: str = ""  # whose members may use the instance's sockets, by name or number
     cards: list[CardConfig] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,6 +117,9 @@ MMIO: tuple[Reg, ...] = (
 CONSTANTS: dict[str, int] = {
     "MMIO_SIZE": MMIO_SIZE,
     "CONFIG_SIZE": 4096,
+    # Behind configuration space in its object, ours: u64 counts of rings, host doorbells 0-3, then card doorbells 0-15
+    "DOORBELL_COUNTS": 4096,
+    "CONFIG_OBJECT_SIZE": 8192,
     "PAGE_SIZE": 4096,
     # PCI configuration space (HW 1): registers, bits, and where a real X100 has its capabilities
     "PCI_VENDOR": 0x8086,

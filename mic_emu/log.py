@@ -32,7 +32,7 @@ class Log:
     @classmethod
     def open(cls, path: os.PathLike[str] | str, **fields: Any) -> Log:
         """Append to ``path``."""
-        return cls(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), **fields)
+        return cls(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), **fields)
 
     @property
     def fd(self) -> int:

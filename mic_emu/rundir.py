@@ -1,12 +1,17 @@
 """The run directory of an instance: sockets, pid file, logs. ARCHITECTURE.md lists every file.
 
-``$XDG_RUNTIME_DIR/micemu/<instance>/``, or ``/tmp/micemu-<uid>/<instance>/`` when there is no runtime
-directory; mode 0700, owned by the caller. Two instances never see each other.
+``$MICEMU_RUNDIR/<instance>/`` if that is set, else ``$XDG_RUNTIME_DIR/micemu/<instance>/``, or
+``/tmp/micemu-<uid>/<instance>/`` when there is no runtime directory; mode 0700, owned by the caller. Two
+instances never see each other.
+
+An instance with a group has mode 2750 and files that its members may read; it must lie in ``$MICEMU_RUNDIR``,
+which is the one place where an instance of another user is believed to be one.
 """
 
 from __future__ import annotations
 
 import fcntl
+import grp
 import json
 import os
 import re
@@ -30,8 +35,16 @@ def default_instance() -> str:
     return os.environ.get("MICEMU_INSTANCE", "default")
 
 
+def named_dir() -> Path | None:
+    """``$MICEMU_RUNDIR``, which its user made and named: it stays, and may be somebody else's."""
+    named = os.environ.get("MICEMU_RUNDIR")
+    return Path(os.path.abspath(named)) if named else None
+
+
 def base_dir() -> Path:
     """Where instances live."""
+    if named := named_dir():
+        return named
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.path.isdir(runtime) and os.access(runtime, os.W_OK):
         return Path(runtime) / "micemu"
@@ -53,8 +66,26 @@ def _private_dir(path: Path) -> None:
             f"the run directory {path} belongs to user {st.st_uid}, not to you ({os.getuid()}): "
             "remove it or set XDG_RUNTIME_DIR to a directory of your own"
         )
-    if stat.S_IMODE(st.st_mode) & 0o077:
-        path.chmod(0o700)
+    if stat.S_IMODE(st.st_mode) & 0o007:  # what its group may is said by ``share``
+        path.chmod(stat.S_IMODE(st.st_mode) & 0o2770)
+
+
+def _make_base() -> None:
+    """The folder of all instances. Raises MicemuError."""
+    if (named := named_dir()) is None:
+        _private_dir(base_dir())
+    elif not named.is_dir():
+        raise MicemuError(f"MICEMU_RUNDIR is {named}: make that directory first")
+
+
+def group_number(group: str) -> int:
+    """The number of a group given by name or number. Raises UsageError."""
+    if group.isdigit():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UsageError(f"there is no group {group!r} on this machine") from None
 
 
 @dataclass(frozen=True)
@@ -116,13 +147,42 @@ class RunDir:
     def card(self, name: str) -> Path:
         return self.path / name
 
-    def create(self) -> None:
-        """Make the directory, private to the caller. Raises MicemuError naming what is in the way."""
-        _private_dir(base_dir())
+    def create(self, group: str = "") -> None:
+        """Make the directory, private to the caller and to the members of ``group``. Raises MicemuError naming
+        what is in the way."""
+        _make_base()
         _private_dir(self.path)
+        if group:
+            self._share(group)
+
+    def _share(self, group: str) -> None:
+        number, base = group_number(group), named_dir()
+        if base is None:
+            raise UsageError(
+                f"group {group!r}: set MICEMU_RUNDIR, for you and for its members, to a directory that they can reach"
+            )
+        st = base.stat()
+        if not (st.st_mode & stat.S_IXOTH or (st.st_mode & stat.S_IXGRP and st.st_gid == number)):
+            raise MicemuError(f"group {group!r} cannot reach {base}: chgrp {group} {base}; chmod g+x {base}")
+        try:
+            os.chown(self.path, -1, number)
+            # Set-group-ID: what is made inside belongs to the group. The umask of init says what it may do with it.
+            self.path.chmod(0o2750)
+        except OSError as e:
+            raise MicemuError(f"cannot share the run directory with group {group!r}: {e.strerror}") from e
+
+    @property
+    def ours(self) -> bool:
+        """Does the instance belong to us, or to nobody yet?"""
+        try:
+            return self.path.stat().st_uid == os.getuid()
+        except OSError:
+            return not os.path.lexists(self.path)
 
     def check_owner(self) -> None:
-        """Refuse a directory of somebody else (it may be a trap)."""
+        """Refuse a directory of somebody else (it may be a trap), unless MICEMU_RUNDIR names it."""
+        if named_dir():
+            return
         for p in (base_dir(), self.path):
             if p.exists():
                 _private_dir(p)
@@ -132,11 +192,16 @@ class RunDir:
         """Serialise starting and cleaning. The lock file goes with the instance."""
         path = base_dir() / f".{self.instance}.lock"
         while True:
-            _private_dir(base_dir())
+            _make_base()
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
                 continue  # the last instance took the directory away in between
+            except PermissionError as e:
+                raise MicemuError(
+                    f"the instance {self.instance} in {base_dir()} is not yours to start, kill or clean",
+                    e.errno or 0,
+                ) from e
             fcntl.flock(fd, fcntl.LOCK_EX)
             try:
                 if os.fstat(fd).st_ino == os.stat(path).st_ino:
@@ -149,8 +214,9 @@ class RunDir:
         finally:
             if not self.path.exists():
                 path.unlink(missing_ok=True)
-                with suppress(OSError):
-                    base_dir().rmdir()  # other instances may be there
+                if not named_dir():
+                    with suppress(OSError):
+                        base_dir().rmdir()  # other instances may be there
             os.close(fd)
 
     @property
@@ -176,6 +242,7 @@ class RunDir:
                 rows[role] = {"pid": ident.pid, "start": ident.start, "boot_id": ident.boot_id}
         tmp = self.pid_file.with_suffix(".tmp")
         tmp.write_text(json.dumps(rows) + "\n")
+        tmp.chmod(tmp.stat().st_mode & 0o640)  # the group must not tell us whom to kill
         tmp.rename(self.pid_file)
 
     def read_pids(self) -> dict[str, ProcessId]:

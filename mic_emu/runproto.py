@@ -97,7 +97,8 @@ def parse_run(msg: Message, nfds: int) -> RunRequest:
     """Check a client's first message. Raises BadRequest."""
     if msg.get("run") != VERSION:
         raise BadRequest(
-            f"the request has version {msg.get('run')!r:.20}, this card speaks version {VERSION}"
+            f"the request has version {msg.get('run')!r:.20}, this card speaks version {VERSION}: "
+            "micemu stop, then micemu boot"
         )
     argv, env, tty = msg.get("argv"), msg.get("env", {}), msg.get("tty", False)
     if not isinstance(argv, list) or not argv:

@@ -18,11 +18,12 @@ import os
 import select
 import socket
 import stat
-import struct
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
+
+from mic_emu.peers import peer_credentials, restrict
 
 MAX_MESSAGE = 16 << 20  # bytes of one line, the newline included
 MAX_FDS = 253  # descriptors of one message: the kernel's SCM_MAX_FD
@@ -246,12 +247,6 @@ def channel_pair() -> tuple[Channel, Channel]:
     return Channel(a), Channel(b)
 
 
-def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of the peer; a pid of 0 is one that this pid namespace does not see."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
-
-
 class _Reached:
     """A path short enough for ``sun_path``, through a descriptor of its directory."""
 
@@ -279,8 +274,8 @@ def connect_unix(path: str) -> socket.socket:
     return sock
 
 
-def listen_unix(path: str, mode: int = 0o600, backlog: int = 128) -> socket.socket:
-    """Listening stream socket at a path of any length; it appears ready and with its mode.
+def listen_unix(path: str, backlog: int = 128) -> socket.socket:
+    """Listening stream socket at a path of any length; it appears ready and with its mode (``peers.restrict``).
 
     A socket that nobody listens on any more is replaced. Raises OSError: EADDRINUSE when somebody
     does, EEXIST when the path is something else.
@@ -293,7 +288,7 @@ def listen_unix(path: str, mode: int = 0o600, backlog: int = 128) -> socket.sock
     try:
         with reach as at:
             sock.bind(at(temporary))
-            os.chmod(at(temporary), mode)
+            restrict(at(temporary))
             sock.listen(backlog)
             os.rename(at(temporary), at(reach.name))
     except OSError as e:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
+from mic_emu.peers import admitted, group_of
 from mic_emu.wire import (
     SEND_TIMEOUT_S,
     BaseChannel,
@@ -21,7 +22,6 @@ from mic_emu.wire import (
     WireTimeout,
     encode,
     listen_unix,
-    peer_credentials,
 )
 
 
@@ -109,11 +109,11 @@ Handler = Callable[[AsyncChannel], Awaitable[None]]
 class UnixServer:
     """Accepts connections of permitted users and runs one handler task for each."""
 
-    def __init__(self, sock: socket.socket, path: str | None, handler: Handler, uids: frozenset[int]) -> None:
+    def __init__(self, sock: socket.socket, path: str | None, handler: Handler) -> None:
         self.sock = sock
         self.path = path
         self._handler = handler
-        self._uids = uids
+        self._group = None if path is None else group_of(path)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._id = os.fstat(sock.fileno()).st_ino if path is None else os.lstat(path).st_ino
@@ -133,7 +133,7 @@ class UnixServer:
                 {"message": f"{self.path}: accept: {e.strerror}", "exception": e}
             )
             return
-        if peer_credentials(conn)[1] not in self._uids:
+        if not admitted(conn, self._group):
             conn.close()
             return
         task = self._loop.create_task(self._serve(AsyncChannel(conn)))
@@ -169,13 +169,10 @@ class UnixServer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def serve_unix(
-    path: str, handler: Handler, mode: int = 0o600, uids: frozenset[int] | None = None
-) -> UnixServer:
+async def serve_unix(path: str, handler: Handler) -> UnixServer:
     """Listen at ``path`` in the running event loop; ``handler`` gets a channel per connection.
 
-    Connections of users other than ``uids`` (default: our own and root) are closed at once.
+    Connections of users who are not ``peers.admitted`` are closed at once.
     Raises OSError as ``listen_unix``.
     """
-    allowed = frozenset({os.geteuid(), 0}) if uids is None else uids
-    return UnixServer(listen_unix(path, mode), path, handler, allowed)
+    return UnixServer(listen_unix(path), path, handler)

@@ -23,8 +23,9 @@ from mic_emu.card.os import bootstrap, power, program
 from mic_emu.card.os.console_shell import ConsoleShell
 from mic_emu.card.os.loop import EventLoop
 from mic_emu.card.os.program import Command, Root, Started, kill_all
+from mic_emu.peers import admitted
 from mic_emu.runproto import BadRequest
-from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout, peer_credentials
+from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout
 
 _ACCEPT_PAUSE_S = 0.2
 
@@ -40,6 +41,7 @@ class InitConfig:
     term:     the console shell's TERM
     cwd:      where the console's shell starts; made writable as for a program
     folder:   a folder of the card's, visible to programs under this path, for ``power.install``; "" for none
+    group:    whose members may run programs beside our user and root
     """
 
     hostname: str
@@ -48,6 +50,7 @@ class InitConfig:
     term: str = "xterm"
     cwd: str = "/"
     folder: str = ""
+    group: int | None = None
 
 
 class Init:
@@ -303,7 +306,7 @@ class _Loop(EventLoop):
             self.unwatch(self.listener.fileno())
             self.after(_ACCEPT_PAUSE_S, self.listen)
             return
-        if peer_credentials(conn)[1] != os.geteuid():
+        if not admitted(conn, self.config.group):
             conn.close()
             return
         client = _Client(Channel(conn))

@@ -109,7 +109,7 @@ class Systools:
         m = meminfo()
         total, free = m["MemTotal"], m["MemFree"]
         row = (total, total - free, free, m.get("Buffers", 0), m.get("Cached", 0))
-        return struct.pack("<5I", *(min(v, 0xFFFFFFFF) for v in row))
+        return P.MEMORY_USE_BODY.pack(*(min(v, 0xFFFFFFFF) for v in row))
 
     def _device_info(self) -> bytes:
         f = self.facts

@@ -14,6 +14,7 @@ from mic_emu.card.os import bootstrap, init
 from mic_emu.card.os.rootfs import RootConfig, make_root
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
+from mic_emu.peers import group_of
 from mic_emu.virtio import net
 from mic_emu.wire import listen_unix
 
@@ -45,7 +46,8 @@ class Userland:
             "MICEMU_CARD": boot["name"],
             "MICEMU_SCIF_SOCKET": str(Path(boot["dir"]) / "scif.sock"),
         }
-        config = init.InitConfig(boot["name"], env, cwd=params.get("micemu.cwd", "/"), folder=boot["dir"])
+        cwd = params.get("micemu.cwd", "/")
+        config = init.InitConfig(boot["name"], env, cwd=cwd, folder=boot["dir"], group=group_of(path))
 
         archive = bytes(bus.gddr.read(*ramdisk)) if ramdisk else b""
         names = {boot["name"]: net.card_address(boot["index"]), "host": net.host_address(boot["index"])}

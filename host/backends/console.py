@@ -33,7 +33,11 @@ class Console(BackendProcess):
 
     def opened(self) -> None:
         self.dev = console.ConsoleDevice(
-            self.vdev, pty_fd=self.pty.fd, log_fd=self.log_fd, listen_fd=self.listener
+            self.vdev,
+            pty_fd=self.pty.fd,
+            log_fd=self.log_fd,
+            listen_fd=self.listener,
+            group=self.args.get("group"),
         )
         self.facts(pty=self.pty.slave)
 

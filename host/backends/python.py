@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mic_emu.virtio.rng  # noqa: F401  named by a string only: loaded before an upgrade takes its file away
 from mic_emu import layout as L
 from mic_emu.host.backends.common import BackendProcess, OpenFailed, serve
 from mic_emu.vop.backend import Backend, DeviceLoop

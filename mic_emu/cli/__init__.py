@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "log": ("log", "Show the log."),
     "events": ("events", "Follow events as JSON lines."),
     "info": ("info", "Show the inventory of host and cards, like micinfo."),
+    "smc": ("smc", "Live data and settings of cards, like micsmc."),
     "check": ("check", "Check the health of host and cards, like miccheck."),
     "cp": ("cp", "Copy files to and from a card."),
     "shell": ("shell", "Log in to a card."),

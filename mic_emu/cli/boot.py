@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
-from mic_emu.errors import MicemuError, UsageError
+from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel
 
@@ -25,7 +26,7 @@ def start_host(where: RunDir, config: Config) -> None:
     """Start init and the host process of an instance. Raises MicemuError."""
     from mic_emu.host import launcher
 
-    where.create()
+    where.create(config.group)
     fd = launcher.start(where, {"instance": where.instance, "config": config.to_dict()})
     with os.fdopen(fd, "rb") as pipe:
         line = pipe.readline()
@@ -37,6 +38,9 @@ def start_host(where: RunDir, config: Config) -> None:
 
 def connect_or_start(where: RunDir, config: Config) -> Channel:
     """The instance's control channel; the instance is started, or swept up first, as needed."""
+    if where.read_pids():
+        with suppress(NotRunning):
+            return client.connect(where)  # also for those who may use it, but not start it
     with where.locked():
         where.check_owner()
         if not where.read_pids():
@@ -154,7 +158,7 @@ def current(where: RunDir) -> Config | None:
     """The configuration of the running instance, None when there is none."""
     try:
         return Config.from_dict(client.ask("config")["config"]) if where.read_pids() else None
-    except MicemuError:
+    except NotRunning:
         return None
 
 

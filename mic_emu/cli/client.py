@@ -12,6 +12,7 @@ import click
 
 from mic_emu.errors import BY_NAME, MicemuError, NotRunning
 from mic_emu.rundir import RunDir
+from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import Channel, PeerClosed, connect_unix
 
 Message = dict[str, Any]
@@ -33,13 +34,17 @@ def connect(where: RunDir | None = None) -> Channel:
         raise NotRunning(
             f"no emulator runs (instance {where.instance}): start one with micemu boot"
         ) from None
+    except PermissionError as e:
+        raise MicemuError(
+            f"the emulator in {where.path} belongs to another user and is not shared with you", e.errno or 0
+        ) from None
 
 
 def converse(
     channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any
 ) -> Iterator[tuple[Message, list[int]]]:
     """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
-    channel.send({"op": op, **fields}, fds)
+    channel.send({"op": op, "protocol": PROTOCOL, "version": VERSION, **fields}, fds)
     while True:
         try:
             msg, got = channel.recv(None, f"the host's answer to {op!r}")

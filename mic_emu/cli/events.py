@@ -13,18 +13,25 @@ from mic_emu.errors import MicemuError
 @click.command()
 @click.option("--recent", is_flag=True, help="First what happened up to now (the last 1000 events).")
 @click.option("--count", type=int, default=0, metavar="N", help="End after N events.")
-def command(recent: bool, count: int) -> None:
+@click.option(
+    "--sample",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Also the metrics, so often, as sample events.",
+)
+def command(recent: bool, count: int, sample: float | None) -> None:
     """Follow events as JSON lines (each has "schema": 1) until the emulator ends.
 
     \b
     Examples:
       micemu events
+      micemu events --sample 5
       micemu events --recent | jq -c 'select(.event == "state")'
     """
     seen = 0
     try:
         with client.connect() as channel:
-            for msg, _ in client.converse(channel, "events", recent=recent):
+            for msg, _ in client.converse(channel, "events", recent=recent, sample=sample):
                 if msg.get("done"):
                     return
                 click.echo(json.dumps(msg))

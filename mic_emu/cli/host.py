@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.cli.stop import stop_instance
+from mic_emu.cli.stop import kill_instance, stop_instance
 from mic_emu.config import NoCards, load
 from mic_emu.errors import MicemuError, StateError, WaitTimeout
 from mic_emu.rundir import RunDir
@@ -44,10 +44,12 @@ def notify(text: str) -> None:
 class Service:
     """An instance that lives as long as this command."""
 
-    def __init__(self, where: RunDir, config_path: Path | None) -> None:
+    def __init__(self, where: RunDir, config_path: Path | None, group: str | None = None) -> None:
         self.where = where
         self.config_path = config_path
         self.config = load(config_path)
+        if group is not None:
+            self.config.group = group
         self.journal = "JOURNAL_STREAM" in os.environ
         self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
 
@@ -87,10 +89,13 @@ class Service:
             poller = select.poll()
             poller.register(events.fileno(), select.POLLIN)
             poller.register(wake_r, select.POLLIN)
+            due = time.monotonic() + self.watchdog_s
             while True:
-                ready = {fd for fd, _ in poller.poll(self.watchdog_s * 1000 or None)}
-                if not ready:
+                left = max(due - time.monotonic(), 0) * 1000 if self.watchdog_s else None
+                ready = {fd for fd, _ in poller.poll(left)}
+                if self.watchdog_s and time.monotonic() >= due:  # however much there is to show
                     self._alive()
+                    due = time.monotonic() + self.watchdog_s
                 if wake_r in ready and self._signals(os.read(wake_r, 64)):
                     self._show(events)  # what happened on the way down
                     return 0
@@ -122,8 +127,6 @@ class Service:
             stop_instance(self.where, orderly=True, limit_s=STOP_LIMIT_S)
         except WaitTimeout as e:
             self.say("error", str(e))
-            from mic_emu.cli.stop import kill_instance
-
             kill_instance(self.where)
 
     def _reload(self) -> None:
@@ -156,7 +159,11 @@ class Service:
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="TOML file with [[card]] tables."
 )
-def command(foreground: bool, config_path: Path | None) -> None:
+@click.option("--group", metavar="NAME", help="Share the emulator with this group; needs $MICEMU_RUNDIR.")
+@click.option(
+    "--unit", "unit_kind", type=click.Choice(["user", "system"]), help="Print a systemd unit file instead."
+)
+def command(foreground: bool, config_path: Path | None, group: str | None, unit_kind: str | None) -> None:
     """Run the emulator as a service: plug the configured cards in and boot those with autoboot.
 
     With --foreground the command stays: it prints events (with journal priorities under systemd), speaks
@@ -167,9 +174,16 @@ def command(foreground: bool, config_path: Path | None) -> None:
     Examples:
       micemu host --config lab.toml
       micemu host --foreground --config lab.toml
+      micemu host --unit user > ~/.config/systemd/user/micemu.service
+      MICEMU_RUNDIR=/run/micemu micemu host --foreground --group mic
     """
+    if unit_kind:
+        from mic_emu.cli.unit import unit
+
+        click.echo(unit(unit_kind, client.rundir().instance, group), nl=False)
+        return
     try:
-        service = Service(client.rundir(), config_path)
+        service = Service(client.rundir(), config_path, group)
     except NoCards as e:
         click.echo(f"micemu: {e}: nothing to do", err=True)
         raise click.exceptions.Exit(3) from None  # as the daemon of the real stack (COSM-63)

@@ -9,12 +9,15 @@ import click
 from mic_emu.cli import client
 from mic_emu.config import format_size
 from mic_emu.errors import NoSuchCard, NotRunning
+from mic_emu.version import VERSION
 
 
 def render(status: dict[str, Any]) -> None:
     """The table that people read."""
     host = status["host"]
     click.echo(f"instance {status['instance']}: host process {host['pid']}, timing {host['timing']}")
+    if host.get("version", VERSION) != VERSION:
+        click.echo(f"it is micemu {host['version']}: micemu stop, then micemu boot takes {VERSION}")
     for card in status["cards"]:
         pids = card["pids"]
         note = "" if card["shutdown_status"] == "nop" else f" ({card['shutdown_status']})"

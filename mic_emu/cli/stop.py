@@ -9,7 +9,7 @@ import signal
 import click
 
 from mic_emu.cli import client
-from mic_emu.errors import WaitTimeout
+from mic_emu.errors import MicemuError, WaitTimeout
 from mic_emu.rundir import RunDir
 
 
@@ -36,7 +36,12 @@ def kill_instance(where: RunDir) -> bool:
         return False
     init = pids.get("init")
     watch = os.pidfd_open(init.pid) if init else -1
-    os.kill(victim.pid, signal.SIGKILL)
+    try:
+        os.kill(victim.pid, signal.SIGKILL)
+    except PermissionError:
+        raise MicemuError(
+            f"the emulator belongs to another user: micemu stop without --force (instance {where.instance})"
+        ) from None
     if watch >= 0:
         select.select([watch], [], [], 15.0)
         os.close(watch)

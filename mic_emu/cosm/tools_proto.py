@@ -21,6 +21,7 @@ DEVICE_INFO_BODY = struct.Struct("<9I64s64s64s16s16s6s12s")
 MEMORY_INFO_BODY = struct.Struct("<4IB64sH")
 PROCESSOR_BODY = struct.Struct("<IHHHB16s")
 CORES_BODY = struct.Struct("<4IB")
+MEMORY_USE_BODY = struct.Struct("<5I")
 CORE_USE_HEAD = struct.Struct("<QQIHI")
 CORE_USE_ROW = struct.Struct("<5Q")
 

@@ -21,6 +21,7 @@ from mic_emu._native import lib
 from mic_emu.bar import close_all
 from mic_emu.clock import settle
 from mic_emu.memory import Mapping
+from mic_emu.peers import restrict
 from mic_emu.scif.control import (
     REPLY,
     REQUEST,
@@ -48,17 +49,14 @@ Handler = Callable[[Control, Session, "list[int]", bytes], Answer]
 
 
 def listen_at(path: str | os.PathLike[str]) -> socket.socket:
-    """A listening socket for a node at ``path``, mode 0600; replaces a stale one."""
+    """A listening socket for a node at ``path``, for whom ``peers`` names; replaces a stale one."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    old = os.umask(0o177)
-    try:
-        sock.bind(os.fspath(path))
-    finally:
-        os.umask(old)
+    sock.bind(os.fspath(path))
+    restrict(path)
     sock.listen(512)
     sock.setblocking(False)
     return sock

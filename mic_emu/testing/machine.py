@@ -48,7 +48,10 @@ class Leftovers:
 class Machine:
     """Runs ``micemu`` commands against an instance of its own. Context manager; checks for leaks."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, program: Sequence[str] = tuple(MICEMU)
+    ) -> None:
+        self.program = list(program)
         self.home = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
         runtime = self.home / "run"
         runtime.mkdir(mode=0o700)
@@ -81,7 +84,7 @@ class Machine:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end. ``check``: AssertionError with all output when it fails."""
         done = subprocess.run(
-            [*MICEMU, *args], env=self.env, stdin=stdin, capture_output=True, text=True, timeout=timeout, check=False,
+            [*self.program, *args], env=self.env, stdin=stdin, capture_output=True, text=True, timeout=timeout, check=False,
             cwd=cwd or self.home, errors="replace",
         )  # fmt: skip
         if check and done.returncode != 0:
@@ -92,7 +95,9 @@ class Machine:
 
     def popen(self, *args: str, **kwargs: Any) -> subprocess.Popen[Any]:
         """Start a command; the caller ends it."""
-        return subprocess.Popen([*MICEMU, *args], env=self.env, cwd=kwargs.pop("cwd", self.home), **kwargs)
+        return subprocess.Popen(
+            [*self.program, *args], env=self.env, cwd=kwargs.pop("cwd", self.home), **kwargs
+        )
 
     def json(self, *args: str, **kwargs: Any) -> Any:
         """A command's ``--json`` output."""

@@ -108,12 +108,17 @@ class ConsoleDevice:
     """Device half, in a backend process. ``vdev`` is a ``struct mic_vdev *`` with two rings.
 
     ``pty_fd``: HostPty.fd; ``log_fd``: opened for appending; ``listen_fd``: non-blocking listening Unix
-    socket for clients. Each may be -1 and stays the caller's. Context manager.
+    socket for clients. Each may be -1 and stays the caller's. ``group``: whose members are welcome beside our
+    user and root. Context manager.
     """
 
-    def __init__(self, vdev: Any, *, pty_fd: int = -1, log_fd: int = -1, listen_fd: int = -1) -> None:
+    def __init__(
+        self, vdev: Any, *, pty_fd: int = -1, log_fd: int = -1, listen_fd: int = -1, group: int | None = None
+    ) -> None:
         self._keep = vdev
         self.ptr = _created(lib.mic_con_dev_create(vdev, pty_fd, log_fd, listen_fd), "console device")
+        if group is not None:
+            lib.mic_con_dev_admit(self.ptr, group)
 
     def run(self) -> int:
         """Serve until a decision is needed: a MIC_RUN_* number; MIC_RUN_RESIZE: look at ``window_size``."""

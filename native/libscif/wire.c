@@ -26,11 +26,14 @@ static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 static int socket_path(struct sockaddr_un *sa)
 {
 	const char *env = getenv("MICEMU_SCIF_SOCKET"), *run = getenv("XDG_RUNTIME_DIR");
+	const char *named = getenv("MICEMU_RUNDIR");
 	int n;
 
 	sa->sun_family = AF_UNIX;
 	if (env && *env)
 		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s", env);
+	else if (named && *named)
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/default/scif.sock", named);
 	else if (run && *run)
 		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/micemu/default/scif.sock", run);
 	else

@@ -145,6 +145,13 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus)
 
 /* --- register writes with an effect ----------------------------------------------------------- */
 
+/* For people who watch: one more ring of host doorbell n, or of card doorbell n - MIC_SRC_DOORBELLS. */
+static void count_ring(struct mic_bus *bus, uint32_t n)
+{
+	if (bus->config.size >= MIC_CONFIG_OBJECT_SIZE)
+		mic_fetch_add((uint64_t *)(void *)(bus->config.base + MIC_DOORBELL_COUNTS) + n, 1);
+}
+
 static void write_apicicr(struct mic_bus *bus, uint32_t n, uint32_t off, uint32_t value)
 {
 	mic_store_release(reg_at(bus, off), value);
@@ -154,6 +161,7 @@ static void write_apicicr(struct mic_bus *bus, uint32_t n, uint32_t off, uint32_
 	 * programs a vector of its own (HW 4.1). */
 	if (n == 7 && (value & 0xff) == MIC_BOOT_VECTOR)
 		signal_fd(bus->fd[MIC_FD_BOOT]);
+	count_ring(bus, MIC_SRC_DOORBELLS + n);
 	mic_raise_card(bus, n);
 }
 
@@ -195,13 +203,16 @@ void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 		break;
 	case MIC_ACCESS_SDBIC:
 		mic_store_release(reg_at(bus, off), value & ~MIC_SDBIC_REQUEST);
-		if (value & MIC_SDBIC_REQUEST)
+		if (value & MIC_SDBIC_REQUEST) {
+			count_ring(bus, index);
 			mic_raise_host(bus, 1u << (MIC_SRC_DOORBELL + index));
+		}
 		break;
 	case MIC_ACCESS_APICICR:
 		write_apicicr(bus, index, off, value);
 		break;
 	case MIC_ACCESS_RDMASR:
+		count_ring(bus, MIC_SRC_DOORBELLS + 8 + index);
 		mic_raise_card(bus, 8 + index);
 		break;
 	case MIC_ACCESS_RGCR:

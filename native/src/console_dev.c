@@ -1,6 +1,7 @@
 /* virtio-console device half: card <-> pty, log file and clients of the host (VOP 8.6, VOP-60). */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,6 +47,7 @@ struct client {
 struct mic_con_dev {
 	struct mic_vdev *dev;
 	int pty_fd, log_fd, listen_fd, epoll_fd;
+	int64_t group; /* whose members are welcome, -1: nobody's */
 	struct mic_con_stats stats;
 	struct client clients[CLIENTS];
 	/* The chain whose bytes are being handed out, and the piece that is. */
@@ -85,6 +87,7 @@ struct mic_con_dev *mic_con_dev_create(struct mic_vdev *dev, int pty_fd, int log
 	cd->pty_fd = pty_fd;
 	cd->log_fd = log_fd;
 	cd->listen_fd = listen_fd;
+	cd->group = -1;
 	for (unsigned i = 0; i < CLIENTS; i++)
 		cd->clients[i].fd = -1;
 	cd->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -99,6 +102,11 @@ struct mic_con_dev *mic_con_dev_create(struct mic_vdev *dev, int pty_fd, int log
 		return NULL;
 	}
 	return cd;
+}
+
+void mic_con_dev_admit(struct mic_con_dev *cd, uint32_t group)
+{
+	cd->group = group;
 }
 
 static void drop_client(struct mic_con_dev *cd, struct client *c)
@@ -440,15 +448,31 @@ static int to_card(struct mic_con_dev *cd)
 
 /* --- clients ---------------------------------------------------------------------------------- */
 
-/* Only the user who runs the card, and root. */
-static bool welcome(int fd)
+/* Has the peer this supplementary group? */
+static bool has_group(int fd, gid_t group)
+{
+	socklen_t len = NGROUPS_MAX * sizeof(gid_t);
+	gid_t *groups = malloc(len);
+	bool found = false;
+
+	if (groups && getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, &len) == 0)
+		for (size_t i = 0; i < len / sizeof *groups; i++)
+			found |= groups[i] == group;
+	free(groups);
+	return found;
+}
+
+/* Only the user who runs the card, root, and the members of the instance's group: mic_emu/peers.py. */
+static bool welcome(const struct mic_con_dev *cd, int fd)
 {
 	struct ucred peer;
 	socklen_t len = sizeof peer;
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0)
 		return false;
-	return peer.uid == 0 || peer.uid == geteuid();
+	if (peer.uid == 0 || peer.uid == geteuid())
+		return true;
+	return cd->group >= 0 && (peer.gid == (gid_t)cd->group || has_group(fd, (gid_t)cd->group));
 }
 
 static void show_history(struct mic_con_dev *cd, struct client *c)
@@ -473,7 +497,7 @@ static int accept_client(struct mic_con_dev *cd)
 	for (unsigned i = 0; i < CLIENTS && !c; i++)
 		if (cd->clients[i].fd < 0)
 			c = &cd->clients[i];
-	uint8_t *out = c && welcome(fd) ? malloc(CLIENT_OUT) : NULL;
+	uint8_t *out = c && welcome(cd, fd) ? malloc(CLIENT_OUT) : NULL;
 
 	if (!out || watch(cd, fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET) < 0) {
 		mic_count(&cd->stats.clients_refused, 1u);

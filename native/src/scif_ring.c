@@ -9,14 +9,15 @@
 void mic_scif_rings_init(struct mic_scif_tx *tx, struct mic_scif_rx *rx, struct mic_scif_qpage *own,
 			 struct mic_scif_qpage *peer, uint8_t *peer_ring, uint32_t size, uint32_t limit)
 {
+	/* The index is the lower half of local_read; programs keep a promise in the upper one. */
 	*tx = (struct mic_scif_tx){.buf = peer_ring,
 				   .windex = &peer->local_write,
-				   .rindex = &own->local_read,
+				   .rindex = (uint32_t *)&own->local_read,
 				   .size = size,
 				   .limit = limit};
 	*rx = (struct mic_scif_rx){.buf = (uint8_t *)own + 4096, /* the ring follows its page */
 				   .windex = &own->local_write,
-				   .rindex = &peer->local_read,
+				   .rindex = (uint32_t *)&peer->local_read,
 				   .size = size};
 }
 

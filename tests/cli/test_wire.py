@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mic_emu import wire, wire_aio
+from mic_emu import peers, wire, wire_aio
 from mic_emu.wire import Channel, PeerClosed, WireError, WireTimeout
 from mic_emu.wire_aio import AsyncChannel
 
@@ -294,19 +294,30 @@ def test_serve_unix_speaks_to_clients_and_leaves_nothing(tmp_path: Path) -> None
     assert open_fds() == before
 
 
-def test_serve_unix_refuses_other_users(tmp_path: Path) -> None:
-    """A connection of a user who is not permitted is closed before a byte is read."""
+def test_serve_unix_refuses_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection of a user who is not permitted is closed before a byte is read, one of the group is served."""
     path = str(tmp_path / "s")
+    users, groups = (1, 2, 3), {4, 5}
+    monkeypatch.setattr(peers, "peer_credentials", lambda _: users)
+    monkeypatch.setattr(peers, "peer_groups", lambda _: groups)
 
     async def handler(ch: AsyncChannel) -> None:
         await ch.send({"hello": 1})
 
     async def main() -> None:
-        server = await wire_aio.serve_unix(path, handler, uids=frozenset({os.getuid() + 1}))
-        async with AsyncChannel(wire.connect_unix(path)) as ch:
-            with pytest.raises(PeerClosed):
-                await ch.recv(5, "anything")
-        await server.close()
+        for group in (None, 2, 6):
+            server = await wire_aio.serve_unix(path, handler)
+            server._group = group
+            async with AsyncChannel(wire.connect_unix(path)) as ch:
+                with pytest.raises(PeerClosed):
+                    await ch.recv(5, "anything")
+            await server.close()
+        for group in (3, 5):
+            server = await wire_aio.serve_unix(path, handler)
+            server._group = group
+            async with AsyncChannel(wire.connect_unix(path)) as ch:
+                assert (await ch.recv(5, "anything"))[0] == {"hello": 1}
+            await server.close()
 
     asyncio.run(main())
 

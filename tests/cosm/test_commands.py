@@ -124,3 +124,45 @@ def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) 
         "Failure: mic1: Check device state and POST code: the device is in state shutting_down (crashed), not online"
         in done.stderr
     )
+
+
+def test_cosm_74_smc_shows_live_data_and_keeps_settings(machine: Machine) -> None:
+    """Sections in micsmc's words; led and turbo are kept per card, ecc is read-only, what silicon has is refused; a card
+    that is down is an error and the others are shown."""
+    machine.boot("-n", "2", *QUICK)
+    shown = machine.micemu("smc", "show-data", "mic0").stdout
+    titles = [line.strip() for line in shown.splitlines() if line.startswith("   ") and line[3] != " "]
+    assert titles == [
+        "Coprocessor Information:", "Thermal Information:", "Observed Frequency and Power Usage:", "Memory Usage:",
+        "Core Utilization:",
+    ]  # fmt: skip
+    assert "Cpu Temp                 : Not Available" in shown
+    cores = [line for line in shown.splitlines() if "Core #" in line]
+    number = next(line.split()[-1] for line in shown.splitlines() if "Number Of Cores" in line)
+    assert len(cores) == int(number)
+    assert "Thermal" not in machine.micemu("smc", "show-data", "-m", "-c", "mic0").stdout
+
+    assert machine.micemu("smc", "enable", "led,turbo", "mic1").stdout.count("Successful") == 2
+    assert [machine.micemu("smc", "show-settings", "led", m).stdout.split()[-1] for m in ("mic0", "mic1")] == [
+        "disabled", "enabled",
+    ]  # fmt: skip
+    machine.micemu("smc", "disable", "all")
+    assert "enabled" not in machine.micemu("smc", "show-settings", "led,turbo").stdout
+    for args, code, text in (
+        (["enable", "ecc", "mic0"], 1, "ecc can only be read"), (["enable", "pc6"], 2, "real silicon"),
+        (["show-settings", "fan"], 2, "no setting"), (["show-data", "mic5"], 6, "no card mic5"),
+    ):  # fmt: skip
+        done = machine.micemu("smc", *args, check=False)
+        assert (done.returncode, text in done.stderr) == (code, True), done.stderr
+
+    machine.micemu("shutdown", "mic0")
+    assert (
+        machine.micemu("smc", "show-data", "--online", "--offline").stdout
+        == "Online Cards: mic1\nOffline Cards: mic0\n"
+    )
+    done = machine.micemu("smc", "show-data", "--mem", check=False)
+    assert (done.returncode, "mic0 is ready, not online" in done.stderr, "mic1:" in done.stdout) == (
+        1,
+        True,
+        True,
+    )

@@ -14,7 +14,8 @@ from mic_emu import layout as L
 from mic_emu.card.os.cosm import CosmClient
 from mic_emu.clock import Clock
 from mic_emu.cosm.states import State, Status
-from mic_emu.host.cosm import CosmDevice, CosmServer
+from mic_emu.host.cosm import CosmDevice
+from mic_emu.host.cosm_server import CosmServer
 from mic_emu.scif.errors import ScifError
 from mic_emu.testing.cosm import FakeOps, Records, message
 

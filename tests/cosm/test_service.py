@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from drill import Control
 
 from mic_emu.testing.machine import Machine, eventually
 
@@ -63,6 +65,54 @@ def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_
     assert "<6>mic0: shutdown status poweroff" in journal
     assert "<3>the configuration stays as it was" in journal
     machine.check_clean()
+
+
+def test_watchdog_is_fed_while_events_pour_in(machine: Machine, tmp_path: Path) -> None:
+    """WATCHDOG_USEC is 1 s: twice a second the manager hears of us, however busy the event stream is."""
+    config = tmp_path / "lab.toml"
+    config.write_text(CONFIG.replace("[[card]]", "[[card]]\nautoboot = false", 1))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        command = ("host", "--foreground", "--config", str(config))
+        with machine.popen(*command, stderr=subprocess.PIPE, text=True) as service:
+            try:
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                assert service.stderr
+                manager.setblocking(False)
+                lines = beats = 0
+                while beats < 3:  # no pause of half a second between two events
+                    Control(machine).ask("force_reset", cards=["mic0"])
+                    lines += len(service.stderr.readline()) > 0
+                    with contextlib.suppress(BlockingIOError):
+                        beats += manager.recv(4096) == b"WATCHDOG=1"
+                assert lines > 10
+            finally:
+                service.kill()
+    machine.micemu("stop", "--force")
+
+
+@pytest.mark.parametrize("kind", ["user", "system"])
+@pytest.mark.peer("systemd-analyze")
+def test_unit_files_are_what_systemd_takes(machine: Machine, tmp_path: Path, kind: str) -> None:
+    """`micemu host --unit`: systemd-analyze finds nothing to complain about."""
+    text = machine.micemu("--instance", "lab", "host", "--unit", kind).stdout
+    program = tmp_path / "micemu"
+    program.symlink_to("/bin/true")
+    file = tmp_path / "micemu-lab.service"
+    assert f"ExecStart={sys.executable} -m mic_emu.cli --instance lab host --foreground" in text
+    file.write_text(text.replace(sys.executable, str(program)))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in done.stderr.splitlines() if "micemu-lab" in line]
+    assert (done.returncode, complaints) == (0, []), done.stderr
+    assert ("MICEMU_RUNDIR=%t/micemu-lab" in text) == (kind == "system")
+    assert machine.micemu("status", check=False).returncode == 3
 
 
 def test_cosm_63_no_cards_is_exit_3_and_an_unusable_run_directory_exit_1(

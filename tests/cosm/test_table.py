@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from collections.abc import Awaitable, Callable
 
 import pytest
+from lab import Lab, errno_of
 
 from mic_emu.cosm.states import NEXT, Event, State, Status, step
 from mic_emu.errors import StateError
+from mic_emu.testing.cosm import FakeConnection, settle
 
 S, E = State, Event
 ALL = [(s, e) for s in State for e in Event]
@@ -58,3 +62,54 @@ def test_every_state_is_left_by_a_reset_or_boot() -> None:
             break
         good = more
     assert good == set(State)
+
+
+CAUSED = (E.BOOT, E.RESET, E.SHUTDOWN, E.CONNECTED, E.HEARTBEAT_LOST)
+
+
+def requests(lab: Lab) -> dict[Event, Callable[[], Awaitable[object]]]:
+    """How people, the card and the clock cause an event; the firmware's belong to a reset in work."""
+
+    async def connected() -> None:
+        await lab.dev.adopt(FakeConnection(lab.clock))
+        await settle()
+
+    async def silence() -> None:
+        lab.dev._silence()
+
+    return {
+        E.BOOT: lab.dev.boot, E.RESET: lab.dev.reset, E.SHUTDOWN: lab.dev.shutdown, E.CONNECTED: connected,
+        E.HEARTBEAT_LOST: silence,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("state", "event"), [p for p in ALL if p not in NEXT and p[1] in CAUSED], ids=lambda x: x.name
+)
+async def test_cosm_18_29_36_46_forbidden_pair_changes_nothing_on_a_card(state: State, event: Event) -> None:
+    """The same pairs on a device: what somebody asked for is EINVAL, what happened is ignored; no state, no status,
+    no wake-up, no call to the hardware."""
+    lab = Lab()
+    try:
+        await lab.goto(state)
+        lab.dev.bootmode = "linux"
+        before = (lab.seen, lab.dev.changes, list(lab.ops.calls), lab.dev.connected)
+        asked = event in (E.BOOT, E.RESET, E.SHUTDOWN)
+        # A writer that meets a reset in work waits for its end; what it does then is COSM-25's test.
+        if asked and state is S.RESETTING:
+            request = asyncio.ensure_future(errno_of(requests(lab)[event]()))
+            await settle()
+            assert not request.done()
+            request.cancel()
+        elif asked:
+            assert await errno_of(requests(lab)[event]()) == errno.EINVAL
+        else:
+            late = asyncio.ensure_future(requests(lab)[event]())
+            await settle()
+            late.cancel()
+        assert (lab.seen, lab.dev.changes, lab.ops.calls, lab.dev.connected) == before
+    finally:
+        if lab.ops.gate:
+            lab.ops.gate.set()
+            await settle()
+        lab.records.close()

@@ -166,7 +166,9 @@ def booted(user: bool = False, plain: bool = False, **options: Any) -> Iterator[
     where = Path("/tmp") / f"micemu-test-{os.getpid()}-{time.monotonic_ns()}"
     where.mkdir(mode=0o755)
     path = where / "run.sock"
-    listener = wire.listen_unix(str(path), mode=0o666 if user else 0o600)
+    listener = wire.listen_unix(str(path))
+    if user:
+        path.chmod(0o666)
     fd = listener.fileno()
     prefix = cardlab.without_userns() if plain else []
     argv = [cardlab.userland()[0] if user else sys.executable, "-c", KERNEL, str(fd), json.dumps(options)]

@@ -36,6 +36,8 @@ struct mic_con_dev;
  * reader shows), or -1. log_fd: file opened for appending, or -1. listen_fd: non-blocking listening
  * Unix socket, or -1. All stay the caller's. NULL with errno set on failure. */
 struct mic_con_dev *mic_con_dev_create(struct mic_vdev *dev, int pty_fd, int log_fd, int listen_fd);
+/* Clients of this group are welcome, too. */
+void mic_con_dev_admit(struct mic_con_dev *cd, uint32_t group);
 void mic_con_dev_destroy(struct mic_con_dev *cd);
 /* Serve until something needs a decision: enum mic_run or MIC_RUN_RESIZE. */
 int mic_con_dev_run(struct mic_con_dev *cd);

@@ -7,6 +7,8 @@
 /* clang-format off */
 #define MIC_MMIO_SIZE 0x20000u
 #define MIC_CONFIG_SIZE 0x1000u
+#define MIC_DOORBELL_COUNTS 0x1000u
+#define MIC_CONFIG_OBJECT_SIZE 0x2000u
 #define MIC_PAGE_SIZE 0x1000u
 #define MIC_PCI_VENDOR 0x8086u
 #define MIC_PCI_DEVICE_FIRST 0x2250u

@@ -1,0 +1,123 @@
+"""One card's board process as the host sees it: started over the slot's memories, what it reports, its successor."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mic_emu.config import CardConfig
+from mic_emu.errors import MicemuError
+from mic_emu.host.spawn import Spawner
+from mic_emu.log import Log
+from mic_emu.wire_aio import AsyncChannel
+
+POWER_ON_LIMIT_S = 10.0
+
+
+class Board:
+    """Who runs it, and the card OS on it.
+
+    ``notify`` is called after every report. ``os_exited`` gets to know how the OS ended by itself, "" for in
+    order. ``lost`` is called when the board process died, ``replaced`` when its successor has power.
+    """
+
+    def __init__(
+        self, index: int, config: CardConfig, directory: Path, timing: str, spawner: Spawner, fds: list[int],
+        log: Log,
+    ) -> None:  # fmt: skip
+        self.name = f"mic{index}"
+        self.pid = 0
+        self.os_pid = 0
+        self.contained: dict[str, Any] = {}
+        self.refused = ""  # why the bootstrap refused the last image
+        self.notify: Callable[[], None] = lambda: None
+        self.os_exited: Callable[[str], None] = lambda _: None
+        self.lost: Callable[[], None] = lambda: None
+        self.replaced: Callable[[], None] = lambda: None
+        self._args = {
+            "name": self.name, "index": index, "dir": str(directory), "namespaces": config.namespaces, "timing": timing,
+        }  # fmt: skip
+        self._spawner = spawner
+        self._fds = fds
+        self._log = log
+        self._channel: AsyncChannel | None = None
+        self._server: asyncio.Task[None] | None = None
+        self._successor: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def power_on(self) -> None:
+        """Start the board process and wait until it says that it has power."""
+        ours, theirs = socket.socketpair()
+        if self._channel:
+            self._channel.close()
+        self._channel = AsyncChannel(ours)
+        try:
+            self.pid = await self._spawner.start(
+                "board", f"{self.name}-board", self._args, [theirs.fileno(), *self._fds], self._exited
+            )
+        finally:
+            theirs.close()
+        powered = asyncio.Event()
+        self._server = asyncio.ensure_future(self._serve(self._channel, powered))
+        await asyncio.wait_for(powered.wait(), POWER_ON_LIMIT_S)
+
+    async def _serve(self, channel: AsyncChannel, powered: asyncio.Event) -> None:
+        try:
+            while True:
+                msg, _ = await channel.recv(None, "a message of the board")
+                event = msg.get("event")
+                if event == "power_on":
+                    powered.set()
+                elif event == "os_start":
+                    self.os_pid, self.contained = msg["pid"], msg["contained"]
+                    self._log.info(
+                        "card OS started", event="os_start", pid=msg["pid"], contained=msg["contained"]
+                    )
+                elif event == "refused":
+                    self.refused = msg["why"]
+                elif event == "os_exit":
+                    self._os_exit(msg["status"], msg["reset"])
+                self.notify()
+        except OSError:
+            return
+
+    def _os_exit(self, status: int, reset: bool) -> None:
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        self._log.info(f"card OS ended: {how}", event="os_exit", status=status, reset=reset)
+        self.os_pid = 0
+        if not reset:
+            self.os_exited(how if status else "")
+
+    def _exited(self, status: int) -> None:
+        """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
+        self.pid = self.os_pid = 0
+        if self._closing:
+            return
+        self._log.error(
+            "the board process died; a new board takes its place", event="board_exit", status=status
+        )
+        self.lost()
+        self._successor = asyncio.ensure_future(self._replace())
+
+    async def _replace(self) -> None:
+        try:
+            await self.power_on()
+        except (MicemuError, OSError, asyncio.TimeoutError) as e:
+            self._log.error(f"the new board does not start: {e!r}")
+        self.replaced()
+
+    def keep_off(self) -> None:
+        """The card is being removed: when this board ends, none takes its place."""
+        self._closing = True
+
+    async def close(self) -> None:
+        """Power off: the process ends with its channel."""
+        tasks = [t for t in (self._server, self._successor) if t]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._channel:
+            self._channel.close()

@@ -1,0 +1,279 @@
+"""The ``micctrl`` command of MPSS 3: its words, output lines and exit codes (COSM 11.4 to 11.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mic_emu.cli import client
+from mic_emu.cli.micctrl_script import ENDED, Card, boot_strings, cards, read, write
+from mic_emu.errors import MicemuError, NotRunning, WaitTimeout
+from mic_emu.timing import PROFILES
+
+HELP = """\
+micctrl [-s|-b|-r|-S|-w] [micN]           as the script of the mainline kernel
+micctrl [-v] <command> [-w] [-t seconds] [micN ...]   as MPSS 3:
+  -b, --boot        boot cards
+  -r, --reset [-f]  reset cards
+  -S, --shutdown    shut cards down
+  -R, --reboot      shut cards down and boot them again
+  -s, --status      show the cards' states
+  -w, --wait        wait until nothing changes any more
+  --config          show the configuration
+  --autoboot        show whether cards boot at start
+  --network         show the cards' network
+  --initdefaults    nothing to do here: the defaults are built in
+Other commands of MPSS 3 (users, bridges, NFS roots) are refused. See also: micemu --help"""
+EPERM, EAGAIN, BAD_OPTION, BAD_CARD, BAD_TIMEOUT = 1, 11, 0x80 | 22, 2, 3
+MAX_TIMEOUT_S = 30 * 60
+# MPSS 3 has other words for two states, and "lost" for a crash (COSM 13.7).
+_WORDS = {"shutting_down": "shutdown", "reset_failed": "reset failed"}
+_REFUSED = (
+    "--resetdefaults", "--resetconfig", "--cleanconfig", "--addbridge", "--modbridge", "--delbridge",
+    "--mac", "--hostkeys", "--sshkeys", "--useradd", "--adduser", "--userdel", "--deluser",
+    "--userupdate", "--passwd", "--groupadd", "--addgroup", "--groupdel", "--delgroup", "--ldap",
+    "--nis", "--rootdev", "--updateramfs", "--updatenfs", "--updateusr", "--addnfs", "--remnfs",
+    "--base", "--commondir", "--micdir", "--overlay", "--rpmdir", "--osimage", "--pm", "--cgroup",
+    "--syslog", "--service",
+)  # fmt: skip
+
+
+class Refused(Exception):
+    """Ends the command: ``text`` for people, ``code`` for the shell."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Mpss:
+    """One command line in the manner of MPSS 3."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.command = ""
+        self.names: list[str] = []
+        self.wait = self.force = False
+        self.timeout_s: float | None = None
+        self.commands: dict[str, Callable[[list[Card]], int]] = {
+            "--boot": self.boot, "--reset": self.reset, "--shutdown": self.shutdown, "--reboot": self.reboot,
+            "--status": self.status, "--wait": self.wait_only, "--config": self.config, "--autoboot": self.autoboot,
+            "--network": self.network, "--initdefaults": lambda _: 0,
+        }  # fmt: skip
+        self._parse(argv)
+
+    def _parse(self, argv: list[str]) -> None:
+        short = {"-b": "--boot", "-r": "--reset", "-S": "--shutdown", "-R": "--reboot", "-s": "--status"}
+        words = iter(argv)
+        for word in words:
+            name, _, value = short.get(word, word).partition("=")
+            if name in ("-w", "--wait"):
+                self.wait = True
+            elif name in ("-t", "--timeout"):
+                self.timeout_s = self._seconds(value or next(words, ""))
+            elif name in ("-f", "--force"):
+                self.force = True
+            elif name in ("-v", "-vv", "-vvv", "-i"):
+                continue
+            elif name in ("-c", "--configdir", "-d", "--destdir"):
+                raise Refused(
+                    "  [Error] the configuration is the emulator's: see micemu config show", BAD_OPTION
+                )
+            elif name in _REFUSED or (name in ("--autoboot", "--network") and value):
+                raise Refused(f"  [Error] {name} cannot be emulated; see micemu --help for what can", EPERM)
+            elif name in self.commands and not self.command:
+                self.command = name
+            elif word.startswith("-"):
+                raise Refused(f"  [Error] unknown or second option {word}\n{HELP}", BAD_OPTION)
+            else:
+                self.names.append(self._name(word))
+        self.command = self.command or ("--wait" if self.wait else "")
+        if not self.command:
+            raise Refused(f"  [Error] no command\n{HELP}", BAD_OPTION)
+
+    def _name(self, word: str) -> str:
+        if (
+            word.startswith("mic")
+            and word[3:].isdigit()
+            and int(word[3:]) < 256
+            and word == f"mic{int(word[3:])}"
+        ):
+            return word
+        raise Refused(f"  [Error] Invalid card name '{word}'\n  [Error] cards are mic0 to mic255", BAD_CARD)
+
+    def _seconds(self, text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise Refused(f"  [Error] {text!r} is no number of seconds\n{HELP}", BAD_OPTION) from None
+        if not 0 <= seconds <= MAX_TIMEOUT_S:
+            raise Refused("  [Error] the timeout must be 0 to 1800 seconds", BAD_TIMEOUT)
+        return seconds
+
+    def run(self) -> int:
+        """Exit status: the number of cards that failed."""
+        try:
+            known = {c["name"]: c for c in cards()}
+        except NotRunning:
+            if self.command == "--boot":
+                raise Refused("  [Error] Cannot boot cards - mpssd daemon is not running", 1) from None
+            known = {}
+        if not known and not self.names:
+            print("[Warning] No Mic cards found or specified on command line")
+            return 0
+        rows = (
+            [known.get(n) or {"name": n, "state": None} for n in self.names]
+            if self.names
+            else list(known.values())
+        )
+        failed = self.commands[self.command](rows)
+        if self.wait and not failed and self.command in ("--boot", "--reset", "--shutdown", "--reboot"):
+            return self.wait_only(rows)
+        return failed
+
+    def _each(self, rows: list[Card], verb: str, act: Callable[[str], str]) -> int:
+        """``act`` returns the line of a card that went well."""
+        failed = 0
+        for row in rows:
+            name = row["name"]
+            if row["state"] is None:
+                print(f"{name}: {verb} aborted - non existent MIC device")
+                failed += 1
+                continue
+            try:
+                print(f"{name}: {act(name)}")
+            except MicemuError as e:
+                text = (
+                    f"{name} {verb} failed - card state {self._word(name)}"
+                    if e.code == 4
+                    else f"{name}: {verb} aborted - {e}"
+                )
+                print(f"  [Error] {text}")
+                failed += 1
+        return failed
+
+    def _word(self, card: str) -> str:
+        state, status = read(card, "state"), read(card, "shutdown_status")
+        return "lost" if status == "crashed" else _WORDS.get(state, state)
+
+    def boot(self, rows: list[Card]) -> int:
+        def act(card: str) -> str:
+            boot_strings(card)
+            write(card, "state", "boot")
+            return f"booting {read(card, 'firmware')}"
+
+        return self._each(rows, "Boot", act)
+
+    def reset(self, rows: list[Card]) -> int:
+        def act(card: str) -> str:
+            if self.force:
+                client.ask("force_reset", cards=[card])
+            else:
+                write(card, "state", "reset")
+            return "resetting"
+
+        return self._each(rows, "Reset", act)
+
+    def shutdown(self, rows: list[Card]) -> int:
+        def act(card: str) -> str:
+            write(card, "state", "shutdown")
+            return "Shutting down"
+
+        return self._each(rows, "Shutdown", act)
+
+    def reboot(self, rows: list[Card]) -> int:
+        def down(card: str) -> str:
+            write(card, "state", "shutdown")
+            return "shutting down"
+
+        def ready(card: str) -> str:
+            client.ask("wait", states=["ready", "reset_failed"], cards=[card], timeout=self._limit(rows))
+            write(card, "state", "boot")
+            return f"booting {read(card, 'firmware')}"
+
+        return self._each(rows, "Reset", down) or self._each(rows, "Boot", ready)
+
+    def status(self, rows: list[Card]) -> int:
+        failed = 0
+        for row in rows:
+            name = row["name"]
+            if row["state"] is None:
+                print(f"{name}: State failed - non existent MIC device")
+                failed += 1
+                continue
+            running = row["state"] in ("online", "booting")
+            detail = f" (mode: {read(name, 'bootmode')} image: {read(name, 'firmware')})" if running else ""
+            print(f"{name}: {self._word(name)}{detail}")
+        return failed
+
+    def _limit(self, rows: list[Card]) -> float:
+        """90 s, 60 more per further card, between 300 and 600."""
+        return min(max(90 + 60 * (len(rows) - 1), 300), 600) if self.timeout_s is None else self.timeout_s
+
+    def _boots_yet(self, names: list[str]) -> None:
+        """A card that is ready may be about to boot: look again 2 s later (scaled as all pauses are)."""
+        profile = PROFILES[client.ask("status")["status"]["host"]["timing"]]
+        for name in names:
+            if read(name, "state") == "ready":
+                try:
+                    client.ask(
+                        "wait", states=["booting", "online"], cards=[name], timeout=2.0 * profile.delay
+                    )
+                except WaitTimeout:
+                    return
+
+    def wait_only(self, rows: list[Card]) -> int:
+        names = [r["name"] for r in rows if r["state"] is not None]
+        ends, limit = [*ENDED, "crashed"], self._limit(rows)
+        try:
+            client.ask("wait", states=ends, cards=names, timeout=limit)
+            self._boots_yet(names)
+            client.ask("wait", states=ends, cards=names, timeout=limit)
+        except WaitTimeout:
+            print("Timeout booting MIC, check your installation")
+            return EAGAIN
+        words = {name: self._word(name) for name in names}
+        for name, word in words.items():
+            print(f"{name}: {word}")
+        return sum(word not in ("ready", "online") for word in words.values()) + len(rows) - len(names)
+
+    # --- configuration --------------------------------------------------------------------------------
+
+    def _configs(self, rows: list[Card]) -> list[tuple[Card, dict[str, Any]]]:
+        """Each card with its configuration, and None as its state when there is no such card."""
+        known: list[dict[str, Any]] = client.ask("config")["config"]["card"]
+        return [(r, known[int(r["name"][3:])]) for r in rows if r["state"] is not None]
+
+    def config(self, rows: list[Card]) -> int:
+        for row, config in self._configs(rows):
+            address = row["addresses"]
+            title = f"{row['name']}:"
+            print(f"\n{title}\n{'=' * 61}")
+            lines = {
+                "Config Version": "1.1", "Linux Kernel": config["image"] or "built-in micos", "Map File": "Not configured",
+                "Family": "x100", "MPSSVersion": "3.x", "BootOnStart": "Enabled" if config["autoboot"] else "Disabled",
+                "Shutdowntimeout": "300 seconds", "ExtraCommandLine": config["cmdline"] or "Not configured",
+                "PowerManagment": "Not configured", "Root Device": "Dynamic Ram Filesystem", "Network": "Static Pair",
+                "Hostname": row["name"], "MIC IP": address["card"], "Host IP": address["host"], "Net Bits": "24",
+                "NetMask": "255.255.255.0", "Cgroup Memory": "Disabled", "Console": "hvc0", "VerboseLogging": "Disabled",
+                "CrashDump": "Not configured",
+            }  # fmt: skip
+            for name, value in lines.items():
+                pad = (
+                    "        " if name in ("Hostname", "MIC IP", "Host IP", "Net Bits", "NetMask") else "    "
+                )
+                print(f"{pad}{name + ':':<20} {value}")
+        return len(rows) - len(self._configs(rows))
+
+    def autoboot(self, rows: list[Card]) -> int:
+        for row, config in self._configs(rows):
+            print(f"{row['name']}:\tBootOnStart: {'enabled' if config['autoboot'] else 'disabled'}")
+        return 0
+
+    def network(self, rows: list[Card]) -> int:
+        for row, _ in self._configs(rows):
+            address = row["addresses"]
+            print(
+                f"{row['name']}: StaticPair\n    Hostname: {row['name']}\n"
+                f"    Mic ({address['card']})\n    Host ({address['host']})"
+            )
+        return 0

@@ -1,0 +1,75 @@
+"""Shell scripts that know nothing but the sysfs tree: boot, watch, crash, reset, reboot (COSM 6)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cardlab import USER, as_user
+from test_ordinary_user import Person, person  # noqa: F401  the fixture
+
+from mic_emu import namespaces
+from mic_emu.testing.machine import MICEMU, Machine
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+HERE = Path(__file__).parent / "sh"
+QUICK = ("--disk", "none", "--net", "none")
+KILL = "kill -9 $(%s status --json | sed 's/.*\"os\": \\([0-9]*\\).*/\\1/')\n"
+
+
+def tools(where: Path, python: str, micemu: str, how: str) -> tuple[str, str, str]:
+    """Copies of the script and its two commands in a folder that everybody can read: script, watch, crash."""
+    for name in ("cards_day.sh", "watch.py"):
+        shutil.copy2(HERE / name, where)
+    (where / "crash.sh").write_text(KILL % micemu)
+    return str(where / "cards_day.sh"), f"{python} {where}/watch.py {how}", f"sh {where}/crash.sh"
+
+
+@pytest.mark.parametrize("how", ["select", "poll"])
+def test_cosm_9_17_18_35_50_56_script_with_a_mounted_tree(machine: Machine, how: str) -> None:
+    """`micemu sysfs mount DIR`, then cat and echo in DIR."""
+    machine.boot(*QUICK)
+    machine.micemu("shutdown")
+    target = machine.home / "sys"
+    target.mkdir()
+    done = machine.micemu("sysfs", "mount", str(target), check=False)
+    if done.returncode:
+        pytest.skip(f"FUSE cannot be mounted here: {done.stderr.strip()}")
+    script, watch, crash = tools(machine.home, sys.executable, " ".join(MICEMU), how)
+    ran = subprocess.run(
+        ["sh", script, str(target), watch, crash], env=machine.env, capture_output=True, text=True, timeout=100, check=False
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "done\n", "")
+
+
+def test_cosm_9_17_18_35_50_56_script_with_the_tree_at_its_real_place(machine: Machine) -> None:
+    """`micemu run host --sysfs`: the same script in /sys."""
+    machine.boot(*QUICK)
+    machine.micemu("shutdown")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse")
+    script, watch, crash = tools(machine.home, sys.executable, " ".join(MICEMU), "poll")
+    ran = machine.micemu("run", "host", "--sysfs", "--", "sh", script, "/sys", watch, crash)
+    assert (ran.stdout, ran.stderr) == ("done\n", "")
+    wrong = machine.micemu("run", "mic0", "--sysfs", "--", "true", check=False)
+    assert (wrong.returncode, "host side" in wrong.stderr) == (2, True)
+    assert machine.micemu("run", "host", "--sysfs", "--", "no-such-program", check=False).returncode == 127
+
+
+@pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
+def test_cosm_11_script_of_an_ordinary_user(person: Person) -> None:  # noqa: F811
+    """The same without root, where /dev/fuse may be opened."""
+    probe = [*as_user(), "sh", "-c", "exec 3<>/dev/fuse"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip(f"user {USER} may not open /dev/fuse")
+    person.micemu("boot", *QUICK)
+    person.micemu("shutdown")
+    micemu = " ".join(person.argv[len(as_user()) :][:1]) + f" {person.home}/micemu.py"
+    (person.home / "micemu.py").write_text("from mic_emu.cli import main\nmain()\n")
+    script, watch, crash = tools(person.home, person.argv[len(as_user())], micemu, "select")
+    ran = person.micemu("run", "host", "--sysfs", "--", "sh", script, "/sys", watch, crash, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr

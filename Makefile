@@ -37,7 +37,7 @@ check: build ## fast tests: no whole machine
 
 check-all: lint test asan tsan ## what CI runs, and the sanitizers
 
-layout: build ## regenerate the C header from mic_emu/layout.py
+layout: | $(BIN)/python ## regenerate the C header from mic_emu/layout.py
 	$(BIN)/python -m mic_emu.layout > $(GENERATED).new && mv $(GENERATED).new $(GENERATED)
 
 lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layering, generated header
@@ -61,8 +61,9 @@ asan: build ## C tests and ring tests under ASan and UBSan
 tsan: build ## C tests under ThreadSanitizer
 	sh native/sanitize.sh thread
 
-fuzz: ## libFuzzer targets, SECONDS each (needs clang)
+fuzz: build ## libFuzzer targets and those of the Python parsers, SECONDS_EACH (needs clang)
 	sh native/fuzz/run.sh $(or $(SECONDS_EACH),60)
+	$(BIN)/python tests/fuzz/fuzzer.py $(or $(SECONDS_EACH),60)
 
 soak: build ## the long runs
 	MICEMU_SOAK=1 $(BIN)/python -m pytest -q -m soak --timeout 3600

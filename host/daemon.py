@@ -114,7 +114,10 @@ class Instance:
             await self.unplug(card)
             fresh = self.cards[card.name] = await self._new_card(card.index, config)
             for fault in faults:
-                fresh.faults.add(fault, config)
+                try:
+                    fresh.faults.add(fault, config)
+                except MicemuError as e:
+                    fresh.log.warning(f"the fault {fault} does not fit the new configuration: {e}")
             self.tell_watchers()
         else:
             card.reconfigure(config)

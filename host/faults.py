@@ -114,6 +114,7 @@ class CardFaults:
         if fault is None:
             known = ", ".join(str(n) for n in self._table.faults) or "none"
             raise UsageError(f"{self._card} has no fault {number}; faults: {known}")
+        self._tell(number, fault)
         counts = self._table.remove(number)
         self._from_file.discard(number)
         self._told.pop(number)
@@ -213,7 +214,8 @@ class CardFaults:
         if pid != self._os_pid():
             return
         self._table.count_hit(number)
-        _signal(pid, signal.SIGSTOP if fault.kind.effect == "HANG" else signal.SIGKILL)
+        if fault.kind.effect == "KILL":
+            _signal(pid, signal.SIGKILL)
         self._report(number)
 
     # --- events -----------------------------------------------------------------------------------------
@@ -227,20 +229,27 @@ class CardFaults:
     def _report(self, number: int) -> None:
         """Tell of the hits since the last time, then be quiet for a while."""
         fault = self._table.faults[number]
+        if not self._tell(number, fault):
+            return
+        if fault.kind.effect == "HANG" and number not in self._hung and self._os_pid():
+            self._hung[number] = self._os_pid()
+            _signal(self._os_pid(), signal.SIGSTOP)  # at a doorbell it has only begun to
+        if not self._finish_spent(number, fault):
+            loop = asyncio.get_running_loop()
+            self._quiet[number] = loop.call_later(QUIET_S, self._listen, number)
+
+    def _tell(self, number: int, fault: Fault) -> bool:
+        """One event for the hits that were not told yet; False: there are none."""
         hits = self._table.counts(number).hits
         times = hits - self._told[number]
         if fault.kind.effect == "LINK" or times <= 0:
-            return
+            return False
         self._told[number] = hits
         self._log.info(
             f"fault {number} triggered: {fault.kind.name}, {times} times", event="fault-triggered", fault=number,
             times=times, hits=hits, **self._fields(fault),
         )  # fmt: skip
-        if fault.kind.effect == "HANG" and number not in self._hung:
-            self._hung[number] = self._os_pid()
-        if not self._finish_spent(number, fault):
-            loop = asyncio.get_running_loop()
-            self._quiet[number] = loop.call_later(QUIET_S, self._listen, number)
+        return True
 
     def _listen(self, number: int) -> None:
         del self._quiet[number]

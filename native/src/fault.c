@@ -4,7 +4,9 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/timerfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "mic/vring.h"
@@ -140,6 +142,18 @@ static bool concerns(const struct mic_fault_filter *f, const struct mic_fault_ev
 	return target && f->points & 1u << event->point && f->ways & event->way;
 }
 
+/* A private copy, word by word: the counters among them change all the time. */
+static void copy_filter(struct mic_fault_filter *to, const struct mic_fault_filter *from)
+{
+	const uint64_t *src = (const uint64_t *)(const void *)from;
+	uint64_t word[sizeof *to / sizeof(uint64_t)];
+
+	for (unsigned i = 0; i < sizeof word / sizeof word[0]; i++)
+		word[i] =
+			mic_load_acquire(&src[i]); /* in order, and before the caller looks at the id again */
+	memcpy(to, word, sizeof *to);
+}
+
 /* The live filters that concern an event, in the order of their ids: copies, and where they are. */
 static unsigned collect(struct mic_bus *bus, const struct mic_fault_event *event,
 			struct mic_fault_filter *copy, struct mic_fault_filter **live)
@@ -152,8 +166,7 @@ static unsigned collect(struct mic_bus *bus, const struct mic_fault_event *event
 
 		if (!id)
 			continue;
-		mic_copy_once(&c, f, sizeof c);
-		mic_full_fence();
+		copy_filter(&c, f);
 		/* Removed or replaced meanwhile: it does not act any more. */
 		if (mic_load_acquire(&f->id) != id || !concerns(&c, event))
 			continue;
@@ -198,6 +211,18 @@ bool mic_fault_drops_heartbeat(struct mic_bus *bus)
 	return fault_armed(bus, MIC_FAULT_AT_HEARTBEAT) && mic_fault_judge(bus, &event, &v) && v.drop;
 }
 
+/* The card OS ends or stops at this doorbell: it alone rings the host. As pid 1 of the card it is deaf to its
+ * own signals; then it exits, or holds still until the host process, which was told, has stopped it. */
+static void stop_here(bool for_good)
+{
+	const struct timespec until_stopped = {.tv_sec = 1};
+
+	kill(getpid(), for_good ? SIGKILL : SIGSTOP);
+	if (for_good)
+		_exit(128 + SIGKILL);
+	nanosleep(&until_stopped, NULL);
+}
+
 bool mic_fault_ring(struct mic_bus *bus, int db, uint32_t source, bool to_host)
 {
 	const struct mic_fault_event event = {.point = MIC_FAULT_AT_DOORBELL,
@@ -207,11 +232,8 @@ bool mic_fault_ring(struct mic_bus *bus, int db, uint32_t source, bool to_host)
 
 	if (!mic_fault_judge(bus, &event, &v))
 		return true;
-	/* Only the card OS rings the host: the process that stops here, at this doorbell, is it. */
-	if (to_host && v.kill)
-		kill(getpid(), SIGKILL);
-	if (to_host && v.hang)
-		kill(getpid(), SIGSTOP);
+	if (to_host && (v.kill || v.hang))
+		stop_here(v.kill);
 	if (v.drop)
 		return false;
 	if (v.duplicate)

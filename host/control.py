@@ -333,7 +333,9 @@ class Control:
 
     async def _fault_remove(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
-        numbers = card.faults.numbers() if msg.get("all") else msg["ids"]
+        numbers = card.faults.numbers() if msg.get("all") else list(dict.fromkeys(msg["ids"]))
+        for number in numbers:
+            card.faults.get(number)  # all or none
         return {"removed": {n: card.faults.remove(n).hits for n in numbers}}
 
     async def _pcap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

@@ -110,10 +110,7 @@ class CardFaults:
 
     def remove(self, number: int, why: str = "removed") -> Counts:
         """Take a filter out; a card OS that it stopped goes on. Raises UsageError."""
-        fault = self._table.faults.get(number)
-        if fault is None:
-            known = ", ".join(str(n) for n in self._table.faults) or "none"
-            raise UsageError(f"{self._card} has no fault {number}; faults: {known}")
+        fault = self.get(number)
         self._tell(number, fault)
         counts = self._table.remove(number)
         self._from_file.discard(number)
@@ -129,6 +126,14 @@ class CardFaults:
             seen=counts.seen, hits=counts.hits, **self._fields(fault),
         )  # fmt: skip
         return counts
+
+    def get(self, number: int) -> Fault:
+        """A filter by number. Raises UsageError."""
+        fault = self._table.faults.get(number)
+        if fault is None:
+            known = ", ".join(str(n) for n in self._table.faults) or "none"
+            raise UsageError(f"{self._card} has no fault {number}; faults: {known}")
+        return fault
 
     def from_command(self) -> list[Fault]:
         """Those that a person added, in their order."""

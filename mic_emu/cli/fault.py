@@ -88,7 +88,8 @@ def list_faults(cards: tuple[str, ...], as_json: bool) -> None:
 @client.card_argument
 @click.argument("numbers", nargs=-1, type=int, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="All faults of the card.")
-def remove(card: str, numbers: tuple[int, ...], everything: bool) -> None:
+@client.json_option
+def remove(card: str, numbers: tuple[int, ...], everything: bool, as_json: bool) -> None:
     """Remove faults by number. A card OS that a fault has stopped goes on.
 
     \b
@@ -99,6 +100,9 @@ def remove(card: str, numbers: tuple[int, ...], everything: bool) -> None:
     if bool(numbers) == everything:
         raise UsageError("name the faults by number (micemu fault list), or write --all")
     removed = client.ask("fault_remove", card=card, ids=list(numbers), all=everything)["removed"]
+    if as_json:
+        client.emit({"removed": removed})
+        return
     for number, hits in removed.items():
         click.echo(f"{card}: fault {number} is gone; it acted {hits} times")
 

@@ -228,10 +228,12 @@ def test_ping_over_lost_late_and_double_doorbells(machine: Machine) -> None:
 def test_scif_takes_double_and_late_doorbells(machine: Machine) -> None:
     """The link's doorbells twice and late: connections between host and card work all the same."""
     machine.boot("--net", "none")
-    with machine.fault("doorbell-duplicate", device="scif") as double:
-        with machine.fault("doorbell-delay", device="scif", delay="1ms") as late:
-            assert "mic0" in machine.micemu("info").stdout
-            assert double.hits > 0 < late.hits
+    with (
+        machine.fault("doorbell-duplicate", device="scif") as double,
+        machine.fault("doorbell-delay", device="scif", delay="1ms") as late,
+    ):
+        assert "mic0" in machine.micemu("info").stdout
+        assert double.hits > 0 < late.hits
     assert machine.card()["state"] == "online"
 
 

@@ -20,6 +20,7 @@ from mic_emu.host.board import Board
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, extra_device, plan, swapped_block
 from mic_emu.host.driver import Driver, check_file
+from mic_emu.host.faults import CardFaults, configured
 from mic_emu.host.network import Network
 from mic_emu.host.policy import Policy
 from mic_emu.host.scif_link import HostLink
@@ -76,6 +77,10 @@ class Card:
         self.bus = Bus(fds)
         self.bus.set_over_pci()
         build(self.bus, self._identity())
+        self.faults = CardFaults(
+            self.name, self.bus, self.log, lambda: self.supervisor.backends if self.supervisor else [],
+            lambda: self.board.os_pid, lambda: self.is_online,
+        )  # fmt: skip
         self.board = Board(
             self.index, self.config, self.dir, self.clock.profile.name, self.spawner, self.bus.fds, self.log
         )
@@ -97,6 +102,7 @@ class Card:
         self.board.lost = self._board_lost
         self.board.replaced = self._board_replaced
         self._tasks.append(asyncio.ensure_future(self.policy.run()))
+        self.faults.configure(configured(self.config, self.name), self.config)
 
     def _identity(self) -> PciIdentity:
         """The PCI function as the configuration wants it."""
@@ -145,6 +151,7 @@ class Card:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.driver.remove()
         await self.board.close()
+        self.faults.close()
         self.bus.close()
 
     # --- what start and stop bring up (HW 6.3, 8.2) -------------------------------------------------
@@ -206,6 +213,7 @@ class Card:
 
     def notify(self) -> None:
         """Something that ``wait`` or ``boot`` looks at has changed."""
+        self.faults.follow()
         for waiter in self._waiters:
             waiter.set()
 
@@ -244,6 +252,8 @@ class Card:
 
     def reconfigure(self, config: CardConfig) -> None:
         """New values for the next boot."""
+        if config.fault != self.config.fault:
+            self.faults.configure(configured(config, self.name), config)
         self.config = config
         self.policy.config = config
         self.cosm.set_heartbeat(config.heartbeat)
@@ -462,6 +472,7 @@ class Card:
             "pids": {"board": self.board.pid or None, "os": self.board.os_pid or None},
             "net": self.net_mode,
             "devices": self.devices(),
+            "faults": self.faults.rows(),
             "memory": self.config.memory,
             "contained": self.board.contained,
             "boots": self.boots,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
+from mic_emu.faults import parse as parse_fault
 from mic_emu.host import inspection, metrics, top
 from mic_emu.host.admin import Admin
 from mic_emu.version import PROTOCOL, VERSION
@@ -52,6 +53,7 @@ class Control:
             "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove,
             "vop_swap": self._vop_swap, "pcap": self._pcap,
             "backend": self._backend, "top": self._top,
+            "fault_add": self._fault_add, "fault_list": self._fault_list, "fault_remove": self._fault_remove,
         }  # fmt: skip
         self._admin = Admin(instance)
         self._requests |= self._admin.requests
@@ -319,6 +321,25 @@ class Control:
         (card,) = self.instance.select([msg["card"]])
         await card.remove_device(msg["device"])
         return {}
+
+    async def _fault_add(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        fault = parse_fault(msg["words"])
+        try:
+            number = card.faults.add(fault, card.config)
+        except OSError as e:
+            raise MicemuError(f"{card.name}: {e.strerror}", e.errno or errno.EIO) from e
+        return {"id": number}
+
+    async def _fault_list(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"cards": {c.name: c.faults.rows() for c in self.instance.select(msg.get("cards", []))}}
+
+    async def _fault_remove(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        (card,) = self.instance.select([msg["card"]])
+        numbers = card.faults.numbers() if msg.get("all") else list(dict.fromkeys(msg["ids"]))
+        for number in numbers:
+            card.faults.get(number)  # all or none
+        return {"removed": {n: card.faults.remove(n).hits for n in numbers}}
 
     async def _pcap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])

@@ -21,6 +21,7 @@ from mic_emu.host.card import Card
 from mic_emu.host.control import Control
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.cosm_server import CosmServer
+from mic_emu.host.faults import configured
 from mic_emu.host.network import Network
 from mic_emu.host.spawn import Spawner
 from mic_emu.log import Log
@@ -73,6 +74,8 @@ class Instance:
 
     async def plug(self, configs: list[CardConfig]) -> None:
         """Have cards mic0 .. with these configurations; existing ready cards take new values."""
+        for index, config in enumerate(configs):
+            configured(config, f"mic{index}")
         async with self._plug:
             for index, config in enumerate(configs):
                 name = f"mic{index}"
@@ -107,8 +110,14 @@ class Instance:
             return
         hardware = ("memory", "device_id", "stepping", "interrupts", "namespaces")
         if any(getattr(card.config, name) != getattr(config, name) for name in hardware):
+            faults = card.faults.from_command()  # they are the slot's, and stay
             await self.unplug(card)
-            self.cards[card.name] = await self._new_card(card.index, config)
+            fresh = self.cards[card.name] = await self._new_card(card.index, config)
+            for fault in faults:
+                try:
+                    fresh.faults.add(fault, config)
+                except MicemuError as e:
+                    fresh.log.warning(f"the fault {fault} does not fit the new configuration: {e}")
             self.tell_watchers()
         else:
             card.reconfigure(config)

@@ -30,6 +30,8 @@ HELP = {
     "micemu_device_running": ("gauge", "1 when the card drives the device."),
     "micemu_device_restarts_total": ("counter", "Starts of a backend after it died."),
     "micemu_device_stats_total": ("counter", "What the backend counted: requests, bytes, packets, errors."),
+    "micemu_fault_events_total": ("counter", "Events that a fault filter has looked at."),
+    "micemu_fault_hits_total": ("counter", "Events that a fault filter has acted on."),
     "micemu_vring_pending": ("gauge", "Chains the card has made available and the backend not yet used."),
     "micemu_smpt_mapped_bytes": ("gauge", "Host memory that the card's page table shows for transfers."),
     "micemu_doorbells_total": ("counter", "Rings of a doorbell, towards the host or the card."),
@@ -65,6 +67,10 @@ def _card(card: Card) -> Iterator[Sample]:
         device = {**label, "device": row["type"]}
         yield "micemu_device_running", device, row["state"] == "running"
         yield "micemu_device_restarts_total", device, int(row["restarts"])
+    for fault in card.faults.rows():
+        which = {**label, "fault": str(fault["id"]), "kind": str(fault["kind"])}
+        yield "micemu_fault_events_total", which, fault["seen"]
+        yield "micemu_fault_hits_total", which, fault["hits"]
     for ring in inspection.vrings(card):
         where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
         yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF

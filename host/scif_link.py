@@ -59,7 +59,7 @@ class HostLink:
         return self.bus.gddr.sub(addr, length)
 
     def _ring(self) -> None:
-        self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"))
+        self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"), C["FAULT_TARGET_SCIF"])
 
     def _publish(self, addr: int) -> None:
         """Doorbell first, then the address (HW 7 ring-back). When we leave only the address goes: the

@@ -172,6 +172,7 @@ class Supervisor:
         self.on_change()
         if backend.device is not None:
             device, backend.device = backend.device, None
+            self.on_change()
             self.vop.backend_gone(device)
             await self.vop.remove(device)
         if status == 0 and backend.facts.get("fatal"):
@@ -232,6 +233,7 @@ class Supervisor:
             await channel.send({"error": str(e), "errno": e.errno})
             return
         backend.device = device
+        self.on_change()
         slot: DeviceSlot = device.slot
         await channel.send({"slot": slot.to_dict()}, [device.irq.fd])
 

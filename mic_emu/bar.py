@@ -37,8 +37,13 @@ def create_slot(name: str, gddr_size: int, host_fd: int) -> list[int]:
         fds.append(create_shm(f"{name}-mmio", layout.MMIO_SIZE))
         fds.append(os.dup(host_fd))
         fds.append(create_shm(f"{name}-config", layout.CONSTANTS["CONFIG_OBJECT_SIZE"]))
-        # Registers and configuration space are always there: reserve them now (no SIGBUS later).
-        for fd, size in ((fds[1], layout.MMIO_SIZE), (fds[3], layout.CONSTANTS["CONFIG_OBJECT_SIZE"])):
+        fds.append(create_shm(f"{name}-faults", layout.CONSTANTS["FAULT_SIZE"]))
+        # Registers, configuration space and filters are always there: reserve them now (no SIGBUS later).
+        for fd, size in (
+            (fds[1], layout.MMIO_SIZE),
+            (fds[3], layout.CONSTANTS["CONFIG_OBJECT_SIZE"]),
+            (fds[4], layout.CONSTANTS["FAULT_SIZE"]),
+        ):
             rc = lib.mic_reserve(fd, 0, size)
             if rc < 0:
                 raise OSError(-rc, f"{name}: /dev/shm has no room for the card's registers")
@@ -70,6 +75,7 @@ class Bus:
         self.host = View(lib.mic_bus_host(self.ptr), lib.mic_bus_host_size(self.ptr))
         self.mmio = View(lib.mic_bus_mmio(self.ptr), layout.MMIO_SIZE)
         self.config = View(lib.mic_bus_config(self.ptr), layout.CONSTANTS["CONFIG_SIZE"])
+        self.faults = View(lib.mic_bus_faults(self.ptr), layout.CONSTANTS["FAULT_SIZE"])
 
     def close(self) -> None:
         """Unmap and close; the object is useless afterwards."""
@@ -108,13 +114,16 @@ class Bus:
         """Registers to their reset values, doorbells in flight dropped (board process only)."""
         lib.mic_hw_reset(self.ptr)
 
-    def ring_host(self, db: int) -> None:
-        """The card rings host doorbell ``db``; unknown numbers are ignored (HW-18)."""
-        lib.mic_ring_host(self.ptr, db)
+    def ring_host(self, db: int, source: int = 0) -> None:
+        """The card rings host doorbell ``db``; unknown numbers are ignored (HW-18).
 
-    def ring_card(self, db: int) -> None:
+        ``source``: what fault filters know the ringer by, 0 for hand-shakes of all kinds.
+        """
+        lib.mic_ring_host(self.ptr, db, source)
+
+    def ring_card(self, db: int, source: int = 0) -> None:
         """The host rings card doorbell ``db``; unknown numbers are ignored (HW-18)."""
-        lib.mic_ring_card(self.ptr, db)
+        lib.mic_ring_card(self.ptr, db, source)
 
     def doorbell_counts(self) -> tuple[list[int], list[int]]:
         """How often host doorbells 0..3 and card doorbells 0..15 were rung since the slot was made."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mic_emu.errors import UsageError
+from mic_emu.faults import parse as parse_fault
 from mic_emu.timing import PROFILES
 
 if sys.version_info >= (3, 11):
@@ -76,6 +77,7 @@ class CardConfig:
     restart: str = "always"  # of a backend that died
     namespaces: bool = True
     heartbeat: bool = True
+    fault: list[dict[str, Any]] = field(default_factory=list)  # fault filters (docs/faults.md)
 
 
 @dataclass
@@ -138,7 +140,9 @@ def _set(target: Any, table: dict[str, Any], where: str, base: Path, also: tuple
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(kinds))}"
             raise UsageError(f"{where}: unknown key {key!r}{hint}")
         what = f"{where}: {key}"
-        if key in _SIZES:
+        if key == "fault":
+            value = _faults(value, what)
+        elif key in _SIZES:
             value = parse_size(value, what)
         elif key in _CHOICES:
             value = _choice(value, _CHOICES[key], what)
@@ -150,6 +154,13 @@ def _set(target: Any, table: dict[str, Any], where: str, base: Path, also: tuple
             set_disk(target, value, base)
         else:
             setattr(target, key, value)
+
+
+def _faults(tables: Any, what: str) -> list[dict[str, Any]]:
+    """``[[card.fault]]`` tables, each checked. Raises UsageError."""
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise UsageError(f"{what}: write fault filters as [[card.fault]] tables")
+    return [parse_fault(t, f"{what} number {i + 1}").words() for i, t in enumerate(tables)]
 
 
 def set_disk(card: CardConfig, text: str, base: Path | None = None) -> None:

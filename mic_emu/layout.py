@@ -315,6 +315,41 @@ CONSTANTS: dict[str, int] = {
     "COSM_MSG_SYNC_TIME": 1,
     "COSM_MSG_HEARTBEAT": 2,
     "COSM_MSG_SHUTDOWN_STATUS": 3,
+    # Fault filters (docs/faults.md): one memory object per card, which every process of the card maps
+    "FAULT_SIZE": 8192,
+    "FAULT_FIRST": 128,  # offset of the first filter; the word before them all says which points are armed
+    "FAULT_SLOTS": 31,
+    "FAULT_LATE_FIRST": 4096,  # offset of the doorbells on their way
+    "FAULT_LATE_SLOTS": 256,
+    "FAULT_ANY": 0xFFFFFFFF,  # target: every device, or every DMA channel
+    "FAULT_TARGET_SCIF": 1,  # target: the SCIF doorbells; a device's target is its offset in the device page
+    # where a filter looks: bit numbers of `points`
+    "FAULT_AT_DOORBELL": 0,
+    "FAULT_AT_DMA": 1,
+    "FAULT_AT_DISK": 2,
+    "FAULT_AT_PACKET": 3,
+    "FAULT_AT_HEARTBEAT": 4,
+    "FAULT_POINTS": 5,
+    # what it looks at: bits of `ways`; directions, and at a disk kinds of requests
+    "FAULT_TO_CARD": 1,
+    "FAULT_TO_HOST": 2,
+    "FAULT_READ": 1,
+    "FAULT_WRITE": 2,
+    "FAULT_FLUSH": 4,
+    "FAULT_DISCARD": 8,
+    # what it does: param[0], param[1]
+    "FAULT_DROP": 1,
+    "FAULT_DELAY": 2,  # nanoseconds, nanoseconds of jitter on top
+    "FAULT_DUPLICATE": 3,  # at a doorbell: nanoseconds until the second ring
+    "FAULT_FAIL": 4,  # at a DMA channel: DCHERR bits; at a disk: errno
+    "FAULT_CORRUPT": 5,
+    "FAULT_SKIP": 6,
+    "FAULT_LOSE_INTERRUPT": 7,
+    "FAULT_TORN": 8,  # sectors that reach the disk + 1, 0: the seed decides; 1: success is reported
+    "FAULT_REORDER": 9,  # frames that overtake
+    "FAULT_HANG": 10,
+    "FAULT_KILL": 11,
+    "FAULT_LINK": 12,  # bytes per second, nanoseconds
 }
 
 # --- Shared structs ----------------------------------------------------------------------------
@@ -570,9 +605,44 @@ COSM_MSG = Struct(
     "cosm_msg", 24, "COSM 5.2", (Field("id", 0, "Q"), Field("value", 8, "Q"), Field("nsec", 16, "Q"))
 )
 
+FAULT_FILTER = Struct(
+    "fault_filter",
+    128,
+    "faults",
+    (
+        Field("id", 0, "I", "0: no filter here; stored last, cleared first"),
+        Field("effect", 4, "I"),
+        Field("points", 8, "I", "bit per place where it looks"),
+        Field("target", 12, "I", "device, or bit per DMA channel"),
+        Field("ways", 16, "I"),
+        Field("notify", 20, "I", "1: the host was told of a hit and has not looked yet"),
+        Field("chance", 24, "Q", "of 2^32 per event"),
+        Field("after", 32, "Q", "events that pass first"),
+        Field("count", 40, "Q", "hits until it is spent, 0: no end"),
+        Field("seed", 48, "Q"),
+        Field("param0", 56, "Q"),
+        Field("param1", 64, "Q"),
+        Field("seen", 72, "Q", "events that matched"),
+        Field("hits", 80, "Q", "events it acted on"),
+        Field("busy_to_card", 88, "Q", "link: when the direction becomes free (CLOCK_MONOTONIC, ns)"),
+        Field("busy_to_host", 96, "Q"),
+    ),
+)
+FAULT_LATE = Struct(
+    "fault_late",
+    16,
+    "faults",
+    (
+        Field("due", 0, "Q", "CLOCK_MONOTONIC, ns"),
+        Field("doorbell", 8, "I", "number; bit 31: to the host"),
+        Field("state", 12, "I", "0 free, 1 being written, 2 on its way"),
+    ),
+)
+
 STRUCTS: tuple[Struct, ...] = (
     BOOTPARAM, DEVICE_DESC, VQCONFIG, DEVICE_CTRL, VRING_INFO, VRING_DESC, VRING_USED_ELEM, COPY_DESC,
     DMA_DESC, NET_HDR, NET_CONFIG, CONSOLE_CONFIG, BLK_CONFIG, BLK_REQ, BLK_RANGE, SCIF_MSG, SCIF_QP, COSM_MSG,
+    FAULT_FILTER, FAULT_LATE,
 )  # fmt: skip
 
 # --- Look-ups ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import socket
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu._native import lib
+from mic_emu._native import ffi, lib
 from mic_emu.bar import FD_COUNT, Bus, drain
 from mic_emu.card.board.bootstrap import BootRefused, Bootstrap
 from mic_emu.card.board.dma import DmaEngine
@@ -49,6 +49,14 @@ class Board:
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
         self.dma = DmaEngine(bus)
+        self.late_doorbells = lib.mic_fault_clock_start(bus.ptr)
+        if self.late_doorbells == ffi.NULL:
+            raise OSError(ffi.errno, f"the thread for late doorbells: {os.strerror(ffi.errno)}")
+
+    def close(self) -> None:
+        """End the threads."""
+        lib.mic_fault_clock_stop(self.late_doorbells)
+        self.dma.close()
 
     def post(self, code: str) -> None:
         """Show a POST code."""
@@ -145,5 +153,5 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
         except OSError as e:
             log.warning(f"the host is gone: {e}")
         finally:
-            board.dma.close()
+            board.close()
     return 0

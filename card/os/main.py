@@ -109,7 +109,10 @@ class Kernel:
         self.driver.dma.attach(loop)
         link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts)
         link.start()
-        client = CosmClient(self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF))
+        client = CosmClient(
+            self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF),
+            lambda: bool(lib.mic_fault_drops_heartbeat(self.bus.ptr)),
+        )  # fmt: skip
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
         agent = Agent(environment)
         await agent.open()

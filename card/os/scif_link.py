@@ -23,7 +23,7 @@ class CardLink:
         ports = LinkPorts(
             own_addr=lambda off: off,  # card physical addresses are what the host uses
             peer_view=bus.card_view,
-            ring=lambda: bus.ring_host(BOOT.get(page, 0, "c2h_scif_db")),
+            ring=lambda: bus.ring_host(BOOT.get(page, 0, "c2h_scif_db"), L.CONSTANTS["FAULT_TARGET_SCIF"]),
             doorbell_fd=self._line.fd,
             publish=self._publish,
             fetch=lambda: BOOT.get(page, 0, "scif_host_dma_addr"),

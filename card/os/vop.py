@@ -169,6 +169,7 @@ class VirtioDevice:
         rc = lib.mic_vdrv_init(self.vdrv, self.bus.ptr, self.line.fd, self.stop_fd, self.c2h_db, wanted)
         if rc < 0:
             raise OSError(-rc, "the device's rings cannot be set up")
+        self.vdrv.fault_target = self.slot.off
         for i in range(wanted):
             self._setup_ring(i)
         CTRL.put(self.page, self.slot.ctrl, "used_address_updated", 1)

@@ -108,6 +108,7 @@ class BackendProcess(ABC):
             self.channel.fileno(),
             self.num_vq,
         )
+        self.vdev.fault_target = self.slot.off
         self.opened()
 
     def facts(self, **facts: Any) -> None:

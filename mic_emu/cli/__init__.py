@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "metrics": ("metrics", "Print Prometheus metrics."),
     "sysfs": ("sysfs", "The cards' sysfs files: read, write, mount."),
     "vop": ("vop", "List, add and remove virtio devices."),
+    "fault": ("fault", "Make a card's hardware, OS, disk or network misbehave."),
     "scif": ("scif", "Build SCIF programs, look at SCIF nodes."),
     "ping": ("ping", "Ping a card, or the host from a card."),
     "pcap": ("pcap", "Capture a card's network traffic."),

@@ -27,11 +27,13 @@ def toml(plain: dict[str, Any]) -> str:
             return f'"{configuration.format_size(v)}"'
         if isinstance(v, bool):
             return str(v).lower()
-        return f"{v:#x}" if key == "device_id" else str(v) if isinstance(v, int) else f'"{v}"'
+        return f"{v:#x}" if key == "device_id" else str(v) if isinstance(v, (int, float)) else f'"{v}"'
 
     lines = [f"{k} = {value(k, v)}" for k, v in plain.items() if k != "card"]
     for card in plain["card"]:
-        lines += ["", "[[card]]", *(f"{k} = {value(k, v)}" for k, v in card.items())]
+        lines += ["", "[[card]]", *(f"{k} = {value(k, v)}" for k, v in card.items() if k != "fault")]
+        for fault in card["fault"]:
+            lines += ["", "[[card.fault]]", *(f"{k} = {value(k, v)}" for k, v in fault.items())]
     return "\n".join(lines)
 
 

@@ -30,6 +30,9 @@ def render(status: dict[str, Any]) -> None:
             addresses = card["addresses"]
             detail = "" if card["net"] == "none" else f", host {addresses['host']}, card {addresses['card']}"
             click.echo(f"  network    {card['net']}{detail}")
+        if card.get("faults"):
+            names = (f"{f['id']} {f['kind']} ({f['hits']})" for f in card["faults"])
+            click.echo(f"  faults     {', '.join(names)}")
         for device in card["devices"]:
             extra = {k: v for k, v in device.items() if k in ("path", "size", "pty", "nbd", "error", "why")}
             if device.get("restarts"):

@@ -11,9 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mic_emu.testing.faults import ActiveFault, fault
 
 MICEMU = [sys.executable, "-m", "mic_emu.cli"]
 SESSION = "PYTEST_MICEMU_SESSION"
@@ -148,6 +151,10 @@ class Machine:
     def shell(self, script: str, card: str = "mic0", **kwargs: Any) -> str:
         """A shell script on the card; its output."""
         return self.on_card("sh", "-c", script, card=card, **kwargs).stdout
+
+    def fault(self, kind: str, card: str = "mic0", **words: object) -> AbstractContextManager[ActiveFault]:
+        """``with machine.fault("packet-loss", rate=0.1) as f:`` a fault while the block lasts (docs/faults.md)."""
+        return fault(self, kind, card, **words)
 
     # --- the end --------------------------------------------------------------------------------
 

@@ -147,6 +147,7 @@ class FakeDevice:
             self.vdev, rig.bus.ptr, rig.slot_off, rig.ctrl_off, kick, control_fd, rig.num_vq
         )
         check(rc, "vdev")
+        self.vdev.fault_target = C["DP_FIRST_SLOT"]
         self._iov = ffi.new("struct iovec[]", max_segs)
         self._max = max_segs
         self._chain = ffi.new("struct mic_chain *")

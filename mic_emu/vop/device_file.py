@@ -209,6 +209,7 @@ class DeviceFile:
     def _opened(self, slot: DeviceSlot, kick: int) -> None:
         self._kick = kick
         lib.mic_vdev_init(self._vdev, self._bus.ptr, slot.desc, slot.ctrl, kick, -1, slot.shape.num_vq)
+        self._vdev.fault_target = slot.off
         setup = ffi.new("struct mic_copy_setup *", {"compat": self._compat, "dma_timeout_ms": DMA_TIMEOUT_MS})
         self._copies = [lib.mic_copy_create(self._vdev, i, setup) for i in range(slot.shape.num_vq)]
         if ffi.NULL in self._copies:

@@ -9,7 +9,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "block_hold.h"
 #include "block_move.h"
+#include "block_sick.h"
 #include "mic/barrier.h"
 
 #define MAX_IOV         256u         /* a direct chain of 128 that ends in a table of 128 */
@@ -26,6 +28,7 @@ struct mic_blk_dev {
 	uint8_t serial[MIC_VIRTIO_BLK_ID_LEN];
 	struct mic_blk_stats stats;
 	struct mic_mover *mover;
+	struct blk_hold hold;
 	struct iovec iov[MAX_IOV];
 };
 
@@ -57,12 +60,14 @@ struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t c
 	dev->capacity = capacity;
 	dev->read_only = read_only;
 	memcpy(dev->serial, serial, strnlen(serial, sizeof dev->serial));
+	blk_hold_init(&dev->hold);
 	return dev;
 }
 
 void mic_blk_dev_destroy(struct mic_blk_dev *dev)
 {
 	mic_mover_destroy(dev->mover);
+	blk_hold_fini(&dev->hold);
 	free(dev);
 }
 
@@ -271,6 +276,40 @@ static uint8_t perform(struct mic_blk_dev *dev, struct request *r)
 	}
 }
 
+/* A write of which only the first sectors reach the disk. One that is not legal fails as it always does. */
+static uint8_t perform_torn(struct mic_blk_dev *dev, struct request *r, const struct mic_fault_verdict *v)
+{
+	uint64_t sectors = r->out_len / MIC_BLK_SECTOR, left;
+
+	if (r->type != MIC_VIRTIO_BLK_T_OUT || r->out_len % MIC_BLK_SECTOR ||
+	    !within(dev, r->sector, sectors))
+		return perform(dev, r);
+	r->out_len = left = blk_torn_keep(v, sectors) * MIC_BLK_SECTOR;
+	for (unsigned i = 0; i < r->out_num; left -= r->out[i++].iov_len)
+		if (r->out[i].iov_len >= left) {
+			r->out[i].iov_len = left;
+			r->out_num = left ? i + 1 : i;
+		}
+	uint8_t status = perform(dev, r);
+
+	return status == MIC_VIRTIO_BLK_S_OK && !v->torn_ok ? MIC_VIRTIO_BLK_S_IOERR : status;
+}
+
+/* Serve a request the way fault filters want it; its completion is held back until *due, 0 = not at all. */
+static uint8_t perform_sick(struct mic_blk_dev *dev, struct request *r, uint64_t *due)
+{
+	const struct mic_fault_event event =
+		blk_event(dev->vdev->fault_target, r->type, r->out_len + r->in_len);
+	struct mic_fault_verdict v;
+
+	if (!mic_fault_judge(dev->vdev->bus, &event, &v))
+		return perform(dev, r);
+	*due = fault_due(&v);
+	if (v.error)
+		return v.error == EOPNOTSUPP ? MIC_VIRTIO_BLK_S_UNSUPP : MIC_VIRTIO_BLK_S_IOERR;
+	return v.torn ? perform_torn(dev, r, &v) : perform(dev, r);
+}
+
 /* Take header and status byte off a chain; false when the header is short. The status byte is the last
  * writable one, whatever the layout; without any there is nowhere to answer. */
 static bool parse(struct request *r, struct iovec *iov, const struct mic_chain *c)
@@ -294,7 +333,8 @@ static bool parse(struct request *r, struct iovec *iov, const struct mic_chain *
 }
 
 /* Returns the bytes written into the chain. */
-static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, const struct mic_chain *c)
+static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, const struct mic_chain *c,
+			    uint64_t *due)
 {
 	struct request r;
 	uint8_t status = MIC_VIRTIO_BLK_S_IOERR;
@@ -302,7 +342,9 @@ static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, co
 	bool whole = parse(&r, dev->iov, c);
 
 	r.features = vq->features;
-	if (whole && r.status)
+	if (whole && r.status && fault_armed(dev->vdev->bus, MIC_FAULT_AT_DISK))
+		status = perform_sick(dev, &r, due);
+	else if (whole && r.status)
 		status = perform(dev, &r);
 	if (status != MIC_VIRTIO_BLK_S_OK)
 		dev->stats.errors++;
@@ -315,8 +357,9 @@ static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, co
 /* --- the loop --------------------------------------------------------------------------------- */
 
 /* Serve at most BATCH requests of a ring; returns how many there were. */
-static unsigned serve_ring(struct mic_blk_dev *dev, struct mic_vq *vq)
+static unsigned serve_ring(struct mic_blk_dev *dev, unsigned ring)
 {
+	struct mic_vq *vq = &dev->vdev->vq[ring];
 	unsigned n = 0, unsignalled = 0;
 	uint64_t bytes = 0;
 	struct mic_chain chain;
@@ -331,7 +374,11 @@ static unsigned serve_ring(struct mic_blk_dev *dev, struct mic_vq *vq)
 			mic_vdev_broken(dev->vdev, vq);
 		if (rc <= 0)
 			break;
-		mic_vq_push(vq, chain.head, serve_chain(dev, vq, &chain));
+		uint64_t due = 0;
+		uint32_t len = serve_chain(dev, vq, &chain, &due);
+
+		if (!due || !blk_hold_add(&dev->hold, ring, chain.head, len, due))
+			mic_vq_push(vq, chain.head, len);
 		n++;
 		bytes += chain.out_len + chain.in_len;
 		if (++unsignalled >= SIGNAL_REQUESTS || bytes >= SIGNAL_BYTES) {
@@ -351,8 +398,8 @@ static unsigned serve_all(struct mic_blk_dev *dev)
 	if (!mic_vdev_driver_ok(dev->vdev))
 		return 0;
 	for (unsigned i = 0; i < dev->vdev->num_vq; i++)
-		n += serve_ring(dev, &dev->vdev->vq[i]);
-	return n;
+		n += serve_ring(dev, i);
+	return n + (dev->hold.count ? blk_hold_release(&dev->hold, dev->vdev) : 0);
 }
 
 /* Ask for kicks on every ring; true when one has work already. */
@@ -377,6 +424,7 @@ int mic_blk_dev_run(struct mic_blk_dev *dev)
 	struct mic_vdev *vdev = dev->vdev;
 	unsigned since = 0;
 
+	blk_hold_settle(&dev->hold, vdev);
 	for (;;) {
 		if (mic_vdev_handshake(vdev))
 			return MIC_RUN_HANDSHAKE;
@@ -393,7 +441,9 @@ int mic_blk_dev_run(struct mic_blk_dev *dev)
 		if (mic_vdev_handshake(vdev))
 			return MIC_RUN_HANDSHAKE;
 		since = 0;
-		int mask = mic_vdev_sleep(vdev, NULL, 0, -1);
+		if (blk_hold_soon(&dev->hold))
+			continue;
+		int mask = mic_vdev_sleep(vdev, &dev->hold.timer_fd, dev->hold.count ? 1 : 0, -1);
 
 		if (mask < 0)
 			return mask == -EINTR ? MIC_RUN_SIGNAL : mask;

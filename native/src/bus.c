@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include "bus_internal.h"
+#include "mic/fault.h"
 
 static const struct mic_reg_row reg_table[MIC_REG_ROWS] = {MIC_REG_TABLE};
 
@@ -33,6 +34,29 @@ static void unmap(struct mic_map *m)
 		munmap(m->base, m->size);
 }
 
+/* The fault filters; a card without them has a page of its own where nothing is ever armed. */
+static int map_faults(struct mic_bus *bus)
+{
+	if (bus->fd[MIC_FD_FAULTS] >= 0) {
+		if (map_fd(&bus->faults, bus->fd[MIC_FD_FAULTS]) < 0)
+			return -1;
+	} else {
+		bus->faults.size = MIC_FAULT_SIZE;
+		bus->faults.base = mmap(NULL, MIC_FAULT_SIZE, PROT_READ | PROT_WRITE,
+					MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (bus->faults.base == MAP_FAILED) {
+			bus->faults.base = NULL;
+			return -1;
+		}
+	}
+	if (bus->faults.size < MIC_FAULT_SIZE) {
+		errno = EINVAL;
+		return -1;
+	}
+	bus->armed = (const uint32_t *)(const void *)bus->faults.base;
+	return 0;
+}
+
 void mic_bus_detach(struct mic_bus *bus)
 {
 	if (!bus)
@@ -41,6 +65,7 @@ void mic_bus_detach(struct mic_bus *bus)
 	unmap(&bus->mmio);
 	unmap(&bus->host);
 	unmap(&bus->config);
+	unmap(&bus->faults);
 	free(bus);
 }
 
@@ -58,6 +83,8 @@ struct mic_bus *mic_bus_attach(const int *fds)
 		errno = EINVAL;
 		goto fail;
 	}
+	if (map_faults(bus) < 0)
+		goto fail;
 	return bus;
 fail:;
 	int saved = errno;
@@ -132,9 +159,11 @@ void mic_hw_reset(struct mic_bus *bus)
 	for (unsigned i = 0; i < MIC_REG_ROWS; i++)
 		for (uint32_t k = 0; k < reg_table[i].count && !of_pci_function(reg_table[i].access); k++)
 			mic_hw_store(bus, reg_table[i].off + k * reg_table[i].stride, reg_table[i].reset);
-	for (unsigned f = MIC_FD_RESET; f < MIC_FD_COUNT; f++) {
+	/* Doorbells in flight die with the reset (HW-52); fault filters are no part of the card and stay. */
+	mic_fault_forget_late(bus);
+	for (unsigned f = MIC_FD_RESET; f < MIC_FD_FAULT_HIT; f++) {
 		eventfd_t drop;
-		(void)!eventfd_read(bus->fd[f], &drop); /* doorbells in flight die with the reset (HW-52) */
+		(void)!eventfd_read(bus->fd[f], &drop);
 	}
 }
 

@@ -15,7 +15,8 @@ struct mic_map {
 };
 
 struct mic_bus {
-	struct mic_map gddr, mmio, host, config;
+	const uint32_t *armed; /* first word of `faults`: points where a filter may act, normally 0 */
+	struct mic_map gddr, mmio, host, config, faults;
 	int fd[MIC_FD_COUNT];
 	bool over_pci;    /* this process is the host: register cycles pass the function */
 	uint64_t ignored; /* writes to registers that do not exist or are read-only */
@@ -52,6 +53,10 @@ static inline void signal_line(struct mic_bus *bus, unsigned which)
 	mic_fetch_add(reg_at(bus, MIC_IRQ_COUNTS + 4u * n), 1u);
 	signal_fd(bus->fd[which]);
 }
+
+/* A doorbell behind all filters: what mic_ring_host() and mic_ring_card() do when none is armed. */
+void mic_ring_host_now(struct mic_bus *bus, int db);
+void mic_ring_card_now(struct mic_bus *bus, int db);
 
 /* Register writes with an effect, by their kind in the table. */
 void mic_write_enable(struct mic_bus *bus, uint32_t value); /* SICE0 */

@@ -1,6 +1,6 @@
 /* Interrupts to the host in all their modes, and the lines to the card (HW 4). */
 #define _GNU_SOURCE
-#include "bus_internal.h"
+#include "fault.h"
 
 enum irq_mode {
 	IRQ_NONE, /* the function may not send anything now */
@@ -143,13 +143,13 @@ void mic_raise_card(struct mic_bus *bus, unsigned irq)
 		signal_line(bus, MIC_FD_IRQ + irq);
 }
 
-void mic_ring_host(struct mic_bus *bus, int db)
+void mic_ring_host_now(struct mic_bus *bus, int db)
 {
 	if (db >= 0 && db < (int)MIC_SRC_DOORBELLS)
 		mic_mmio_write(bus, MIC_REG_SDBIC((unsigned)db), MIC_SDBIC_REQUEST);
 }
 
-void mic_ring_card(struct mic_bus *bus, int db)
+void mic_ring_card_now(struct mic_bus *bus, int db)
 {
 	if (db >= 0 && db < 8) {
 		uint32_t off = MIC_REG_APICICR((unsigned)db);
@@ -158,4 +158,16 @@ void mic_ring_card(struct mic_bus *bus, int db)
 	} else if (db >= 8 && db < (int)MIC_CARD_DOORBELLS) {
 		mic_mmio_write(bus, MIC_REG_RDMASR((unsigned)db - 8), 0);
 	}
+}
+
+void mic_ring_host(struct mic_bus *bus, int db, uint32_t source)
+{
+	if (!fault_armed(bus, MIC_FAULT_AT_DOORBELL) || mic_fault_ring(bus, db, source, true))
+		mic_ring_host_now(bus, db);
+}
+
+void mic_ring_card(struct mic_bus *bus, int db, uint32_t source)
+{
+	if (!fault_armed(bus, MIC_FAULT_AT_DOORBELL) || mic_fault_ring(bus, db, source, false))
+		mic_ring_card_now(bus, db);
 }

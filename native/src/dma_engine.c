@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "dma_fault.h"
+#include "fault.h"
 #include "mic/barrier.h"
 #include "mic/dma.h"
 #include "mic/vring.h"
@@ -29,7 +29,6 @@ struct mic_dma_engine {
 	int wake_fd;    /* readable while `pause` or `stop` is set: level, read by nobody else */
 	uint32_t pause; /* threads must park; a copy in flight is cut off */
 	uint32_t stop;
-	struct fault_filters faults;
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	unsigned started, parked; /* under lock */
@@ -109,29 +108,60 @@ static int write_back(struct mic_bus *bus, unsigned c, uint32_t next)
 	return mic_dma_execute(bus, qw, NULL, &none);
 }
 
-/* Wait as a fault filter wants; -EINTR when the engine is to stop or reset meanwhile. */
-static int delay(struct mic_dma_engine *e, uint64_t ns)
+/* Hold a channel back as fault filters want; -EINTR when the engine is to stop or reset meanwhile. */
+static int hold(struct mic_dma_engine *e, uint64_t due_ns)
 {
 	struct pollfd wake = {.fd = e->wake_fd, .events = POLLIN};
-	struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+	uint64_t now = mic_now_ns();
 
-	return ns && ppoll(&wake, 1, &ts, NULL) ? -EINTR : 0;
+	while (now < due_ns && !must_park(e)) {
+		uint64_t ns = due_ns - now > FAULT_LOOK_NS ? due_ns - now - FAULT_LOOK_NS : 0;
+		struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000),
+				      .tv_nsec = (long)(ns % 1000000000)};
+
+		if (ns)
+			ppoll(&wake, 1, &ts, NULL);
+		else
+			mic_cpu_relax();
+		now = mic_now_ns();
+	}
+	return now < due_ns ? -EINTR : 0;
+}
+
+/* A descriptor as fault filters see it: the side that its bytes cross the link to, and how many. */
+static struct mic_fault_event event_of(unsigned c, const uint64_t qw[2])
+{
+	struct mic_fault_event event = {
+		.point = MIC_FAULT_AT_DMA, .target = 1u << c, .way = MIC_FAULT_TO_CARD | MIC_FAULT_TO_HOST};
+	bool from_host = (qw[0] & MIC_DMA_ADDR_MASK) >= MIC_SMPT_BASE;
+	bool to_host = (qw[1] & MIC_DMA_ADDR_MASK) >= MIC_SMPT_BASE;
+
+	if (qw[1] >> MIC_DMA_TYPE_SHIFT == MIC_DMA_DESC_MEMCPY && from_host != to_host) {
+		event.toward = to_host ? MIC_FAULT_TO_HOST : MIC_FAULT_TO_CARD;
+		event.bytes = (qw[0] >> MIC_DMA_MEMCPY_LEN_SHIFT & MIC_DMA_MEMCPY_LEN_MASK) * MIC_DMA_ALIGN;
+	}
+	return event;
 }
 
 /* Execute one descriptor the way the fault filters want it. */
-static int execute_sick(struct channel *ch, const uint64_t qw[2], const struct fault_verdict *v,
-			struct mic_dma_effect *effect)
+static int execute_sick(struct channel *ch, const uint64_t qw[2], struct mic_dma_effect *effect)
 {
 	struct mic_dma_engine *e = ch->engine;
-	int rc = delay(e, v->delay_ns);
+	const struct mic_fault_event event = event_of(ch->c, qw);
+	struct mic_fault_verdict v;
+
+	mic_fault_judge(e->bus, &event, &v);
+	int rc = v.delay_ns ? hold(e, mic_now_ns() + v.delay_ns) : 0;
 
 	if (!rc)
-		rc = (int)v->error;
-	if (!rc && !v->skip)
+		rc = (int)v.error;
+	if (!rc && !v.skip)
 		rc = mic_dma_execute(e->bus, qw, &e->pause, effect);
-	if (!rc && v->spoil && !v->skip)
-		mic_dma_spoil(e->bus, qw, v->spoil_at, v->spoil);
-	if (v->no_interrupt)
+	if (!rc && v.spoil && !v.skip)
+		mic_dma_spoil(e->bus, qw, v.spoil_at, v.spoil);
+	if (!rc && v.due_ns)
+		rc = hold(e, v.due_ns);
+	if (v.lose_interrupt)
 		effect->interrupt = false;
 	return rc;
 }
@@ -140,13 +170,12 @@ static int step_at(struct channel *ch, uint32_t hi, uint32_t tail)
 {
 	struct mic_dma_engine *e = ch->engine;
 	struct mic_dma_effect effect = {0};
-	struct fault_verdict verdict;
 	uint64_t qw[2];
 	uint32_t next = tail + 1 == ring_size(hi) ? 0 : tail + 1;
 	int rc = mic_dma_fetch(e->bus, slot_addr(e->bus, ch->c, hi, tail), qw);
 
-	if (!rc && fault_decide(&e->faults, ch->c, &verdict))
-		rc = execute_sick(ch, qw, &verdict, &effect);
+	if (!rc && fault_armed(e->bus, MIC_FAULT_AT_DMA))
+		rc = execute_sick(ch, qw, &effect);
 	else if (!rc)
 		rc = mic_dma_execute(e->bus, qw, &e->pause, &effect);
 	if (!rc && effect.write_back)
@@ -317,7 +346,6 @@ void mic_dma_engine_stop(struct mic_dma_engine *e)
 	if (e->wake_fd >= 0)
 		close(e->wake_fd);
 	pthread_cond_destroy(&e->changed);
-	fault_destroy(&e->faults);
 	pthread_mutex_destroy(&e->lock);
 	free(e);
 }
@@ -351,7 +379,6 @@ struct mic_dma_engine *mic_dma_engine_start(struct mic_bus *bus)
 	e->bus = bus;
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_cond_init(&e->changed, NULL);
-	fault_init(&e->faults);
 	mic_dma_guard_get();
 	e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	rc = e->wake_fd < 0 ? errno : start_threads(e);
@@ -377,19 +404,4 @@ void mic_dma_engine_stats(struct mic_dma_engine *e, unsigned c, struct mic_dma_s
 	out->faults = mic_load_relaxed(&s->faults);
 	out->wakeups = mic_load_relaxed(&s->wakeups);
 	out->aborts = mic_load_relaxed(&s->aborts);
-}
-
-int mic_dma_fault_add(struct mic_dma_engine *e, const struct mic_dma_fault *fault)
-{
-	return fault_add(&e->faults, fault);
-}
-
-int mic_dma_fault_remove(struct mic_dma_engine *e, int id)
-{
-	return fault_remove(&e->faults, id);
-}
-
-int mic_dma_fault_get(struct mic_dma_engine *e, int id, struct mic_dma_fault *out)
-{
-	return fault_get(&e->faults, id, out);
 }

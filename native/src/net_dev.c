@@ -10,6 +10,7 @@
 #include "mic/linger.h"
 #include "mic/net.h"
 #include "net_end.h"
+#include "net_hold.h"
 
 enum { TO_CARD = 0, FROM_CARD = 1 };
 
@@ -35,6 +36,7 @@ struct stash {
 struct mic_net_dev {
 	struct mic_vdev *dev;
 	struct mic_net_end end;
+	struct net_hold *hold; /* frames that fault filters keep */
 	struct mic_pcap *cap;
 	struct mic_net_stats stats;
 	struct mic_linger linger;
@@ -58,9 +60,10 @@ struct mic_net_dev *mic_net_dev_create(struct mic_vdev *dev, int local_fd, struc
 	nd->dev = dev;
 	nd->accepted = UINT64_MAX;
 	nd->over = malloc(MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL);
+	nd->hold = net_hold_create(dev->bus, &dev->fault_target);
 	int rc = mic_net_end_init(&nd->end, local_fd, resp);
 
-	if (rc < 0 || !nd->over) {
+	if (rc < 0 || !nd->over || !nd->hold) {
 		mic_net_dev_destroy(nd);
 		errno = rc < 0 ? -rc : ENOMEM;
 		return NULL;
@@ -74,6 +77,7 @@ void mic_net_dev_destroy(struct mic_net_dev *nd)
 	if (!nd)
 		return;
 	mic_net_end_fini(&nd->end);
+	net_hold_destroy(nd->hold);
 	free(nd->over);
 	free(nd);
 }
@@ -102,6 +106,12 @@ static void capture(struct mic_net_dev *nd, const struct iovec *iov, unsigned n,
 {
 	if (nd->cap)
 		mic_pcap_frame(nd->cap, iov, n, nd->end.hdr_len, len - nd->end.hdr_len);
+}
+
+/* Do fault filters have a say, or frames that they keep? */
+static bool sick(const struct mic_net_dev *nd)
+{
+	return fault_armed(nd->dev->bus, MIC_FAULT_AT_PACKET) || net_hold_count(nd->hold);
 }
 
 /* --- to the card ------------------------------------------------------------------------------ */
@@ -276,7 +286,9 @@ receive:;
 	struct iovec saved = *last; /* the next chain's first segment, or the spare entry */
 
 	*last = (struct iovec){nd->over, MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL};
-	long got = mic_net_end_recv(&nd->end, &s->iov[s->iov_first], segs + 1);
+	const struct iovec *iov = &s->iov[s->iov_first];
+	long got = sick(nd) ? net_hold_recv(nd->hold, &nd->end, iov, segs + 1)
+			    : mic_net_end_recv(&nd->end, iov, segs + 1);
 
 	*last = saved;
 	nd->starved = false;
@@ -301,13 +313,18 @@ static int from_card_one(struct mic_net_dev *nd)
 {
 	struct mic_vq *vq = &nd->dev->vq[FROM_CARD];
 	struct mic_chain chain;
+	bool filtered = sick(nd);
+
+	if (filtered && net_hold_full(nd->hold, HOLD_TO_HOST))
+		return 0;
 	int rc = mic_vq_pop(vq, &chain, nd->tx, CHAIN_SEGS);
 
 	if (rc < 0)
 		mic_vdev_broken(nd->dev, vq);
 	if (rc <= 0)
 		return 0;
-	rc = mic_net_end_send(&nd->end, nd->tx, chain.out_num, chain.out_len);
+	rc = filtered ? net_hold_send(nd->hold, &nd->end, nd->tx, chain.out_num, chain.out_len)
+		      : mic_net_end_send(&nd->end, nd->tx, chain.out_num, chain.out_len);
 	if (rc == 0) {
 		capture(nd, nd->tx, chain.out_num, chain.out_len);
 		mic_count(&nd->stats.from_card_packets, 1u);
@@ -331,6 +348,8 @@ static void settle(struct mic_net_dev *nd)
 
 	if ((uint16_t)(vq->last_avail - vq->used_idx) != nd->stash.count)
 		stash_clear(nd);
+	if (nd->end.hdr_len != mic_net_hdr_len(features))
+		net_hold_clear(nd->hold); /* kept frames have headers of the old length */
 	nd->end.hdr_len = mic_net_hdr_len(features);
 	nd->mergeable = features & MIC_NET_F(MRG_RXBUF);
 	nd->data_valid = (features & tso) && !(features & MIC_NET_F(GUEST_CSUM));
@@ -345,9 +364,9 @@ static bool ring_ready(const struct mic_vq *vq)
 /* Up to BATCH frames each way. 1 something moved, 0 nothing, -1 the local end is gone. */
 static int pump(struct mic_net_dev *nd)
 {
-	int moved = 0, rc = 0;
+	int rc = net_hold_count(nd->hold) ? net_hold_flush(nd->hold, &nd->end) : 0, moved = rc > 0;
 
-	for (unsigned i = 0; i < BATCH && ring_ready(&nd->dev->vq[FROM_CARD]); i++) {
+	for (unsigned i = 0; i < BATCH && rc >= 0 && ring_ready(&nd->dev->vq[FROM_CARD]); i++) {
 		rc = from_card_one(nd);
 		if (rc <= 0)
 			break;
@@ -368,7 +387,7 @@ static bool arm(struct mic_net_dev *nd)
 	struct mic_vq *in = &nd->dev->vq[FROM_CARD], *out = &nd->dev->vq[TO_CARD];
 	bool again = false;
 
-	if (ring_ready(in))
+	if (ring_ready(in) && !net_hold_full(nd->hold, HOLD_TO_HOST))
 		again = mic_vq_enable_kick(in);
 	if (ring_ready(out) && nd->starved)
 		again |= mic_vq_enable_kick(out);
@@ -386,9 +405,13 @@ static void disarm(struct mic_net_dev *nd)
 static int look(struct mic_net_dev *nd, bool serving, int timeout_ms)
 {
 	struct mic_vdev *dev = nd->dev;
-	bool blocked = !serving || nd->starved || !ring_ready(&dev->vq[TO_CARD]);
-	int extra = mic_net_end_fd(&nd->end, blocked);
-	int ready = mic_vdev_sleep(dev, &extra, 1, timeout_ms);
+	bool deaf = !serving || nd->starved || !ring_ready(&dev->vq[TO_CARD]);
+	bool blocked = deaf || net_hold_full(nd->hold, HOLD_TO_CARD);
+	int extra[2] = {mic_net_end_fd(&nd->end, blocked), -1};
+
+	if (net_hold_count(nd->hold) && net_hold_soon(nd->hold, !deaf, &extra[1]))
+		timeout_ms = 0;
+	int ready = mic_vdev_sleep(dev, extra, 2, timeout_ms);
 
 	if (ready == -EINTR)
 		return MIC_RUN_SIGNAL;

@@ -36,6 +36,11 @@ uint8_t *mic_bus_config(struct mic_bus *bus)
 	return bus->config.base;
 }
 
+uint8_t *mic_bus_faults(struct mic_bus *bus)
+{
+	return bus->faults.base;
+}
+
 static void *within(const struct mic_map *m, uint64_t addr, uint64_t len)
 {
 	if (addr > m->size || len > m->size - addr)

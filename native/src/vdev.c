@@ -288,7 +288,7 @@ void mic_vdev_interrupt(struct mic_vdev *dev)
 	int8_t db = (int8_t)mic_load_acquire(dev->ctrl + offsetof(struct mic_device_ctrl, h2c_vdev_db));
 
 	dev->interrupts++;
-	mic_ring_card(dev->bus, db);
+	mic_ring_card(dev->bus, db, dev->fault_target);
 }
 
 void mic_vdev_complete(struct mic_vdev *dev, struct mic_vq *vq)
@@ -381,7 +381,7 @@ void mic_vdrv_kick(struct mic_vdrv *drv, struct mic_dq *dq)
 	if (!mic_dq_should_kick(dq))
 		return;
 	drv->kicks++;
-	mic_ring_host(drv->bus, drv->c2h_db);
+	mic_ring_host(drv->bus, drv->c2h_db, drv->fault_target);
 }
 
 static bool vdrv_look(const struct mic_vdrv *drv)

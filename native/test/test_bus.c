@@ -12,7 +12,7 @@ static void *ring_doorbells(void *arg)
 	struct lab *lab = arg;
 
 	for (int i = 0; i < 20000; i++)
-		mic_ring_host(lab->bus, i & 3);
+		mic_ring_host(lab->bus, i & 3, 0);
 	return NULL;
 }
 
@@ -56,7 +56,7 @@ static void *ring_once_per_round(void *arg)
 
 	for (int i = 0; i < 3000; i++) {
 		pthread_barrier_wait(&r->start);
-		mic_ring_host(r->lab.bus, 0);
+		mic_ring_host(r->lab.bus, 0, 0);
 		pthread_barrier_wait(&r->start);
 	}
 	return NULL;
@@ -216,7 +216,7 @@ TEST(hw_20_data_before_the_ring)
 	mic_mmio_write(lab.bus, MIC_REG_SICE0, 1);
 	for (uint64_t i = 1; i < 1000; i++) {
 		mic_shm_store(mic_bus_host(lab.bus), 8, i);
-		mic_ring_host(lab.bus, 0);
+		mic_ring_host(lab.bus, 0, 0);
 		CHECK(rings(lab.fds[MIC_FD_VEC]));
 		CHECK(mic_shm_load(mic_bus_host(lab.bus), 8) == i);
 	}

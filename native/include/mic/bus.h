@@ -16,16 +16,19 @@
 /* cffi-begin */
 /* Order of the descriptors that mic_bus_attach() takes. */
 enum mic_bus_fd {
-	MIC_FD_GDDR,      /* BAR 0: offset = card physical address */
-	MIC_FD_MMIO,      /* BAR 4 */
-	MIC_FD_HOST,      /* host memory: offset = host bus address */
-	MIC_FD_CONFIG,    /* PCI configuration space */
-	MIC_FD_RESET,     /* eventfd: RGCR bit 0 was written */
-	MIC_FD_BOOT,      /* eventfd: the bootstrap interrupt */
-	MIC_FD_VEC,       /* 16 eventfds: interrupts to the host, by vector */
-	MIC_FD_IRQ = 22,  /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
-	MIC_FD_CHAN = 42, /* 8 eventfds: DMA channel c has something to do */
-	MIC_FD_COUNT = 50
+	MIC_FD_GDDR,            /* BAR 0: offset = card physical address */
+	MIC_FD_MMIO,            /* BAR 4 */
+	MIC_FD_HOST,            /* host memory: offset = host bus address */
+	MIC_FD_CONFIG,          /* PCI configuration space */
+	MIC_FD_FAULTS,          /* fault filters (mic/fault.h); -1: there are none */
+	MIC_FD_RESET,           /* eventfd: RGCR bit 0 was written */
+	MIC_FD_BOOT,            /* eventfd: the bootstrap interrupt */
+	MIC_FD_VEC,             /* 16 eventfds: interrupts to the host, by vector */
+	MIC_FD_IRQ = 23,        /* 20 eventfds: interrupts to the card: doorbells 0-15, DMA channels 4-7 */
+	MIC_FD_CHAN = 43,       /* 8 eventfds: DMA channel c has something to do */
+	MIC_FD_FAULT_HIT = 51,  /* eventfd: a fault filter acted; the host reads it */
+	MIC_FD_FAULT_LATE = 52, /* eventfd: a doorbell is on its way; the board reads it */
+	MIC_FD_COUNT = 53
 };
 
 struct mic_bus;
@@ -66,10 +69,11 @@ void mic_dcr_update(struct mic_bus *bus, uint32_t clear, uint32_t set);
  * enabled; mic_raise_card() signals card line `irq` (index of the MIC_FD_IRQ row). */
 void mic_raise_host(struct mic_bus *bus, uint32_t sources);
 void mic_raise_card(struct mic_bus *bus, unsigned irq);
-/* The card rings host doorbell `db`; numbers that do not exist are ignored (HW-18). */
-void mic_ring_host(struct mic_bus *bus, int db);
+/* The card rings host doorbell `db`; numbers that do not exist are ignored (HW-18). `source` is the fault
+ * target on whose behalf it rings: a device's offset in the device page, MIC_FAULT_TARGET_SCIF, or 0. */
+void mic_ring_host(struct mic_bus *bus, int db, uint32_t source);
 /* The host rings card doorbell `db` (0-7 APICICR, 8-15 RDMASR); others are ignored (HW-18). */
-void mic_ring_card(struct mic_bus *bus, int db);
+void mic_ring_card(struct mic_bus *bus, int db, uint32_t source);
 
 /* This process is the host: while the command register has memory decoding off, or the function
  * sleeps (D3hot), registers read all ones and ignore writes. Not for the aperture, which is mapped. */
@@ -89,6 +93,7 @@ uint8_t *mic_bus_host(struct mic_bus *bus);
 uint64_t mic_bus_host_size(struct mic_bus *bus);
 uint8_t *mic_bus_mmio(struct mic_bus *bus);
 uint8_t *mic_bus_config(struct mic_bus *bus); /* MIC_CONFIG_SIZE bytes */
+uint8_t *mic_bus_faults(struct mic_bus *bus); /* MIC_FAULT_SIZE bytes */
 
 /* Pointer to `len` bytes of GDDR at card physical `addr`, NULL when any byte is outside. */
 void *mic_gddr_at(struct mic_bus *bus, uint64_t addr, uint64_t len);

@@ -35,34 +35,6 @@ void mic_dma_engine_reset(struct mic_dma_engine *engine);
 void mic_dma_engine_stop(struct mic_dma_engine *engine);
 void mic_dma_engine_stats(struct mic_dma_engine *engine, unsigned c, struct mic_dma_stats *out);
 
-/* Fault filters: what a sick card does to its descriptors, for tests of what stands above it. */
-enum mic_dma_fault_kind {
-	MIC_DMA_FAULT_DELAY = 1,        /* wait `param` nanoseconds first; a reset cuts it short */
-	MIC_DMA_FAULT_FAIL = 2,         /* halt the channel with DCHERR |= param */
-	MIC_DMA_FAULT_CORRUPT = 3,      /* execute, then flip bits of one byte that was written */
-	MIC_DMA_FAULT_SKIP = 4,         /* retire without executing */
-	MIC_DMA_FAULT_NO_INTERRUPT = 5, /* lose the interrupt it asks for */
-};
-
-struct mic_dma_fault {
-	uint32_t kind;
-	uint32_t channels; /* bit c: applies to channel c */
-	uint32_t chance;   /* of 2^32 per descriptor; UINT32_MAX: every one */
-	uint32_t count;    /* hits until it is spent, 0 = no end */
-	uint64_t param;
-	uint64_t seed; /* of its dice: the same seed hits the same descriptors of a channel */
-	uint64_t hits; /* out: descriptors hit so far */
-};
-
-#define MIC_DMA_FAULTS 8
-
-/* Put a filter in: its number (0..7), -ENOSPC, -EINVAL. Several filters apply in their order. */
-int mic_dma_fault_add(struct mic_dma_engine *engine, const struct mic_dma_fault *fault);
-/* Take it out; -ENOENT. */
-int mic_dma_fault_remove(struct mic_dma_engine *engine, int id);
-/* A filter's settings and hits; -ENOENT. */
-int mic_dma_fault_get(struct mic_dma_engine *engine, int id, struct mic_dma_fault *out);
-
 /* --- driver half: a channel as its owner's driver sees it (HW 5.4 - 5.6, dma_drv.c) ------------------
  *
  * All calls may come from any thread. A successful prep holds the channel for its caller until

@@ -185,6 +185,37 @@
 #define MIC_COSM_MSG_SYNC_TIME 0x1u
 #define MIC_COSM_MSG_HEARTBEAT 0x2u
 #define MIC_COSM_MSG_SHUTDOWN_STATUS 0x3u
+#define MIC_FAULT_SIZE 0x2000u
+#define MIC_FAULT_FIRST 0x80u
+#define MIC_FAULT_SLOTS 0x1fu
+#define MIC_FAULT_LATE_FIRST 0x1000u
+#define MIC_FAULT_LATE_SLOTS 0x100u
+#define MIC_FAULT_ANY 0xffffffffu
+#define MIC_FAULT_TARGET_SCIF 0x1u
+#define MIC_FAULT_AT_DOORBELL 0x0u
+#define MIC_FAULT_AT_DMA 0x1u
+#define MIC_FAULT_AT_DISK 0x2u
+#define MIC_FAULT_AT_PACKET 0x3u
+#define MIC_FAULT_AT_HEARTBEAT 0x4u
+#define MIC_FAULT_POINTS 0x5u
+#define MIC_FAULT_TO_CARD 0x1u
+#define MIC_FAULT_TO_HOST 0x2u
+#define MIC_FAULT_READ 0x1u
+#define MIC_FAULT_WRITE 0x2u
+#define MIC_FAULT_FLUSH 0x4u
+#define MIC_FAULT_DISCARD 0x8u
+#define MIC_FAULT_DROP 0x1u
+#define MIC_FAULT_DELAY 0x2u
+#define MIC_FAULT_DUPLICATE 0x3u
+#define MIC_FAULT_FAIL 0x4u
+#define MIC_FAULT_CORRUPT 0x5u
+#define MIC_FAULT_SKIP 0x6u
+#define MIC_FAULT_LOSE_INTERRUPT 0x7u
+#define MIC_FAULT_TORN 0x8u
+#define MIC_FAULT_REORDER 0x9u
+#define MIC_FAULT_HANG 0xau
+#define MIC_FAULT_KILL 0xbu
+#define MIC_FAULT_LINK 0xcu
 
 #define MIC_REG_POSTCODE 0x242cu /* boot post code: two ASCII characters, first in bits 7:0 (HW 2) */
 #define MIC_REG_SMPT(n) (0x13100u + 0x4u * (n)) /* system memory page table: bits 31:2 host address >> 34 (HW-5) */
@@ -577,6 +608,55 @@ _Static_assert(sizeof(struct mic_cosm_msg) == 24, "cosm_msg: size");
 _Static_assert(offsetof(struct mic_cosm_msg, id) == 0, "cosm_msg.id");
 _Static_assert(offsetof(struct mic_cosm_msg, value) == 8, "cosm_msg.value");
 _Static_assert(offsetof(struct mic_cosm_msg, nsec) == 16, "cosm_msg.nsec");
+
+/* faults */
+struct mic_fault_filter {
+	uint32_t id; /* 0: no filter here; stored last, cleared first */
+	uint32_t effect;
+	uint32_t points; /* bit per place where it looks */
+	uint32_t target; /* device, or bit per DMA channel */
+	uint32_t ways;
+	uint32_t notify; /* 1: the host was told of a hit and has not looked yet */
+	uint64_t chance; /* of 2^32 per event */
+	uint64_t after; /* events that pass first */
+	uint64_t count; /* hits until it is spent, 0: no end */
+	uint64_t seed;
+	uint64_t param0;
+	uint64_t param1;
+	uint64_t seen; /* events that matched */
+	uint64_t hits; /* events it acted on */
+	uint64_t busy_to_card; /* link: when the direction becomes free (CLOCK_MONOTONIC, ns) */
+	uint64_t busy_to_host;
+	uint8_t reserved0[24];
+};
+_Static_assert(sizeof(struct mic_fault_filter) == 128, "fault_filter: size");
+_Static_assert(offsetof(struct mic_fault_filter, id) == 0, "fault_filter.id");
+_Static_assert(offsetof(struct mic_fault_filter, effect) == 4, "fault_filter.effect");
+_Static_assert(offsetof(struct mic_fault_filter, points) == 8, "fault_filter.points");
+_Static_assert(offsetof(struct mic_fault_filter, target) == 12, "fault_filter.target");
+_Static_assert(offsetof(struct mic_fault_filter, ways) == 16, "fault_filter.ways");
+_Static_assert(offsetof(struct mic_fault_filter, notify) == 20, "fault_filter.notify");
+_Static_assert(offsetof(struct mic_fault_filter, chance) == 24, "fault_filter.chance");
+_Static_assert(offsetof(struct mic_fault_filter, after) == 32, "fault_filter.after");
+_Static_assert(offsetof(struct mic_fault_filter, count) == 40, "fault_filter.count");
+_Static_assert(offsetof(struct mic_fault_filter, seed) == 48, "fault_filter.seed");
+_Static_assert(offsetof(struct mic_fault_filter, param0) == 56, "fault_filter.param0");
+_Static_assert(offsetof(struct mic_fault_filter, param1) == 64, "fault_filter.param1");
+_Static_assert(offsetof(struct mic_fault_filter, seen) == 72, "fault_filter.seen");
+_Static_assert(offsetof(struct mic_fault_filter, hits) == 80, "fault_filter.hits");
+_Static_assert(offsetof(struct mic_fault_filter, busy_to_card) == 88, "fault_filter.busy_to_card");
+_Static_assert(offsetof(struct mic_fault_filter, busy_to_host) == 96, "fault_filter.busy_to_host");
+
+/* faults */
+struct mic_fault_late {
+	uint64_t due; /* CLOCK_MONOTONIC, ns */
+	uint32_t doorbell; /* number; bit 31: to the host */
+	uint32_t state; /* 0 free, 1 being written, 2 on its way */
+};
+_Static_assert(sizeof(struct mic_fault_late) == 16, "fault_late: size");
+_Static_assert(offsetof(struct mic_fault_late, due) == 0, "fault_late.due");
+_Static_assert(offsetof(struct mic_fault_late, doorbell) == 8, "fault_late.doorbell");
+_Static_assert(offsetof(struct mic_fault_late, state) == 12, "fault_late.state");
 
 /* clang-format on */
 #endif

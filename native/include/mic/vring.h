@@ -124,7 +124,8 @@ struct mic_vdev {
 	struct mic_vq vq[4];
 	uint8_t status; /* as last seen by mic_vdev_handshake() */
 	uint64_t wakeups, interrupts;
-	unsigned spin_us; /* the longest look before sleeping; 0 = never spin */
+	uint32_t fault_target; /* what fault filters know it by: its offset in the device page */
+	unsigned spin_us;      /* the longest look before sleeping; 0 = never spin */
 	struct mic_spin spin;
 };
 
@@ -226,6 +227,7 @@ struct mic_vdrv {
 	unsigned num_vq;
 	struct mic_dq dq[4];
 	uint64_t kicks, wakeups;
+	uint32_t fault_target; /* as in mic_vdev */
 	unsigned spin_us;
 	struct mic_spin spin;
 };

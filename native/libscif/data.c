@@ -12,190 +12,16 @@
  * what its peer left in this side's own queue pair page: does it sleep (wake it), does it wait in
  * recv for exactly these bytes (nothing to do), or may it sit in poll(2) on its descriptor (notify
  * its node, once until it takes the token off again). */
-#include "fence.h"
-#include "internal.h"
+#include "stream.h"
 
-#include "mic/layout_gen.h"
-
-#include <limits.h>
-#include <linux/futex.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
-#define RING        MIC_SCIF_EP_RING
-#define CAPACITY    MIC_SCIF_EP_CAPACITY
 #define HOT_STREAK  64u /* waits in a row after which the token stays where it is */
 #define HOT_GAP_US  20u
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
-#define LINE        64u
-#define PIECE_MIN   1024u /* published at once: the other side copies meanwhile */
-#define PIECE_MAX   8192u
-
-static uint32_t distance(uint32_t from, uint32_t to)
-{
-	return (to - from) & (RING - 1);
-}
-
-static uint32_t state(const struct ep *ep)
-{
-	return mic_load_acquire(&ep->ctl->state);
-}
-
-/* Bytes that can be read, or -EPROTO when the peer's index is not an offset. rx_lock is held. */
-static int used(struct ep *ep)
-{
-	uint32_t w = mic_load_acquire(&ep->qp->local_write); /* pairs with publish_write() */
-
-	if (w >= RING)
-		return -EPROTO;
-	ep->ctl->rx_write = w;
-	return (int)distance(ep->ctl->rx_read, w);
-}
-
-static uint32_t least(uint32_t a, uint32_t b)
-{
-	return a < b ? a : b;
-}
-
-/* Bytes that may be on their way to a receiver that has promised to take `promised`. */
-static uint32_t window(uint32_t promised)
-{
-	return promised < RING - 1 - CAPACITY ? CAPACITY + promised : RING - 1;
-}
-
-/* A quarter of the window, whole cache lines. */
-static uint32_t piece(uint32_t promised)
-{
-	uint32_t n = window(promised) / 4 / LINE * LINE;
-
-	return n < PIECE_MIN ? PIECE_MIN : least(n, PIECE_MAX);
-}
-
-/* Bytes that a blocking send may write now, and in `most` how many at once. tx_lock is held. */
-static int room_ahead(struct ep *ep, uint32_t *most)
-{
-	uint64_t word = mic_load_acquire(&ep->qp->local_read); /* pairs with publish_read() */
-	uint32_t r = (uint32_t)word, promised = (uint32_t)(word >> 32);
-
-	if (r >= RING)
-		return -EPROTO;
-	ep->ctl->tx_read = r;
-	*most = piece(promised);
-	uint32_t n = distance(r, ep->ctl->tx_write), max = window(promised);
-
-	return n < max ? (int)(max - n) : 0;
-}
-
-/* Bytes that fit without a reader, as last seen. */
-static uint32_t known_room(struct ep *ep)
-{
-	uint32_t n = distance(ep->ctl->tx_read, ep->ctl->tx_write);
-
-	return n < CAPACITY ? CAPACITY - n : 0;
-}
-
-/* Bytes that fit without a reader. tx_lock is held. */
-static int room(struct ep *ep)
-{
-	uint32_t most;
-	int n = room_ahead(ep, &most);
-
-	return n < 0 ? n : (int)known_room(ep);
-}
-
-static void raise_word(uint32_t *word)
-{
-	int saved = errno;
-
-	mic_fetch_add(word, 1);
-	(void)syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-	errno = saved;
-}
-
-static void notify_node(struct mic_scif_notify *page, uint64_t *bits, uint32_t slot)
-{
-	if (slot >= MIC_SCIF_SLOTS)
-		return;
-	mic_fetch_or(&bits[slot / 64], 1ull << (slot % 64));
-	raise_word(&page->seq);
-}
-
-/* --- the descriptor's own readiness ------------------------------------------------------------ */
-
-void fill(int fd)
-{
-	static const char junk[16384];
-	int saved = errno;
-
-	while (send(fd, junk, sizeof junk, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
-		;
-	errno = saved;
-}
-
-/* Take one token off; the notifier may be just about to put it on. False: there is none. */
-static bool take_token(int fd)
-{
-	uint64_t end = mic_timestamp() + 200 * ticks_per_us();
-	char t = 0;
-
-	do {
-		if (recv(fd, &t, 1, MSG_DONTWAIT | MSG_PEEK) > 0)
-			/* The last token, of a disconnect, stays: the node notices our close by it. */
-			return t == 'T' && recv(fd, &t, 1, MSG_DONTWAIT) > 0;
-		mic_cpu_relax();
-	} while (mic_timestamp() < end);
-	return false;
-}
-
-/* A notification that the notifier has not seen yet is simply taken back. */
-static bool cancel_notify(struct ep *ep)
-{
-	uint32_t slot = ep->qp->notify_slot;
-	uint64_t bit = 1ull << (slot % 64);
-
-	return slot < MIC_SCIF_SLOTS && (mic_fetch_and(&ep->own_notify->rx[slot / 64], ~bit) & bit);
-}
-
-static void notify_self(struct ep *ep)
-{
-	mic_store_release(&ep->qp->told, ep->ctl->epoch + 1);
-	notify_node(ep->own_notify, ep->own_notify->rx, ep->qp->notify_slot);
-}
-
-void token_clear(struct ep *ep, int fd, bool surely)
-{
-	struct mic_scif_ctl *ctl = ep->ctl;
-	bool told = mic_load_acquire(&ep->qp->told) == ctl->epoch + 1;
-	int saved = errno;
-	char t;
-
-	if (state(ep) != MIC_SCIF_EP_CONNECTED)
-		return;
-	if (surely) /* somebody found the descriptor ready, or may: look even if nobody was told */
-		while (recv(fd, &t, 1, MSG_DONTWAIT | MSG_PEEK) > 0 && t == 'T' && !told)
-			(void)!recv(fd, &t, 1, MSG_DONTWAIT);
-	if (told && !cancel_notify(ep))
-		take_token(fd);
-	errno = saved;
-	if (!told)
-		return;
-	mic_store_release(&ep->peer->rx_epoch, ++ctl->epoch);
-	heavy_fence(); /* pairs with the light fence in publish_write() */
-	if (used(ep) > 0)
-		notify_self(ep);
-}
-
-void want_room(struct ep *ep, int fd)
-{
-	fill(fd);
-	mic_store_release(&ep->peer->tx_native, 1u);
-	heavy_fence(); /* pairs with the light fence in publish_read() */
-	if (room(ep) > 0 && mic_exchange(&ep->peer->tx_native, 0u))
-		notify_node(ep->own_notify, ep->own_notify->tx, ep->qp->notify_slot);
-}
 
 /* --- publishing --------------------------------------------------------------------------------- */
 
@@ -599,21 +425,4 @@ API int scif_recv(scif_epd_t epd, void *msg, int len, int flags)
 	ep->checked = mic_timestamp();
 	ep_put(ep);
 	return rc < 0 ? fail(rc) : rc;
-}
-
-int ep_mask(struct ep *ep)
-{
-	struct mic_scif_ctl *ctl = ep->ctl;
-	uint32_t st = state(ep);
-	uint32_t w = mic_load_acquire(&ep->qp->local_write);
-	uint32_t r = (uint32_t)mic_load_acquire(&ep->qp->local_read);
-	int mask = st == MIC_SCIF_EP_CONNECTED && !node_dead(ep) ? 0 : POLLHUP;
-
-	if (mic_load_relaxed(&ctl->uncollected))
-		return POLLOUT;
-	if (w < RING && w != mic_load_relaxed(&ctl->rx_read))
-		mask |= POLLIN;
-	if (r < RING && distance(r, mic_load_relaxed(&ctl->tx_write)) < CAPACITY)
-		mask |= POLLOUT;
-	return mask;
 }

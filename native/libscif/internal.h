@@ -112,7 +112,7 @@ void unlock(uint64_t *words);
 bool try_lock(uint64_t *words);
 uint64_t ticks_per_us(void);
 
-/* --- data.c ----------------------------------------------------------------------------------- */
+/* --- ready.c ---------------------------------------------------------------------------------- */
 
 /* Poll mask of an attached endpoint (SCIF 2.9). */
 int ep_mask(struct ep *ep);

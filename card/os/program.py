@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import struct
 import termios
@@ -155,11 +156,20 @@ def _child(root: Root, command: Command, ready_w: int, parent: int) -> NoReturn:
         stage = 2
         os.execvpe(command.argv[0], list(command.argv), {**command.env, "PWD": command.cwd})
     except OSError as e:
-        os.write(report, _REPORT.pack(e.errno or errno.EIO, stage))
+        os.write(report, _REPORT.pack(_why(e.errno or errno.EIO, stage, command), stage))
     except Exception:
         os.write(report, _REPORT.pack(errno.EINVAL, stage))
     finally:
         os._exit(127)
+
+
+def _why(code: int, stage: int, command: Command) -> int:
+    """As a shell says it: not found, when only a folder in PATH could not be searched."""
+    name = command.argv[0]
+    searched = code == errno.EACCES and stage == 2 and "/" not in name
+    if searched and shutil.which(name, os.F_OK, command.env.get("PATH")) is None:
+        return errno.ENOENT
+    return code
 
 
 def _limit(limits: Mapping[str, int]) -> None:

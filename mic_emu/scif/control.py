@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import socket
+import os
 import struct
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mic_emu._native import lib
+from mic_emu._native import ffi, lib
 
 if TYPE_CHECKING:
     from mic_emu.scif.service import ScifService
 
 REQUEST = struct.Struct("<IIQ6Q")
-REPLY = struct.Struct("<iI8Q")
 _NO_VALUES = (0,) * 8
+_HEAD = ffi.new("struct mic_scif_reply *")  # the loop sends one at a time
 
 
 @dataclass
@@ -65,28 +65,30 @@ class Call:
 class Control:
     """A control connection of a process."""
 
-    __slots__ = ("call", "pid", "process", "service", "sock")
+    __slots__ = ("call", "fd", "pid", "process", "service", "uid")
 
-    def __init__(self, service: ScifService, sock: socket.socket, pid: int, process: int) -> None:
+    def __init__(self, service: ScifService, fd: int, pid: int, uid: int, process: int) -> None:
         self.service = service
-        self.sock = sock
-        self.pid = pid
+        self.fd = fd
+        self.pid, self.uid = pid, uid
         self.process = process  # the pid as the program itself sees it
         self.call: Call | None = None
 
-    def on_packet(self, packet: bytes) -> bool:
-        """Serve the request in ``packet``; False when it makes no sense."""
-        if len(packet) < REQUEST.size:
+    def on_packet(self, packet: memoryview, length: int) -> bool:
+        """Serve the request in ``packet``, ``length`` bytes; False when it makes no sense."""
+        if length < REQUEST.size:
             return False
         op, ndata, sid, *args = REQUEST.unpack_from(packet)
         if op == lib.MIC_SCIF_CANCEL:
             self._cancel()
             return True
-        if self.call is not None or ndata != len(packet) - REQUEST.size:
+        if self.call is not None or ndata != length - REQUEST.size:
             return False
         call = self.call = Call(self)
         try:
-            result = self.service.serve(self, op, sid, args, packet[REQUEST.size :] if ndata else b"")
+            result = self.service.serve(
+                self, op, sid, args, bytes(packet[REQUEST.size : length]) if ndata else b""
+            )
         except OSError as e:
             call.fail(e)
             return True
@@ -126,26 +128,22 @@ class Control:
 
     def answer(self, status: int, reply: Reply | None = None) -> None:
         """Send the answer; a process that is gone does not get it."""
-        data, fds = b"", ()  # type: tuple[bytes, Sequence[int]]
-        values: Sequence[int] = _NO_VALUES
-        if reply is not None:
-            data, fds = reply.data, reply.fds
-            values = (*reply.values, *_NO_VALUES[len(reply.values) :])
-        packet = REPLY.pack(status, len(data), *values) + data
-        try:
-            if fds:
-                socket.send_fds(self.sock, [packet], list(fds), socket.MSG_NOSIGNAL)
-            else:
-                self.sock.send(packet, socket.MSG_NOSIGNAL)
-        except OSError:
-            pass
+        head = _HEAD
+        head.status = status
+        if reply is None:
+            head.v, head.ndata = _NO_VALUES, 0
+            lib.mic_scif_answer(self.fd, head, ffi.NULL, ffi.NULL, 0)
+            return
+        head.v = (*reply.values, *_NO_VALUES[len(reply.values) :])
+        head.ndata = len(reply.data)
+        lib.mic_scif_answer(self.fd, head, reply.data, reply.fds, len(reply.fds))
 
     def close(self) -> None:
         """The process closed it or died: what it waited for is over."""
         call, self.call = self.call, None
         if call is not None and call.on_cancel is not None:
             call.on_cancel()
-        self.sock.close()
+        os.close(self.fd)
 
 
 def caller_is_privileged(pid: int, uid: int) -> bool:
@@ -160,9 +158,3 @@ def caller_is_privileged(pid: int, uid: int) -> bool:
     except OSError:
         pass
     return False
-
-
-def peer_credentials(sock: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the process that connected."""
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid

@@ -31,6 +31,7 @@ class Notifier:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.offset = 0  # of the notify page, in our memory
+        self.page: Any = None  # struct mic_scif_notify *, while it runs
         self._thread: Any = None
         self._event_fd = -1
         self._owners: dict[int, Endpoint] = {}
@@ -43,8 +44,8 @@ class Notifier:
             return
         self.offset = self.node.allocator.alloc(PAGE)
         self._event_fd = lib.mic_eventfd(_EVENTFD_FLAGS)
-        page = ffi.cast("struct mic_scif_notify *", self.node.memory.pointer + self.offset)
-        self._thread = lib.mic_scif_notifier_start(page, self._event_fd)
+        self.page = ffi.cast("struct mic_scif_notify *", self.node.memory.pointer + self.offset)
+        self._thread = lib.mic_scif_notifier_start(self.page, self._event_fd)
         if self._event_fd < 0 or self._thread == ffi.NULL:
             self._thread = None
             raise OSError(ffi.errno, "cannot start the SCIF notifier")

@@ -17,31 +17,23 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mic_emu._native import lib
+from mic_emu._native import ffi, lib
 from mic_emu.bar import close_all
 from mic_emu.clock import settle
 from mic_emu.memory import Mapping
 from mic_emu.peers import restrict
-from mic_emu.scif.control import (
-    REPLY,
-    REQUEST,
-    Answer,
-    Call,
-    Control,
-    Reply,
-    caller_is_privileged,
-    peer_credentials,
-)
+from mic_emu.scif.control import Answer, Call, Control, Reply, caller_is_privileged
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.inspect import tables
 from mic_emu.scif.memory_requests import MemoryRequests
+from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.session import Session
 from mic_emu.scif.state import State
 
 if TYPE_CHECKING:
     from mic_emu.scif.node import Node
 
-PACKET = 131072
+BACKLOG = 512
 _WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
 _WATCH_INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -57,7 +49,7 @@ def listen_at(path: str | os.PathLike[str]) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.bind(os.fspath(path))
     restrict(path)
-    sock.listen(512)
+    sock.listen(BACKLOG)
     sock.setblocking(False)
     return sock
 
@@ -85,11 +77,16 @@ class ScifService:
         self.listener = listener
         self._privileged = privileged
         self._epoll = select.epoll()
-        self._fresh: dict[int, socket.socket] = {}  # connected, said nothing yet
+        self._fresh: dict[int, tuple[int, int]] = {}  # connected, said nothing yet: pid, uid
         self._controls: dict[int, Control] = {}
         self._by_fd: dict[int, Session] = {}
         self.sessions: dict[int, Session] = {}  # by sid
         self._by_cookie: dict[int, Session] = {}
+        self._caller = ffi.new("struct mic_scif_caller *")
+        self._first = ffi.new("struct mic_scif_request *")
+        self._passed = ffi.new("int *")
+        self._packet_c = ffi.new("uint8_t[]", lib.MIC_SCIF_PACKET)
+        self._packet = memoryview(ffi.buffer(self._packet_c))
         self._when_empty: Callable[[], None] | None = None
         self._handlers: dict[int, Handler] = {
             lib.MIC_SCIF_BIND: self._bind,
@@ -120,8 +117,7 @@ class ScifService:
         self.listener.close()
         for control in list(self._controls.values()):
             control.close()
-        for sock in self._fresh.values():
-            sock.close()
+        close_all(list(self._fresh))
         for session in list(self.sessions.values()):
             session.release()
         if self.sessions:
@@ -133,18 +129,20 @@ class ScifService:
     # --- events -----------------------------------------------------------------------------------
 
     def _on_connection(self) -> None:
-        for _ in range(64):
-            try:
-                sock, _addr = self.listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+        """Take new connections, at most as many as the socket queues."""
+        for _ in range(BACKLOG):
+            fd = lib.mic_scif_accept(self.listener.fileno(), self._caller)
+            if fd == -errno.ECONNABORTED:
+                continue
+            if fd < 0:
+                if fd != -errno.EAGAIN:
+                    self.node.log.error(
+                        "node %d: cannot accept a program: %s", self.node.id, os.strerror(-fd)
+                    )
                 return
-            except OSError as e:
-                self.node.log.error("node %d: cannot accept a program: %s", self.node.id, e)
-                return
-            sock.setblocking(False)
-            self._fresh[sock.fileno()] = sock
-            self._epoll.register(sock.fileno(), _WATCH_INPUT)
-            self._on_first(sock.fileno(), sock)  # it has usually spoken already
+            self._fresh[fd] = (self._caller.pid, self._caller.uid)
+            if not self._on_first(fd):  # it has usually spoken already
+                self._epoll.register(fd, _WATCH_INPUT)
 
     def dispatch(self) -> None:
         """Handle what happened on connections; also called before a request that depends on a close."""
@@ -156,47 +154,36 @@ class ScifService:
             elif fd in self._controls:
                 self._on_control(fd, self._controls[fd])
             elif fd in self._fresh:
-                self._on_first(fd, self._fresh[fd])
+                self._epoll.unregister(fd)
+                if not self._on_first(fd):
+                    self._epoll.register(fd, _WATCH_INPUT)
             else:
                 self.node.log.warning("node %d: event %#x on a closed descriptor", self.node.id, events)
 
-    def _receive(self, sock: socket.socket) -> bytes | None:
-        """A packet, b"" at the end, None when there is nothing yet."""
-        try:
-            return sock.recv(PACKET)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
-    def _on_first(self, fd: int, sock: socket.socket) -> None:
-        try:
-            packet, fds, _, _ = socket.recv_fds(sock, PACKET, 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet, fds = b"", []
-        del self._fresh[fd]
-        if len(packet) != REQUEST.size:
-            self._drop(fd, sock)
-            close_all(fds)
-            return
-        op, _, _, a0, a1, *_ = REQUEST.unpack(packet)
-        if op == lib.MIC_SCIF_MEMORY and len(fds) == 1:
-            self._take_memory(a0, a1, fds[0])
-            self._reply_to(sock, 0)
-        close_all(fds)
-        pid, uid = peer_credentials(sock)
-        if op == lib.MIC_SCIF_OPEN:
-            self._epoll.modify(fd, _WATCH_SESSION)
-            session = Session(self, sock, self.node.new_id(), a0, pid, self._privileged(pid, uid))
-            self._by_fd[fd] = self.sessions[session.sid] = self._by_cookie[a0] = session
-            self._reply_to(sock, 0, session.sid)
+    def _on_first(self, fd: int) -> bool:
+        """The first packet of a connection says what it is; False when there is none yet."""
+        rc = lib.mic_scif_first(fd, self._first, self._passed)
+        if rc == -errno.EAGAIN:
+            return False
+        first, passed = self._first, self._passed[0]
+        pid, uid = self._fresh.pop(fd)
+        op, a0, sid = (first.op, first.a[0], first.a[1]) if rc > 0 else (0, 0, 0)
+        if op == lib.MIC_SCIF_OPEN and sid and sid not in self.sessions:
+            session = Session(self, fd, sid, a0, pid)
+            self._by_fd[fd] = self.sessions[sid] = self._by_cookie[a0] = session
+            self._epoll.register(fd, _WATCH_SESSION)
         elif op == lib.MIC_SCIF_HELLO:
-            self._controls[fd] = Control(self, sock, pid, a0)
-            self._reply_to(sock, 0)
+            control = self._controls[fd] = Control(self, fd, pid, uid, a0)
+            self._epoll.register(fd, _WATCH_INPUT)
+            control.answer(0)
         else:
-            self._drop(fd, sock)
+            if op == lib.MIC_SCIF_MEMORY and passed >= 0:
+                self._take_memory(a0, sid, passed)
+                Control(self, fd, pid, uid, 0).answer(0)
+            os.close(fd)
+        if passed >= 0:
+            os.close(passed)
+        return True
 
     def _take_memory(self, node_id: int, size: int, fd: int) -> None:
         """The host hands us the memory of another card, for connections between the two."""
@@ -207,26 +194,24 @@ class ScifService:
         except (OSError, ValueError) as e:
             self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
-    def _reply_to(self, sock: socket.socket, status: int, value: int = 0) -> None:
-        try:
-            sock.send(REPLY.pack(status, 0, value, *([0] * 7)), socket.MSG_NOSIGNAL)
-        except OSError:
-            pass
-
-    def _drop(self, fd: int, sock: socket.socket) -> None:
-        self._epoll.unregister(fd)
-        sock.close()
-
     def _on_control(self, fd: int, control: Control) -> None:
-        packet = self._receive(control.sock)
-        if packet is None:
+        length = lib.mic_scif_receive(fd, self._packet_c, lib.MIC_SCIF_PACKET)
+        if length == -errno.EAGAIN:
             return
-        if packet and control.on_packet(packet):
+        if length > 0 and control.on_packet(self._packet, length):
             return
         del self._controls[fd]
         self._epoll.unregister(fd)
         control.close()
         self.node.look_at_copies()  # its process may have died in the middle of one
+
+    def session(self, sid: int) -> Session | None:
+        """By its name; its connection may still wait to be accepted."""
+        session = self.sessions.get(sid)
+        if session is None:
+            self._on_connection()
+            session = self.sessions.get(sid)
+        return session
 
     def living(self) -> set[int]:
         """Processes that are connected."""
@@ -238,7 +223,7 @@ class ScifService:
         self._memory.forget(session.sid)
         if self._by_cookie.get(session.cookie) is session:
             del self._by_cookie[session.cookie]
-        fd = session.sock.fileno()
+        fd = session.fd
         if self._by_fd.get(fd) is session:
             del self._by_fd[fd]
             self._epoll.unregister(fd)
@@ -252,7 +237,11 @@ class ScifService:
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(control, sid)
         if op == lib.MIC_SCIF_TABLES:
-            return Reply(data=json.dumps(tables(self.node, self.sessions.values())).encode()[: PACKET - 256])
+            return Reply(
+                data=json.dumps(tables(self.node, self.sessions.values())).encode()[
+                    : lib.MIC_SCIF_PACKET - 256
+                ]
+            )
         if op == lib.MIC_SCIF_DROP:
             return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:
@@ -262,20 +251,22 @@ class ScifService:
         handler = self._handlers.get(op)
         if handler is None:
             raise ScifError(errno.EINVAL, f"unknown request {op}")
-        session = self.sessions.get(sid)
+        session = self.session(sid)
         if session is None or session.released:
             raise ScifError(errno.EBADF, "no such endpoint")
         return handler(control, session, args, data)
 
     def _find(self, cookie: int) -> Reply:
+        if cookie not in self._by_cookie:
+            self._on_connection()
         session = self._by_cookie.get(cookie)
         if session is None:
             raise ScifError(errno.ENOTTY, "not an endpoint")
         return Reply([session.sid])
 
     def _sync(self, control: Control, sid: int) -> Answer:
+        session = self.session(sid)
         self.dispatch()
-        session = self.sessions.get(sid)
         if session is None or not session.released:
             return Reply()
         call = _taken(control)
@@ -289,23 +280,24 @@ class ScifService:
 
     def _bind(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
         port = args[0] & 0xFFFF
+        privileged = not 0 < port < ADMIN_END or self._privileged(control.pid, control.uid)
         try:
-            return Reply([session.ep.bind(port, privileged=session.privileged)])
+            return Reply([session.ep.bind(port, privileged=privileged)])
         except ScifError as e:
             if e.errno != errno.EINVAL or session.ep.state is not State.UNBOUND:
                 raise
         # Taken, perhaps by one that the same program has just closed: let that release end first.
         self.dispatch()
-        return self._bind_after(session, port)
+        return self._bind_after(session, port, privileged)
 
-    async def _bind_after(self, session: Session, port: int) -> Reply:
+    async def _bind_after(self, session: Session, port: int, privileged: bool) -> Reply:
         loop = asyncio.get_running_loop()
         for leaving in [s for s in self.sessions.values() if s.released and s.ep.port == port]:
             gone: asyncio.Future[None] = loop.create_future()
             leaving.on_released.append(lambda gone=gone: settle(gone))  # type: ignore[misc]
             if self.sessions.get(leaving.sid) is leaving:
                 await gone
-        return Reply([session.ep.bind(port, privileged=session.privileged)])
+        return Reply([session.ep.bind(port, privileged=privileged)])
 
     def _listen(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         backlog = struct.unpack("<q", struct.pack("<Q", args[0]))[0]
@@ -317,7 +309,7 @@ class ScifService:
         return None
 
     def _accept(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
-        fresh = self.sessions.get(args[0])
+        fresh = self.session(args[0])
         if fresh is None or fresh is session or fresh.ep.state is not State.UNBOUND:
             raise ScifError(errno.EINVAL, "no descriptor for the new endpoint")
         if session.ep.state is State.LISTENING and (args[1] or session.ep.pending):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class UserEndpoint(Endpoint):
 
     @property
     def notify_fd(self) -> int:
-        return self.session.sock.fileno() if self.session is not None else -1
+        return self.session.fd if self.session is not None else -1
 
     def open_qp(self, path: Path) -> queue.QueuePair:
         qp = super().open_qp(path)
@@ -70,14 +70,14 @@ class UserEndpoint(Endpoint):
         if self.qp is not None:
             lib.mic_scif_wake_rx(self.qp.page)
             if self.session is not None:
-                lib.mic_scif_token(self.session.sock.fileno())
+                lib.mic_scif_token(self.session.fd)
         super().on_sent()
 
     def on_received(self) -> None:
         if self.qp is not None:
             lib.mic_scif_wake_tx(self.qp.page)
             if self.session is not None:
-                lib.mic_scif_unfill(self.session.sock.fileno())
+                lib.mic_scif_unfill(self.session.fd)
         super().on_received()
 
 
@@ -107,16 +107,13 @@ class Background:
 class Session:
     """One endpoint descriptor of a program: the node's end of its socket, and the endpoint behind it."""
 
-    def __init__(
-        self, service: ScifService, sock: socket.socket, sid: int, cookie: int, pid: int, privileged: bool
-    ) -> None:
+    def __init__(self, service: ScifService, fd: int, sid: int, cookie: int, pid: int) -> None:
         self.service = service
         self.node = service.node
-        self.sock = sock
+        self.fd = fd  # -1: closed
         self.sid = sid
         self.cookie = cookie
         self.pid = pid
-        self.privileged = privileged
         self.ep = UserEndpoint(service.node, self)
         self.background: Background | None = None  # non-blocking connect, until it is collected
         self.accepting: dict[int, int] = {}  # accept calls that wait, by process
@@ -132,7 +129,7 @@ class Session:
         """Listening: a token while requests wait."""
         if self.ep.state is State.LISTENING and self.ep.pending and not self._token:
             self._token = True
-            lib.mic_scif_token(self.sock.fileno())
+            lib.mic_scif_token(self.fd)
 
     def surplus_token(self) -> int:
         """1 when the program must take one token off its descriptor, because no request is left."""
@@ -142,23 +139,18 @@ class Session:
         return 0
 
     def hang_up(self) -> None:
-        """The peer is gone: POLLHUP. The last token stays unread, by it we notice the close."""
+        """The peer is gone: POLLHUP."""
         if self.hung_up:
             return
         self.hung_up = True
-        try:
-            self.sock.send(b"D", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except BlockingIOError:
-            pass  # full of tokens: not empty, which is what matters
-        except OSError:
+        if lib.mic_scif_hang_up(self.fd) < 0:
             self.release()  # the program has closed it already
 
     def gone(self) -> bool:
         """Has the program closed its last reference?"""
         if not self.hung_up:
             return True  # the only event that we listen to
-        return bool(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        return bool(lib.mic_scif_gone(self.fd))
 
     # --- connect ----------------------------------------------------------------------------------
 
@@ -210,8 +202,8 @@ class Session:
 
     def writable(self) -> None:
         """Undo what made the descriptor unwritable."""
-        if self.sock.fileno() >= 0:
-            lib.mic_scif_unfill(self.sock.fileno())
+        if self.fd >= 0:
+            lib.mic_scif_unfill(self.fd)
 
     def mask(self) -> tuple[int, int]:
         """(poll mask of an endpoint that is not attached, 1 while a connect is pending)."""
@@ -319,7 +311,8 @@ class Session:
     def _released(self) -> None:
         self.ep.session = None
         self.service.forget(self)
-        self.sock.close()
+        os.close(self.fd)
+        self.fd = -1
         waiting, self.on_released = self.on_released, []
         for callback in waiting:
             callback()

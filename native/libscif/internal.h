@@ -75,18 +75,17 @@ void ep_after_fork(void);
 
 /* --- wire.c ----------------------------------------------------------------------------------- */
 
-#define MAX_FDS 4
 struct answer {
 	struct mic_scif_reply head;
 	uint32_t nfds;
-	int fds[MAX_FDS];
+	int fds[MIC_SCIF_MAX_FDS];
 	void *data; /* head.ndata bytes go here, up to max */
 	size_t max;
 };
 
 /* A connection to the node: 0.. or -ENOENT (no node), -EMFILE, ... */
 int node_connect(void);
-/* One request on a connection that is the endpoint itself (OPEN). */
+/* Make a connection an endpoint; draws its sid. */
 int node_open(int fd, uint64_t cookie, uint64_t *sid);
 /* One request on a control connection. `data` follows the request. When `interruptible`, a signal
  * without SA_RESTART cancels it (-EINTR). Returns the status; descriptors in the answer are the

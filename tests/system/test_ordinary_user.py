@@ -70,6 +70,12 @@ def test_an_ordinary_user_boots_runs_and_leaves_nothing(person: Person) -> None:
     assert int(lines[2]) < 1000
     assert lines[4].endswith("Read-only file system")
     assert (person.home / "file").stat().st_uid == person.home.stat().st_uid
+    locked = person.home / "locked"  # root's, where root runs the tests: the person cannot search it
+    locked.mkdir(0o700)
+    person.env["PATH"] = f"{locked}:/usr/bin:/bin"
+    done = person.micemu("run", "mic0", "--", "no-such-program", check=False)
+    assert (done.returncode, done.stderr) == (127, "mic0: no-such-program: not found on the card\n")
+    assert person.micemu("run", "mic0", "--", "true").returncode == 0
     assert person.micemu("run", "host", "--", "id", "-u").returncode == 0
     person.micemu("shutdown")
     person.micemu("stop")

@@ -158,7 +158,7 @@ _Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
  * else travels on control connections, one request at a time; the answer has the same order. */
 /* cffi-begin */
 enum mic_scif_op {
-	MIC_SCIF_OPEN = 1, /* a0 cookie of the socket -> v0 sid */
+	MIC_SCIF_OPEN = 1, /* a0 cookie of the socket, a1 sid, drawn by the program; no answer */
 	MIC_SCIF_HELLO,    /* a0 unique number of the process */
 	MIC_SCIF_MEMORY,   /* from the host's node to a card's: a0 node, a1 size; descriptor: its memory */
 	MIC_SCIF_BIND,     /* a0 port -> v0 port */
@@ -222,8 +222,29 @@ struct mic_scif_win { /* a window, followed by its segments */
 	uint32_t prot, nsegs;
 };
 
-/* Largest message, bytes. */
-#define MIC_SCIF_PACKET 131072
+/* Largest message, bytes, and the descriptors that come with one. */
+#define MIC_SCIF_PACKET  131072
+#define MIC_SCIF_MAX_FDS 4
+
+/* The node's end of these connections (scif_socket.c). Counts, descriptors or -errno. */
+struct mic_scif_caller {
+	int32_t pid;
+	uint32_t uid;
+};
+/* A new connection, non-blocking. */
+int mic_scif_accept(int listener, struct mic_scif_caller *who);
+/* The first packet on one; 0: the end, or not a bare request. `passed`: a descriptor that came along, or -1;
+ * it is the caller's. */
+int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed);
+int mic_scif_receive(int fd, void *packet, size_t max);
+/* Answer with head->ndata bytes of data. Descriptors stay the caller's. */
+int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data, const int *fds,
+		    uint32_t nfds);
+/* The peer of an endpoint is gone: POLLHUP on its descriptor. An error: the program has closed it. The last
+ * token stays unread, by it we notice the close. */
+int mic_scif_hang_up(int fd);
+/* After that: has the program closed it? */
+int mic_scif_gone(int fd);
 /* cffi-end */
 
 #endif

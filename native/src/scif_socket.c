@@ -1,0 +1,99 @@
+/* The node's end of its programs' connections: one call for what happens to each of them. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "mic/scif_abi.h"
+
+int mic_scif_accept(int listener, struct mic_scif_caller *who)
+{
+	struct ucred cred;
+	socklen_t len = sizeof cred;
+	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+	if (fd < 0)
+		return -errno;
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0) {
+		int rc = -errno;
+
+		close(fd);
+		return rc;
+	}
+	who->pid = cred.pid;
+	who->uid = cred.uid;
+	return fd;
+}
+
+/* At most one descriptor comes along; the kernel closes what has no room. */
+int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed)
+{
+	char extra;
+	struct iovec iov[2] = {{rq, sizeof *rq}, {&extra, 1}};
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control;
+	struct msghdr mh = {
+		.msg_iov = iov, .msg_iovlen = 2, .msg_control = &control, .msg_controllen = sizeof control};
+	ssize_t n = recvmsg(fd, &mh, MSG_CMSG_CLOEXEC);
+
+	*passed = -1;
+	if (n < 0)
+		return -errno;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&mh); c; c = CMSG_NXTHDR(&mh, c))
+		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+			memcpy(passed, CMSG_DATA(c), sizeof *passed);
+	return n == (ssize_t)sizeof *rq ? (int)n : 0;
+}
+
+int mic_scif_receive(int fd, void *packet, size_t max)
+{
+	ssize_t n = recv(fd, packet, max, 0);
+
+	return n < 0 ? -errno : (int)n;
+}
+
+int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data, const int *fds,
+		    uint32_t nfds)
+{
+	struct iovec iov[2] = {{(void *)(uintptr_t)head, sizeof *head},
+			       {(void *)(uintptr_t)data, head->ndata}};
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(MIC_SCIF_MAX_FDS * sizeof(int))];
+	} control;
+	struct msghdr mh = {.msg_iov = iov, .msg_iovlen = head->ndata ? 2 : 1};
+
+	if (nfds > MIC_SCIF_MAX_FDS)
+		return -EINVAL;
+	if (nfds) {
+		memset(&control, 0, sizeof control);
+		mh.msg_control = &control;
+		mh.msg_controllen = CMSG_SPACE(nfds * sizeof(int));
+		struct cmsghdr *c = CMSG_FIRSTHDR(&mh);
+
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(nfds * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, nfds * sizeof(int));
+	}
+	return sendmsg(fd, &mh, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+int mic_scif_hang_up(int fd)
+{
+	/* Full of tokens: not empty, which is what matters. */
+	if (send(fd, "D", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno != EAGAIN)
+		return -errno;
+	return shutdown(fd, SHUT_RDWR) < 0 ? -errno : 0;
+}
+
+int mic_scif_gone(int fd)
+{
+	int error = 0;
+	socklen_t len = sizeof error;
+
+	return getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len) < 0 || error != 0;
+}

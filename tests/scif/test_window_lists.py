@@ -1,0 +1,162 @@
+"""What waits for the end of copies (SCIF 2.11): woken by the copier, by its death, or given up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fabric import Fabric, eventually, fabric
+from scif_server import Server, settled
+
+from mic_emu._native import lib
+from mic_emu.clock import Clock
+from mic_emu.scif.kernel import KernelEndpoint
+
+COPIER = """
+import sys
+from mic_emu import scif
+ep = scif.Endpoint()
+ep.connect((1, int(sys.argv[1])))
+size = 64 << 20
+window = ep.register(scif.alloc(size))
+ep.send(b"r")
+ep.recv(1)
+print("ready", flush=True)
+while True:
+    ep.readfrom(window.offset, size, 1 << 62)
+"""
+
+
+class Copies:
+    """A program's side of an endpoint's control page."""
+
+    def __init__(self, ep: KernelEndpoint) -> None:
+        assert ep.qp is not None
+        self.ep, self.ctl = ep, ep.qp.control
+
+    def begin(self) -> int:
+        gen = int(self.ctl.gen) % lib.MIC_SCIF_GENS
+        self.ctl.busy[gen] += 1
+        return gen
+
+    def end(self, gen: int) -> None:
+        """As libscif does: out, and if the node waits, tell it."""
+        self.ctl.busy[gen] -= 1
+        if self.ctl.drain:
+            self.ctl.drain = 0
+            self.ep.node.notifier.page.left = 1
+            lib.mic_scif_notify_rx(self.ep.node.notifier.page, lib.MIC_SCIF_SLOTS - 1)
+
+
+def with_copies(body: Callable[[KernelEndpoint, Copies], object], clock: Clock | None = None) -> None:
+    async def main() -> None:
+        async with fabric(0, clock=clock or Clock("fast", program=1000)) as fab:
+            ep = await connected(fab)
+            await asyncio.wait_for(body(ep, Copies(ep)), 20)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+async def connected(fab: Fabric) -> KernelEndpoint:
+    listener, ep = fab.host.open(), fab.host.open()
+    port = listener.bind()
+    listener.listen()
+    await asyncio.gather(listener.accept(), ep.connect((0, port)))
+    return ep
+
+
+def test_scif_87_a_change_is_over_when_the_copies_before_it_have_ended() -> None:
+    """The last copier wakes the node; copies that began later do not count."""
+
+    async def body(ep: KernelEndpoint, copies: Copies) -> None:
+        over: list[str] = []
+        ep.windows.lists.changed().then(lambda: over.append("idle"))
+        assert over == ["idle"]
+        first = copies.begin()
+        ep.windows.lists.changed().then(lambda: over.append("one"))
+        copies.begin()
+        assert over == ["idle"]
+        copies.end(first)
+        await eventually(lambda: over == ["idle", "one"], "the wake-up")
+
+    with_copies(body)
+
+
+def test_scif_87_changes_overlap() -> None:
+    """Each change waits for every copy that began before it, also those of earlier changes."""
+
+    async def body(ep: KernelEndpoint, copies: Copies) -> None:
+        over: list[int] = []
+        old = copies.begin()
+        for i in range(lib.MIC_SCIF_GENS + 1):  # until the class of the old copy is in use again
+            ep.windows.lists.changed().then(lambda i=i: over.append(i))  # type: ignore[misc]
+        young = copies.begin()
+        await asyncio.sleep(0)
+        assert over == []
+        copies.end(old)
+        await eventually(lambda: len(over) == lib.MIC_SCIF_GENS + 1, "the wake-up")
+        copies.end(young)
+
+    with_copies(body)
+
+
+def test_scif_87_a_copy_that_never_ends_is_given_up_once() -> None:
+    """A hostile program holds up one change for the limit, the next one not at all."""
+
+    async def body(ep: KernelEndpoint, copies: Copies) -> None:
+        over: list[int] = []
+        stuck = copies.begin()
+        ep.windows.lists.changed().then(lambda: over.append(1))
+        await eventually(lambda: over == [1], "the limit")
+        ep.windows.lists.changed().then(lambda: over.append(2))
+        assert over == [1, 2]
+        copies.end(stuck)
+        ep.windows.lists.changed().then(lambda: over.append(3))
+        assert over == [1, 2, 3]
+
+    with_copies(body, Clock("fast", program=0.01))
+
+
+def test_scif_87_a_connection_that_ends_takes_its_copies_along() -> None:
+    """Nobody waits for copies in pages that are given back."""
+
+    async def body(ep: KernelEndpoint, copies: Copies) -> None:
+        over: list[int] = []
+        copies.begin()
+        ep.windows.lists.changed().then(lambda: over.append(1))
+        await ep.close()
+        assert over == [1]
+
+    with_copies(body)
+
+
+def test_scif_17_87_a_program_killed_while_it_copies_leaves_nothing(tmp_path: Path) -> None:
+    """kill -9 in the middle of a copy into its own window: released at once, no limit passes."""
+    server = Server(tmp_path, 1, SCIF_TEST_API_TIME="1000")
+    script = "from mic_emu import scif\nl = scif.Endpoint()\nprint(l.bind(), flush=True)\nl.listen()\n"
+    script += "ep, _ = l.accept()\nw = ep.register(scif.alloc(64 << 20))\nep.recv(1)\nep.send(b'r')\n"
+    script += "ep.recv(1)"
+
+    def start(code: str, node: int, *args: str) -> subprocess.Popen[str]:
+        env = {**os.environ, "MICEMU_SCIF_SOCKET": str(tmp_path / f"node{node}.sock")}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    try:
+        owner = start(script, 1)
+        assert owner.stdout is not None
+        copier = start(COPIER, 0, owner.stdout.readline().strip())
+        assert copier.stdout is not None
+        assert copier.stdout.readline() == "ready\n"
+        os.kill(copier.pid, signal.SIGKILL)
+        copier.wait(20)
+        owner.wait(20)  # its recv ends with the connection
+        assert settled(server) == server.idle
+    finally:
+        assert server.stop() == 0

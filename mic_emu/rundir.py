@@ -66,8 +66,9 @@ def _private_dir(path: Path) -> None:
             f"the run directory {path} belongs to user {st.st_uid}, not to you ({os.getuid()}): "
             "remove it or set XDG_RUNTIME_DIR to a directory of your own"
         )
-    if stat.S_IMODE(st.st_mode) & 0o007:  # what its group may is said by ``share``
-        path.chmod(stat.S_IMODE(st.st_mode) & 0o2770)
+    allowed = 0o2750 if st.st_mode & stat.S_ISGID else 0o700  # set-group-ID: shared, see ``_share``
+    if stat.S_IMODE(st.st_mode) & ~allowed:
+        path.chmod(allowed)
 
 
 def _make_base() -> None:
@@ -150,6 +151,7 @@ class RunDir:
     def create(self, group: str = "") -> None:
         """Make the directory, private to the caller and to the members of ``group``. Raises MicemuError naming
         what is in the way."""
+        self.check_owner()
         _make_base()
         _private_dir(self.path)
         if group:
@@ -171,17 +173,12 @@ class RunDir:
         except OSError as e:
             raise MicemuError(f"cannot share the run directory with group {group!r}: {e.strerror}") from e
 
-    @property
-    def ours(self) -> bool:
-        """Does the instance belong to us, or to nobody yet?"""
-        try:
-            return self.path.stat().st_uid == os.getuid()
-        except OSError:
-            return not os.path.lexists(self.path)
-
     def check_owner(self) -> None:
-        """Refuse a directory of somebody else (it may be a trap), unless MICEMU_RUNDIR names it."""
-        if named_dir():
+        """Refuse a directory of somebody else (it may be a trap), unless MICEMU_RUNDIR names it, and one in which
+        anybody may lay a trap."""
+        if named := named_dir():
+            if named.is_dir() and named.stat().st_mode & stat.S_IWOTH:
+                raise MicemuError(f"MICEMU_RUNDIR is {named}, and anybody can write to it: chmod o-w {named}")
             return
         for p in (base_dir(), self.path):
             if p.exists():

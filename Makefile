@@ -61,8 +61,9 @@ asan: build ## C tests and ring tests under ASan and UBSan
 tsan: build ## C tests under ThreadSanitizer
 	sh native/sanitize.sh thread
 
-fuzz: ## libFuzzer targets, SECONDS each (needs clang)
+fuzz: build ## libFuzzer targets and those of the Python parsers, SECONDS_EACH (needs clang)
 	sh native/fuzz/run.sh $(or $(SECONDS_EACH),60)
+	$(BIN)/python tests/fuzz/fuzzer.py $(or $(SECONDS_EACH),60)
 
 soak: build ## the long runs
 	MICEMU_SOAK=1 $(BIN)/python -m pytest -q -m soak --timeout 3600

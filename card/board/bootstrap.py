@@ -39,17 +39,7 @@ class Bootstrap:
 
         Raises BootRefused (nothing was started), OSError.
         """
-        gddr = self.bus.gddr
-        if size == 0 or base + size > gddr.size:
-            raise BootRefused(f"an image of {size} bytes at {base:#x} does not lie in card memory")
-        try:
-            header = image.parse_header(gddr.read(base, min(size, image.HEADER_SIZE)), size)
-            # A private copy: what is checked is what runs, whatever the host writes meanwhile.
-            payload = gddr.read(base + header.payload_offset, header.payload_len)
-            header.check_payload(payload)
-        except image.ImageError as e:
-            raise BootRefused(str(e)) from e
-        fd = image.payload_memfd(payload)
+        fd = image.payload_memfd(self.payload(base, size))
         report_r, report_w = os.pipe2(os.O_CLOEXEC)
         me = os.getpid()
         pid = os.fork()
@@ -65,6 +55,20 @@ class Bootstrap:
         self.contained = json.loads(line)
         self.inner_pid = self.contained.pop("pid")
         return pid
+
+    def payload(self, base: int, size: int) -> bytes:
+        """A private, checked copy of the image's payload: what is checked is what runs, whatever the host
+        writes meanwhile. Raises BootRefused."""
+        gddr = self.bus.gddr
+        if size == 0 or base + size > gddr.size:
+            raise BootRefused(f"an image of {size} bytes at {base:#x} does not lie in card memory")
+        try:
+            header = image.parse_header(gddr.read(base, min(size, image.HEADER_SIZE)), size)
+            payload = gddr.read(base + header.payload_offset, header.payload_len)
+            header.check_payload(payload)
+        except image.ImageError as e:
+            raise BootRefused(str(e)) from e
+        return payload
 
     def _child(self, parent: int, payload_fd: int, report_fd: int, base: int, size: int) -> NoReturn:
         try:

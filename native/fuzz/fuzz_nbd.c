@@ -4,6 +4,7 @@
  * into sends. After each connection every page of the pool must be back. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stddef.h>
@@ -106,14 +107,17 @@ static void send_all(int fd, const void *bytes, size_t len)
 {
 	char drop[4096];
 
-	/* The server may have hung up, or wait for us to read: neither is an error. */
+	/* The server may have hung up, or wait for us to read, or be slower than we are: no error. */
 	while (len) {
+		struct pollfd p = {.fd = fd, .events = POLLIN | POLLOUT};
 		ssize_t n = send(fd, bytes, len, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (n > 0) {
 			bytes = (const char *)bytes + n;
 			len -= (size_t)n;
-		} else if (recv(fd, drop, sizeof drop, 0) <= 0) {
+		} else if (errno != EAGAIN || poll(&p, 1, -1) < 0) {
+			return;
+		} else if (p.revents & POLLIN && recv(fd, drop, sizeof drop, MSG_DONTWAIT) == 0) {
 			return;
 		}
 	}

@@ -5,29 +5,15 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from mic_emu import bar, memory
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.layout import CONSTANTS as C
+from mic_emu.testing.bar import new_card as new_card
 
 MiB = 1 << 20
 GiB = 1 << 30
-
-
-@contextmanager
-def make_bus(gddr: int = 64 * MiB, host: int = 40 * GiB) -> Iterator[bar.Bus]:
-    """An attached card with registers at their reset values (memories are sparse)."""
-    host_fd = memory.create_shm("test-host", host)
-    try:
-        fds = bar.create_slot("test", gddr, host_fd)
-    finally:
-        os.close(host_fd)
-    with bar.Bus(fds) as bus:
-        bus.hw_reset()
-        yield bus
 
 
 def rang(fd: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hwcard import make_bus
+from hwcard import new_card
 
 from mic_emu import layout as L
 from mic_emu.bar import Bus
@@ -86,7 +86,7 @@ class Lab:
 def open_lab() -> Iterator[Lab]:
     null = os.open(os.devnull, os.O_WRONLY)
     try:
-        with make_bus(host=64 * MiB) as bus, DmaEngine(bus):
+        with new_card(host=64 * MiB) as bus, DmaEngine(bus):
             lab = Lab(bus, null)
             yield lab
             lab.driver.remove()

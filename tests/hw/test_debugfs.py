@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from hwcard import MiB, RawChannel, make_bus, memcpy_desc, status_desc
+from hwcard import MiB, RawChannel, memcpy_desc, new_card, status_desc
 
 from mic_emu import dma_dump, pciconfig
 from mic_emu.bar import Bus
@@ -19,7 +19,7 @@ from mic_emu.layout import CONSTANTS as C
 
 @pytest.fixture
 def card() -> Iterator[Bus]:
-    with make_bus(host=MiB) as bus:
+    with new_card(host=MiB) as bus:
         pciconfig.build(bus)
         yield bus
 

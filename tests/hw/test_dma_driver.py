@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from select import select
 
 import pytest
-from hwcard import GiB, MiB, RawChannel, make_bus, memcpy_desc, rang, wait_for
+from hwcard import GiB, MiB, RawChannel, memcpy_desc, new_card, rang, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ class Lab:
 
 @contextlib.contextmanager
 def make_lab() -> Iterator[Lab]:
-    with make_bus(gddr=128 * MiB, host=17 * GiB) as bus, DmaEngine(bus) as engine:
+    with new_card(gddr=128 * MiB, host=17 * GiB) as bus, DmaEngine(bus) as engine:
         smpt = Smpt(bus, logging.getLogger("t"))
         smpt.init()
         host = DmaMemory(PageAllocator(bus.fds[2], 64 * MiB, 96 * MiB), smpt.map, smpt.unmap)

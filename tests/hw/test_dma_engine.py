@@ -15,8 +15,8 @@ from hwcard import (
     MiB,
     RawChannel,
     general_desc,
-    make_bus,
     memcpy_desc,
+    new_card,
     rang,
     status_desc,
     wait_for,
@@ -303,7 +303,7 @@ def test_hw_31_memory_that_fails_is_a_channel_error(bus: Bus, engine: DmaEngine,
 
 def test_hw_31_no_bus_mastering_no_host_memory() -> None:
     """HW-31: while the command register forbids mastering, host memory is out of reach, GDDR is not."""
-    with make_bus(host=MiB) as bus, DmaEngine(bus):
+    with new_card(host=MiB) as bus, DmaEngine(bus):
         config = pciconfig.build(bus)
         ch = RawChannel(bus, 4, RING, 8)
         ch.setup()
@@ -491,7 +491,7 @@ def encode(op: tuple[object, ...], base: dict[str, int]) -> bytes:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[tuple[Bus, DmaEngine]]:
     """GDDR and host memory that end right after the area, so that overruns fault."""
-    with make_bus(gddr=4096 + AREA, host=AREA) as bus, DmaEngine(bus) as engine:
+    with new_card(gddr=4096 + AREA, host=AREA) as bus, DmaEngine(bus) as engine:
         yield bus, engine
 
 

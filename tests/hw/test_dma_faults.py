@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hwcard import MiB, RawChannel, make_bus, memcpy_desc, rang, status_desc, wait_for
+from hwcard import MiB, RawChannel, memcpy_desc, new_card, rang, status_desc, wait_for
 
 from mic_emu.bar import Bus
 from mic_emu.card.board.dma import DmaEngine, Fault, FaultKind
@@ -85,7 +85,7 @@ def test_fault_delay_slows_and_a_reset_cuts_it_short(bus: Bus, engine: DmaEngine
 
 
 def hits_of(seed: int) -> list[int]:
-    with make_bus(host=4096) as bus, DmaEngine(bus) as engine:
+    with new_card(host=4096) as bus, DmaEngine(bus) as engine:
         engine.add_fault(Fault(FaultKind.SKIP, chance=0.25, seed=seed))
         ch = channel(bus)
         ch.go(*[status_desc(8 * n, 1) for n in range(400)])

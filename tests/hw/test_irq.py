@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hwcard import make_bus, rang
+from hwcard import new_card, rang
 
 from mic_emu import pciconfig
 from mic_emu.bar import Bus
@@ -21,7 +21,7 @@ MASTER = C["PCI_COMMAND_MASTER"]
 @pytest.fixture
 def card() -> Iterator[Bus]:
     """A card with configuration space."""
-    with make_bus(host=1 << 20) as b:
+    with new_card(host=1 << 20) as b:
         pciconfig.build(b)
         yield b
 
@@ -138,9 +138,9 @@ def test_hw_15_mode_follows_configuration_space() -> None:
     cases = [({}, Mode.MSIX), ({"msix_vectors": 9}, Mode.MSIX), ({"msix_vectors": 8}, Mode.MSI)]
     cases += [({"msix_vectors": 0, "msi": False}, Mode.INTX)]
     for identity, mode in cases:
-        with make_bus(host=1 << 20) as bus, Interrupts(card_like(bus, **identity)) as irqs:
+        with new_card(host=1 << 20) as bus, Interrupts(card_like(bus, **identity)) as irqs:
             assert irqs.mode is mode
-    with make_bus(host=1 << 20) as bus:
+    with new_card(host=1 << 20) as bus:
         card_like(bus, msix_vectors=0, msi=False, intx=False)
         with pytest.raises(OSError, match="neither") as e:
             Interrupts(bus)
@@ -296,7 +296,7 @@ def test_hw_20_stores_are_visible_before_the_ring(card: Bus, irqs: Interrupts) -
 @pytest.mark.parametrize("revision", [0x10, 0x11, 0x20])
 def test_hw_21_ack_enables_again(revision: int) -> None:
     """HW-21: from B0 on, a handler's ack sets SICE0 and SIAC0 again."""
-    with make_bus(host=1 << 20) as bus, Interrupts(card_like(bus, revision=revision)) as irqs:
+    with new_card(host=1 << 20) as bus, Interrupts(card_like(bus, revision=revision)) as irqs:
         irq = irqs.request(Kind.DB, 0, "db0")
         bus.hw_store("sice0", 0)  # what such a stepping does on delivery
         bus.hw_store("siac0", 0)
@@ -306,7 +306,7 @@ def test_hw_21_ack_enables_again(revision: int) -> None:
 
 def test_hw_21_ack_on_a0_clears_the_pending_array() -> None:
     """HW-21: A0 writes MSIXPBACR and leaves the enables alone."""
-    with make_bus(host=1 << 20) as bus, Interrupts(card_like(bus, revision=0)) as irqs:
+    with new_card(host=1 << 20) as bus, Interrupts(card_like(bus, revision=0)) as irqs:
         irqs.enable()
         irq = irqs.request(Kind.DB, 0, "db0")
         bus.write("msix_ctrl", 1, irq.vector)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hwcard import MiB, RawChannel, make_bus, memcpy_desc
+from hwcard import MiB, RawChannel, memcpy_desc, new_card
 
 from mic_emu import mbus
 from mic_emu.bar import Bus
@@ -46,7 +46,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    with make_bus(gddr=128 * MiB, host=64 * MiB) as bus, DmaEngine(bus) as engine:
+    with new_card(gddr=128 * MiB, host=64 * MiB) as bus, DmaEngine(bus) as engine:
         yield Rig(bus, engine)
 
 

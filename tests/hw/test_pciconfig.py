@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hwcard import make_bus
+from hwcard import new_card
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ BAR0, BAR4 = C["PCI_BAR0"], C["PCI_BAR4"]
 
 @pytest.fixture
 def card() -> Iterator[Bus]:
-    with make_bus(gddr=3 << 20, host=4096) as b:
+    with new_card(gddr=3 << 20, host=4096) as b:
         yield b
 
 
@@ -70,7 +70,7 @@ def test_hw_01_several_cards_in_one_dump(tmp_path: Path) -> None:
     """HW-1: dumps concatenate; each card keeps its slot and revision."""
     text = ""
     for slot, rev in (("06:00.0", 0x11), ("07:00.0", 0x20)):
-        with make_bus(gddr=1 << 20, host=4096) as bus:
+        with new_card(gddr=1 << 20, host=4096) as bus:
             text += pciconfig.build(bus, PciIdentity(device=0x2250, revision=rev)).hexdump(slot, full=False)
     out = lspci(text, tmp_path)
     assert "06:00.0" in out
@@ -171,7 +171,7 @@ def test_hw_01_addresses_must_be_aligned(card: Bus) -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Bus]:
-    with make_bus(gddr=1 << 20, host=4096) as b:
+    with new_card(gddr=1 << 20, host=4096) as b:
         yield b
 
 

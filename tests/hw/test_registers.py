@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hwcard import MiB, make_bus, rang
+from hwcard import MiB, new_card, rang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +112,7 @@ def test_hw_04_any_offset_at_all(shared: Bus, off: int, value: int) -> None:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Bus]:
-    with make_bus(gddr=MiB, host=4096) as b:
+    with new_card(gddr=MiB, host=4096) as b:
         yield b
 
 

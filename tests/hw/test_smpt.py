@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from hwcard import GiB, make_bus
+from hwcard import GiB, new_card
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,7 +186,7 @@ def test_hw_09_uninit_names_what_is_still_mapped(smpt: Smpt, caplog: pytest.LogC
 
 @pytest.fixture(scope="module")
 def shared_bus() -> Iterator[Bus]:
-    with make_bus(host=4096) as b:
+    with new_card(host=4096) as b:
         yield b
 
 

@@ -129,6 +129,10 @@ class PageAllocator:
         """Bytes handed out now."""
         return sum(self._used.values())
 
+    def used_areas(self) -> list[tuple[int, int]]:
+        """Offset and length of everything handed out now."""
+        return sorted(self._used.items())
+
     @property
     def free_bytes(self) -> int:
         """Bytes that are left."""

@@ -1,14 +1,11 @@
-"""Shared fixtures: peers, a whole machine, logs attached to a failing test."""
+"""Which tests can run here: peers, root, long runs. Fixtures come from the plugin, mic_emu.testing.plugin."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 
 import pytest
-
-from mic_emu.testing.machine import Machine
 
 # What hypothesis keeps between runs names files by their absolute path: it belongs to the build.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "build/hypothesis")
@@ -28,20 +25,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     if item.get_closest_marker("soak") and os.environ.get("MICEMU_SOAK") != "1":
         pytest.skip("long run: make soak")
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Attach the logs of the test's machine to its failure."""
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    machine = getattr(item, "funcargs", {}).get("machine")
-    if report.when == "call" and report.failed and isinstance(machine, Machine):
-        report.sections.append(("machine", machine.report()))
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    """An emulator instance of the test's own; nothing of it may be left."""
-    with Machine() as m:
-        yield m

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 MICEMU = [sys.executable, "-m", "mic_emu.cli"]
+SESSION = "PYTEST_MICEMU_SESSION"
+"""Environment: a word that folders and processes of one test run have in common."""
+TAIL = 6000  # bytes of a log that a report shows
+DUMP_S = 10.0
 
 
 def eventually(condition: Callable[[], Any], within_s: float, what: str) -> Any:
@@ -45,6 +50,20 @@ class Leftovers:
         return cls(names, mounts, frozenset(os.listdir("/sys/class/net")))
 
 
+def left_behind(mark: str, before: Leftovers) -> list[str]:
+    """What the test run with ``mark`` in its environment (SESSION) left: a line each."""
+    found = [f"shared memory {name}" for name in sorted(Leftovers.now().shm - before.shm)]
+    found += [f"folder {path}" for path in Path("/tmp").glob(f"mt-{mark}*")]
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            name = (environ.parent / "comm").read_text().strip()
+            if re.match(r"micemu|mic\d+-", name) and f"{SESSION}={mark}".encode() in environ.read_bytes():
+                found.append(f"process {environ.parent.name} {name}")
+        except OSError:
+            continue
+    return found
+
+
 class Machine:
     """Runs ``micemu`` commands against an instance of its own. Context manager; checks for leaks."""
 
@@ -52,7 +71,7 @@ class Machine:
         self, environment: Mapping[str, str] | None = None, program: Sequence[str] = tuple(MICEMU)
     ) -> None:
         self.program = list(program)
-        self.home = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))
+        self.home = Path(tempfile.mkdtemp(prefix=f"mt-{os.environ.get(SESSION, '')}", dir="/tmp"))
         runtime = self.home / "run"
         runtime.mkdir(mode=0o700)
         self.run_dir = runtime / "micemu" / "default"
@@ -149,19 +168,53 @@ class Machine:
                 continue
         return found
 
-    def report(self) -> str:
-        """Logs for a failed test."""
-        parts = []
+    def logs(self) -> list[tuple[str, str]]:
+        """Name and end of every log: the instance's, those of a crash, the cards' consoles."""
+        found = []
         for path in [
-            *self.run_dir.glob("*.log*"),
+            *self.run_dir.glob("log.jsonl"),
+            *self.run_dir.glob("*.log"),
             *self.home.glob("state/micemu/*"),
             *self.run_dir.glob("*/*.log"),
         ]:
             try:
-                parts.append(f"--- {path.name}\n" + path.read_text(errors="replace")[-6000:])
+                with path.open("rb") as f:
+                    f.seek(max(0, path.stat().st_size - TAIL))
+                    text = f.read().decode(errors="replace")
             except OSError:
                 continue
-        return "\n".join(parts)
+            own = path.parent == self.run_dir or not path.is_relative_to(self.run_dir)
+            name = path.name if own else f"{path.parent.name}/{path.name}"
+            if text:
+                found.append((name, text))
+        return found
+
+    def report(self) -> str:
+        """Logs for a failed test."""
+        return "\n".join(f"--- {name}\n{text}" for name, text in self.logs())
+
+    def failure_sections(self) -> list[tuple[str, str]]:
+        """Title and text of what a failing test shows: logs, and of every card its kernel log, registers, device
+        page and vrings. Bounded in time: a host process that does not answer is left out."""
+        found = [(f"micemu {name}", text) for name, text in self.logs()]
+        for card in sorted(p.name for p in self.run_dir.glob("mic[0-9]*")):
+            for what in ("log", "registers", "page", "vring"):
+                try:
+                    done = self.micemu("dump", what, card, check=False, timeout=DUMP_S)
+                except subprocess.TimeoutExpired:
+                    return [*found, (f"micemu dump {what} {card}", "no answer: the host process hangs")]
+                if done.stdout and done.returncode == 0:
+                    found.append((f"micemu dump {what} {card}", done.stdout[-2 * TAIL :]))
+        return found
+
+    def keep(self, where: Path) -> None:
+        """Copy the run directory's files, sockets and pipes left out, to ``where``."""
+        for path in [*self.run_dir.rglob("*"), *self.home.glob("state/micemu/*")]:
+            if path.is_file():
+                base = self.run_dir if path.is_relative_to(self.run_dir) else self.home
+                target = where / path.relative_to(base)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
 
     def check_clean(self) -> None:
         """Nothing is left: processes, shared memory, mounts, interfaces, run directory."""

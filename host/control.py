@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
-from mic_emu.host import inspection, metrics
+from mic_emu.host import inspection, metrics, top
 from mic_emu.host.admin import Admin
 from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import WireError
@@ -51,7 +51,7 @@ class Control:
             "run": self._run, "host_ns": self._host_ns, "config": self._config, "dump": self._dump,
             "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove,
             "vop_swap": self._vop_swap, "pcap": self._pcap,
-            "backend": self._backend,
+            "backend": self._backend, "top": self._top,
         }  # fmt: skip
         self._admin = Admin(instance)
         self._requests |= self._admin.requests
@@ -114,6 +114,9 @@ class Control:
 
     async def _status(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         return {"status": self.instance.status()}
+
+    async def _top(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        return {"look": await top.look(self.instance)}
 
     async def _boot(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         configs = [CardConfig(**c) for c in msg["cards"]]

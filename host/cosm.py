@@ -85,6 +85,8 @@ class CosmDevice:
         self.log_buf_len = 0
         self.heartbeat_enable = True
         self.changes = 0
+        self.heartbeats = 0  # of all boots
+        self.heard = 0.0  # when the card last said anything, by the clock; 0: never
         self.on_state: list[Callable[[], None]] = []
         self.on_change: list[Callable[[], None]] = []
         self._prev = State.READY
@@ -318,7 +320,9 @@ class CosmDevice:
             await asyncio.sleep(0)  # a card that never stops sending must not stop us
 
     def _message(self, msg: dict[str, int], unknown: set[int]) -> None:
+        self.heard = self.clock.monotonic()
         if msg["id"] == C["COSM_MSG_HEARTBEAT"]:
+            self.heartbeats += 1
             return
         if msg["id"] != C["COSM_MSG_SHUTDOWN_STATUS"]:
             if len(unknown) < 16 and msg["id"] not in unknown:

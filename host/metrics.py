@@ -25,6 +25,7 @@ HELP = {
     "micemu_card_state_changes_total": ("counter", "State changes of the card."),
     "micemu_card_boots_total": ("counter", "Boots begun."),
     "micemu_card_crashes_total": ("counter", "Ends of the card OS or the board that nobody asked for."),
+    "micemu_card_heartbeats_total": ("counter", "Heartbeats heard."),
     "micemu_card_memory_bytes": ("gauge", "Size of the card's memory."),
     "micemu_device_running": ("gauge", "1 when the card drives the device."),
     "micemu_device_restarts_total": ("counter", "Starts of a backend after it died."),
@@ -57,6 +58,7 @@ def _card(card: Card) -> Iterator[Sample]:
     yield "micemu_card_state_changes_total", label, card.cosm.changes
     yield "micemu_card_boots_total", label, card.boots
     yield "micemu_card_crashes_total", label, card.crashes
+    yield "micemu_card_heartbeats_total", label, card.cosm.heartbeats
     yield "micemu_card_memory_bytes", label, card.config.memory
     yield "micemu_smpt_mapped_bytes", label, card.driver.smpt.mapped_bytes
     for row in card.devices():
@@ -101,20 +103,28 @@ def samples(instance: Instance) -> Iterator[Sample]:
         yield from _card(card)
 
 
-async def _counters(instance: Instance) -> list[Sample]:
-    """What the backends counted; one that does not answer at once is left out."""
+async def counters(instance: Instance, limit_s: float = 1.0) -> dict[tuple[str, str], dict[str, int]]:
+    """What the backends counted, by card and device; one that does not answer in time is left out."""
     asked = [
         (c, b) for c in instance.cards.values() if c.supervisor for b in c.supervisor.backends if b.channel
     ]
-    replies = await asyncio.gather(*(b.call("stats", limit_s=1.0) for _, b in asked), return_exceptions=True)
-    rows: list[Sample] = []
+    replies = await asyncio.gather(
+        *(b.call("stats", limit_s=limit_s) for _, b in asked), return_exceptions=True
+    )
+    found: dict[tuple[str, str], dict[str, int]] = {}
     for (card, backend), reply in zip(asked, replies, strict=True):
-        stats = reply.get("stats", {}) if isinstance(reply, dict) else {}
-        for name, value in stats.items():
-            if isinstance(value, int):
-                row = {"card": card.name, "device": backend.name, "stat": name}
-                rows.append(("micemu_device_stats_total", row, value))
-    return rows
+        if isinstance(reply, dict):
+            stats = reply.get("stats", {}).items()
+            found[card.name, backend.name] = {k: v for k, v in stats if isinstance(v, int)}
+    return found
+
+
+async def _counters(instance: Instance) -> list[Sample]:
+    return [
+        ("micemu_device_stats_total", {"card": card, "device": device, "stat": name}, value)
+        for (card, device), stats in (await counters(instance)).items()
+        for name, value in stats.items()
+    ]
 
 
 def _quote(value: str) -> str:

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("check", "Check the health of host and cards, like miccheck."),
     "cp": ("cp", "Copy files to and from a card."),
     "shell": ("shell", "Log in to a card."),
+    "top": ("top", "Watch cards live: states, rates, rings, DMA channels, heartbeats."),
     "metrics": ("metrics", "Print Prometheus metrics."),
     "sysfs": ("sysfs", "The cards' sysfs files: read, write, mount."),
     "vop": ("vop", "List, add and remove virtio devices."),

@@ -52,14 +52,20 @@ def converse(
             raise MicemuError(
                 f"the host process ended during {op!r}; its last words: {rundir().crash_log}"
             ) from None
-        if "error" in msg:
-            error = BY_NAME.get(msg.get("kind", ""), MicemuError)
-            exc = error.__new__(error)
-            MicemuError.__init__(exc, msg["error"], msg.get("errno", 0))
-            raise exc
+        check(msg)
         yield msg, got
         if msg.get("done"):
             return
+
+
+def check(msg: Message) -> Message:
+    """The message, when it is no refusal. Raises the MicemuError that it carries."""
+    if "error" not in msg:
+        return msg
+    error = BY_NAME.get(msg.get("kind", ""), MicemuError)
+    exc = error.__new__(error)
+    MicemuError.__init__(exc, msg["error"], msg.get("errno", 0))
+    raise exc
 
 
 def ask(op: str, fds: Sequence[int] = (), **fields: Any) -> Message:

@@ -39,10 +39,12 @@ def set_window_size(fd: int, size: tuple[int, int]) -> None:
 
 
 class Raw:
-    """A terminal in raw mode. ``again`` repeats it after somebody (the shell) changed the mode."""
+    """A terminal in raw mode, or with ``keys`` one that gives each key at once and still makes signals of Ctrl-C
+    and Ctrl-Z. ``again`` repeats it after somebody (the shell) changed the mode."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, keys: bool = False) -> None:
         self._fd = fd
+        self._set = tty.setcbreak if keys else tty.setraw
         self._saved = termios.tcgetattr(fd)
 
     def __enter__(self) -> Raw:
@@ -52,7 +54,7 @@ class Raw:
     def again(self) -> None:
         """Raw mode now; the saved mode stays the one to go back to."""
         try:
-            tty.setraw(self._fd, termios.TCSANOW)
+            self._set(self._fd, termios.TCSANOW)
         except termios.error:
             pass  # the terminal has gone (a hang-up comes with SIGCONT): the relay notices when it reads
 

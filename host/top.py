@@ -1,0 +1,97 @@
+"""What ``micemu top`` shows: one look at every card, cheap enough for every second.
+
+Everything is a counter or a state; the client makes rates of two looks, by ``time_s``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from mic_emu import layout as L
+from mic_emu.host.metrics import counters
+from mic_emu.vop import device_page as dp
+
+if TYPE_CHECKING:
+    from mic_emu.host.card import Card
+    from mic_emu.host.daemon import Instance
+
+C = L.CONSTANTS
+STATS_LIMIT_S = 0.2  # a backend that hangs is shown without its counters
+
+
+def rings(card: Card) -> dict[str, list[dict[str, int]]]:
+    """Per device type and slot: indices of every ring, as the card left them."""
+    found: dict[str, list[dict[str, int]]] = {}
+    for dev in card.vop.devices if card.vop else []:
+        num, rows = dev.slot.num, []
+        for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
+            ready = 0 < used <= card.bus.gddr.size - dp.used_size(num)
+            avail_idx = card.bus.host.load(block + L.VRING_DESC.size * num + 2, 2)
+            used_idx = card.bus.gddr.load(used + 2, 2) if ready else 0
+            pending = min(num, (avail_idx - used_idx) & 0xFFFF)
+            rows.append(
+                {"ring": i, "num": num, "avail_idx": avail_idx, "used_idx": used_idx, "pending": pending}
+            )
+        found[dev.name] = rows
+    return found
+
+
+def devices(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> list[dict[str, Any]]:
+    """Every backend with its counters and rings."""
+    by_name = rings(card)
+    return [
+        {
+            "type": b.name, "state": b.state, "pid": b.pid or None, "restarts": b.restarts,
+            "counters": stats.get((card.name, b.name), {}), "rings": by_name.get(b.device.name, []) if b.device else [],
+        }
+        for b in (card.supervisor.backends if card.supervisor else [])
+    ]  # fmt: skip
+
+
+def channels(card: Card) -> list[dict[str, Any]]:
+    """The enabled DMA channels, or those with an error. ``count`` is the engine's, modulo ``size``; ``driver`` the
+    host driver's counters of its own channels."""
+    bus, dcr = card.bus, card.bus.read("dcr")
+    own = {ch.index: ch.counters() for ch in card.driver.dma.channels} if card.driver.dma else {}
+    found = []
+    for c in range(C["DMA_CHANNELS"]):
+        status, error = bus.read("dstat", c), bus.read("dcherr", c)
+        if not (dcr >> 2 * c & 2 or error):
+            continue
+        driver = own.get(c)
+        found.append({
+            "channel": c, "owner": "host" if dcr >> 2 * c & 1 else "card",
+            "active": bool(status & C["DMA_DSTAT_ACTIVE"]), "error": error,
+            "size": bus.read("drar_hi", c) >> C["DMA_DRAR_SIZE_SHIFT"] & 0x1FFFF, "count": status & C["DMA_DSTAT_COUNT"],
+            "driver": {"transactions": driver.completed, "bytes": driver.bytes} if driver else None,
+        })  # fmt: skip
+    return found
+
+
+def one(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> dict[str, Any]:
+    """One card."""
+    cosm = card.cosm
+    silent = cosm.clock.monotonic() - cosm.heard if cosm.heard and card.is_online else None
+    return {
+        "name": card.name, "state": cosm.state.word, "shutdown_status": cosm.shutdown_status.word,
+        "post_code": card.post_code, "boots": card.boots, "crashes": card.crashes,
+        "heartbeat": {
+            "enabled": cosm.heartbeat_enable, "count": cosm.heartbeats,
+            "silent_s": None if silent is None else round(silent, 3),
+        },
+        "devices": devices(card, stats), "dma": channels(card), "smpt_mapped_bytes": card.driver.smpt.mapped_bytes,
+    }  # fmt: skip
+
+
+async def look(instance: Instance) -> dict[str, Any]:
+    """Everything. ``time_s`` counts on one clock for all looks."""
+    stats = await counters(instance, STATS_LIMIT_S)
+    return {
+        "schema": 1,
+        "instance": instance.rundir.instance,
+        "time_s": round(time.monotonic(), 6),
+        "uptime_s": round(time.time() - instance.started, 1),
+        "scif": {"nodes": len(instance.node.node_ids()), "endpoints": len(instance.node.endpoints)},
+        "cards": [one(card, stats) for card in instance.cards.values()],
+    }

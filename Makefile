@@ -37,7 +37,7 @@ check: build ## fast tests: no whole machine
 
 check-all: lint test asan tsan ## what CI runs, and the sanitizers
 
-layout: build ## regenerate the C header from mic_emu/layout.py
+layout: | $(BIN)/python ## regenerate the C header from mic_emu/layout.py
 	$(BIN)/python -m mic_emu.layout > $(GENERATED).new && mv $(GENERATED).new $(GENERATED)
 
 lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layering, generated header

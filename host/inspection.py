@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 from mic_emu import dma_dump
 from mic_emu import layout as L
 from mic_emu.errors import UsageError
+from mic_emu.fields import decode, device_type, feature_words, status_words
 from mic_emu.host import debugfs
 from mic_emu.pciconfig import ConfigSpace
 from mic_emu.vop import device_page as dp
 
 if TYPE_CHECKING:
+    from mic_emu.bar import Bus
     from mic_emu.host.card import Card
 
-WHAT = ("registers", "page", "vring", "smpt", "interrupts", "dma", "debugfs", "log", "pci")
+C = L.CONSTANTS
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "debugfs", "log", "pci")
 
 
 def dump(card: Card, what: str, device: str | None) -> Any:
     """Plain data of one thing. Raises UsageError for an unknown one."""
     views: dict[str, Callable[[Card], Any]] = {
-        "registers": registers, "page": page, "vring": vrings, "smpt": smpt, "interrupts": interrupts,
+        "registers": registers, "page": page, "vring": vrings, "smpt": smpt, "interrupts": interrupts, "lines": lines,
         "dma": dma, "debugfs": debug_files, "log": log, "pci": pci,
     }  # fmt: skip
     if what not in views:
@@ -34,12 +37,13 @@ def dump(card: Card, what: str, device: str | None) -> Any:
 
 
 def registers(card: Card) -> list[dict[str, Any]]:
-    """Every register with its value."""
+    """Every register with its value and what its bits mean."""
     return [
         {
             "offset": off,
             "name": name,
-            "value": card.bus.mmio.load(off, 4),
+            "value": (value := card.bus.mmio.load(off, 4)),
+            "fields": decode(name, value),
             "doc": row.doc,
             "clause": row.clause,
         }
@@ -53,11 +57,16 @@ def page(card: Card) -> dict[str, Any]:
     slots = []
     for slot in dp.walk(view):
         shape = slot.shape
+        status = L.DEVICE_DESC.get(view, slot.off, "status")
+        offered, accepted = (
+            view.read(slot.off + at, shape.feature_len) for at in (shape.features_off, shape.accepted_off)
+        )
         slots.append({
-            "offset": slot.off, "type": slot.type, "num_vq": shape.num_vq, "feature_len": shape.feature_len,
-            "config_len": shape.config_len, "status": L.DEVICE_DESC.get(view, slot.off, "status"),
-            "host_features": view.read(slot.off + shape.features_off, shape.feature_len).hex(),
-            "guest_features": view.read(slot.off + shape.accepted_off, shape.feature_len).hex(),
+            "offset": slot.off, "type": slot.type, "device": device_type(slot.type), "num_vq": shape.num_vq,
+            "feature_len": shape.feature_len, "config_len": shape.config_len,
+            "status": status, "status_words": status_words(status),
+            "host_features": offered.hex(), "host_feature_words": _features(slot.type, offered),
+            "guest_features": accepted.hex(), "guest_feature_words": _features(slot.type, accepted),
             "config": view.read(slot.off + shape.config_off, shape.config_len).hex(),
             "rings": [
                 {f.name: L.VQCONFIG.get(view, slot.off + shape.vq_off(i), f.name) for f in L.VQCONFIG.fields}
@@ -69,8 +78,12 @@ def page(card: Card) -> dict[str, Any]:
     return {"bootparam": boot, "slots": slots}
 
 
+def _features(kind: int, bits: bytes) -> list[str]:
+    return feature_words(kind, int.from_bytes(bits, "little"))
+
+
 def vrings(card: Card) -> list[dict[str, Any]]:
-    """Indices and pending chains of every ring of every live device."""
+    """Indices of every ring of every live device, and the chains that wait in it."""
     rows: list[dict[str, Any]] = []
     for dev in card.vop.devices if card.vop else []:
         num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
@@ -86,19 +99,37 @@ def vrings(card: Card) -> list[dict[str, Any]]:
             rows.append({
                 "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
                 "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
-                "used_flags": gddr.load(used, 2) if ready else 0, "pending": [_chain(host, block, num, h) for h in pending],
+                "used_flags": gddr.load(used, 2) if ready else 0, "pending": [_chain(card.bus, block, num, h) for h in pending],
             })  # fmt: skip
     return rows
 
 
-def _chain(host: Any, block: int, num: int, head: int) -> list[dict[str, int]]:
-    """The descriptors of one chain; bounded, whatever the card wrote."""
-    out: list[dict[str, int]] = []
+def _chain(bus: Bus, block: int, num: int, head: int) -> list[dict[str, Any]]:
+    """The descriptors of one chain, those of an indirect table under ``table``; bounded, whatever the card wrote."""
+    out: list[dict[str, Any]] = []
     index = head
     while index < num and len(out) < num:
-        desc = L.VRING_DESC.unpack(host.read(block + 16 * index, 16))
+        desc: dict[str, Any] = L.VRING_DESC.unpack(
+            bus.host.read(block + L.VRING_DESC.size * index, L.VRING_DESC.size)
+        )
         out.append({"index": index, **desc})
-        if not desc["flags"] & L.CONSTANTS["VRING_DESC_F_NEXT"]:
+        if desc["flags"] & C["VRING_DESC_F_INDIRECT"]:
+            out[-1]["table"] = _table(bus, desc["addr"], desc["len"])
+        if not desc["flags"] & C["VRING_DESC_F_NEXT"]:
+            break
+        index = desc["next"]
+    return out
+
+
+def _table(bus: Bus, addr: int, length: int) -> list[dict[str, int]]:
+    """Entries of an indirect table in the order in which they are linked; what lies outside memory is left out."""
+    size = L.VRING_DESC.size
+    entries, index = min(length // size, C["MAX_VRING_ENTRIES"]), 0
+    out: list[dict[str, int]] = []
+    while index < entries and len(out) < entries and addr + size * (index + 1) <= bus.gddr.size:
+        desc = L.VRING_DESC.unpack(bus.gddr.read(addr + size * index, size))
+        out.append({"index": index, **desc})
+        if not desc["flags"] & C["VRING_DESC_F_NEXT"]:
             break
         index = desc["next"]
     return out
@@ -110,18 +141,31 @@ def smpt(card: Card) -> list[dict[str, int]]:
 
 
 def interrupts(card: Card) -> list[dict[str, Any]]:
-    """Vectors with the sources mapped to them and who asked for them."""
-    irq = card.driver.irq
+    """Vectors with the sources mapped to them, who asked for them, and how often each was sent since power-on."""
+    irq, (counts, _) = card.driver.irq, card.bus.sent()
     return [
         {
             "mode": irq.mode.value,
             "vector": v,
             "mxar": mxar,
+            **decode("mxar", mxar),
             "masked": card.bus.read("msix_ctrl", v),
             "users": users,
+            "count": counts[v],
         }
         for v, mxar, users in irq.rows()
     ]
+
+
+def lines(card: Card) -> list[dict[str, Any]]:
+    """Interrupts towards the card: every line with how often it was signalled since power-on (HW 4.4)."""
+    _, counts = card.bus.sent()
+    first = C["CARD_IRQ_DMA"]
+    names = [
+        f"doorbell {i}" if i < first else f"dma {C['DMA_HOST_CHANNELS'] + i - first}"
+        for i in range(len(counts))
+    ]
+    return [{"line": i, "name": name, "count": counts[i]} for i, name in enumerate(names)]
 
 
 def dma(card: Card) -> list[dict[str, Any]]:

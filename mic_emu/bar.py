@@ -122,6 +122,12 @@ class Bus:
         counts = [int(at[i]) for i in range(4 + 16)]
         return counts[:4], counts[4:]
 
+    def sent(self) -> tuple[list[int], list[int]]:
+        """Interrupts sent since power-on, modulo 2^32: per host vector, per card line (``irq_fd``)."""
+        first, vectors = layout.CONSTANTS["IRQ_COUNTS"], layout.CONSTANTS["MSIX_TABLE_SIZE"]
+        words = [self.mmio.load(first + 4 * i, 4) for i in range(vectors + layout.CONSTANTS["CARD_IRQS"])]
+        return words[:vectors], words[vectors:]
+
     def set_over_pci(self) -> None:
         """This process is the host: register accesses need memory decoding enabled and power state D0."""
         lib.mic_bus_set_over_pci(self.ptr, True)

@@ -203,6 +203,9 @@ CONSTANTS: dict[str, int] = {
     "DMA_DSTAT_QUIESCED": 1 << 29,
     "DMA_DSTAT_ERROR": 1 << 31,
     "DMA_DSTAT_ACTIVE": 1 << 28,  # ours: the engine is between fetching and retiring (bits 31:28)
+    # Not registers: words of the MMIO object that count the interrupts sent since power-on, modulo 2^32:
+    # host vectors 0..15, then card lines 0..19. A reset leaves them.
+    "IRQ_COUNTS": 0x1FE00,
     # Not registers: words of the MMIO object where a process that sleeps on DSTAT says so, one per channel.
     "DMA_SLEEPERS": 0x1FF00,  # 0 nobody, else count + 1 that is waited for, or
     "DMA_SLEEP_ANY": 0xFFFFFFFF,

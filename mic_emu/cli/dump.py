@@ -8,19 +8,22 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
+from mic_emu.fields import words
+from mic_emu.layout import CONSTANTS as C
 
-WHAT = ("registers", "page", "vring", "smpt", "interrupts", "dma", "debugfs", "log", "pci")
+SHOWN = 4  # waiting chains of a ring, without --all
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "debugfs", "log", "pci")
 
 
 @click.command()
 @click.argument("what", type=click.Choice(WHAT))
 @click.argument("card", default="mic0", metavar="[CARD]", shell_complete=client.complete_cards)
 @click.option("--device", metavar="NAME", help="Only this device (vring).")
-@click.option("--all", "everything", is_flag=True, help="Registers that are 0 too.")
+@click.option("--all", "everything", is_flag=True, help="Also what is 0 or unused, and every waiting chain.")
 @client.json_option
 def command(what: str, card: str, device: str | None, everything: bool, as_json: bool) -> None:
-    """Look into a card: registers, device page, vrings, address map, interrupt vectors, DMA channels, the
-    real drivers' debug files, kernel log, PCI configuration.
+    """Look into a card: registers, device page, vrings, address map, interrupt vectors to the host and lines to
+    the card, DMA channels, the real drivers' debug files, kernel log, PCI configuration.
 
     Works in every state; the log of a dead card stays readable until its reset.
 
@@ -39,7 +42,7 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
     else:
         views: dict[str, Callable[[Any, bool], None]] = {
             "registers": registers, "page": page, "vring": vrings, "smpt": table,
-            "interrupts": interrupts, "dma": channels,
+            "interrupts": interrupts, "lines": lines, "dma": channels,
         }  # fmt: skip
         views[what](data, everything)
 
@@ -48,7 +51,8 @@ def registers(rows: list[dict[str, Any]], everything: bool) -> None:
     """One register a line."""
     for r in rows:
         if r["value"] or everything:
-            click.echo(f"{r['offset']:#07x}  {r['name']:<14} {r['value']:#010x}  {r['doc']}")
+            meaning = words(r["fields"]) or r["doc"]
+            click.echo(f"{r['offset']:#07x}  {r['name']:<14} {r['value']:#010x}  {meaning}")
 
 
 def page(data: dict[str, Any], everything: bool) -> None:
@@ -56,8 +60,14 @@ def page(data: dict[str, Any], everything: bool) -> None:
     for name, value in data["bootparam"].items():
         click.echo(f"{name:<20} {value:#x}" if value >= 0 else f"{name:<20} {value}")
     for slot in data["slots"]:
-        click.echo(f"\nslot at {slot['offset']}: type {slot['type']}, status {slot['status']:#x}")
-        click.echo(f"  features   host {slot['host_features']} guest {slot['guest_features']}")
+        status = " ".join(slot["status_words"])
+        click.echo(
+            f"\nslot at {slot['offset']}: {slot['device']} (type {slot['type']}), status {slot['status']:#x} {status}".rstrip()
+        )
+        for side in ("host", "guest"):
+            click.echo(
+                f"  {side:<10} {slot[side + '_features']} {' '.join(slot[side + '_feature_words'])}".rstrip()
+            )
         click.echo(f"  config     {slot['config']}")
         for i, ring in enumerate(slot["rings"]):
             click.echo(
@@ -73,21 +83,32 @@ def vrings(rows: list[dict[str, Any]], everything: bool) -> None:
             f"{r['device']} ring {r['ring']}: num {r['num']}, avail {r['avail_idx']}, used {r['used_idx']}, "
             f"{len(r['pending'])} pending"
         )
-        for chain in r["pending"] if everything else r["pending"][:4]:
-            text = " -> ".join(
-                f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & 2 else ''}" for d in chain
-            )
-            click.echo(f"    {text}")
+        for chain in r["pending"] if everything else r["pending"][:SHOWN]:
+            click.echo("    " + " -> ".join(descriptor(d) for d in chain))
+        if not everything and len(r["pending"]) > SHOWN:
+            click.echo(f"    and {len(r['pending']) - SHOWN} more (--all)")
+
+
+def descriptor(d: dict[str, Any]) -> str:
+    """``[index] address+length``, ``w`` for writable; an indirect table in braces."""
+    text = f"[{d['index']}] {d['addr']:#x}+{d['len']}{' w' if d['flags'] & C['VRING_DESC_F_WRITE'] else ''}"
+    return text + (" {" + " -> ".join(descriptor(e) for e in d["table"]) + "}" if "table" in d else "")
+
+
+def lines(rows: list[dict[str, Any]], everything: bool) -> None:
+    """A line of the card a line."""
+    for r in rows:
+        if r["count"] or everything:
+            click.echo(f"{r['name']:<12} {r['count']:>10}")
 
 
 def interrupts(rows: list[dict[str, Any]], everything: bool) -> None:
     """One vector a line."""
     for r in rows:
         if r["mxar"] or everything:
-            sources = [str(bit) for bit in range(32) if r["mxar"] >> bit & 1]
             masked = ", masked" if r["masked"] and r["mode"] == "msix" else ""
             click.echo(
-                f"{r['mode']} {r['vector']}: sources {' '.join(sources) or '-'}{masked}  {', '.join(r['users'])}"
+                f"{r['mode']} {r['vector']}: {r['count']} sent, sources {r['sources'] or '-'}{masked}  {', '.join(r['users'])}"
             )
 
 

@@ -44,6 +44,15 @@ static inline void signal_fd(int fd)
 		(void)!eventfd_write(fd, 1);
 }
 
+/* The same for a host vector or a card line, by its descriptor's number, and count it. */
+static inline void signal_line(struct mic_bus *bus, unsigned which)
+{
+	unsigned n = which >= MIC_FD_IRQ ? MIC_MSIX_TABLE_SIZE + which - MIC_FD_IRQ : which - MIC_FD_VEC;
+
+	mic_fetch_add(reg_at(bus, MIC_IRQ_COUNTS + 4u * n), 1u);
+	signal_fd(bus->fd[which]);
+}
+
 /* Register writes with an effect, by their kind in the table. */
 void mic_write_enable(struct mic_bus *bus, uint32_t value); /* SICE0 */
 void mic_write_msix_ctrl(struct mic_bus *bus, uint32_t v, uint32_t value);

@@ -41,14 +41,14 @@ static void flush_pending(struct mic_bus *bus, uint32_t vectors)
 		uint32_t bit = vectors & 1u << v;
 
 		if (bit && !vector_masked(bus, v) && mic_fetch_and(reg_at(bus, MIC_REG_MSIX_PBA), ~bit) & bit)
-			signal_fd(bus->fd[MIC_FD_VEC + v]);
+			signal_line(bus, MIC_FD_VEC + v);
 	}
 }
 
 static void send_vector(struct mic_bus *bus, unsigned v)
 {
 	if (!vector_masked(bus, v)) {
-		signal_fd(bus->fd[MIC_FD_VEC + v]);
+		signal_line(bus, MIC_FD_VEC + v);
 		return;
 	}
 	mic_fetch_or(reg_at(bus, MIC_REG_MSIX_PBA), 1u << v);
@@ -70,7 +70,7 @@ static void deliver_msix(struct mic_bus *bus, uint32_t sources, bool bare)
 		mic_fetch_and(reg_at(bus, MIC_REG_SICR0), ~mapped);
 	for (unsigned v = 0; v < MIC_MXAR_COUNT; v++) {
 		if (map[v] && bare)
-			signal_fd(bus->fd[MIC_FD_VEC + v]);
+			signal_line(bus, MIC_FD_VEC + v);
 		else if (map[v])
 			send_vector(bus, v);
 	}
@@ -90,10 +90,10 @@ static void deliver_host(struct mic_bus *bus, uint32_t sources)
 		break;
 	case IRQ_MSI:
 		if (mic_load_acquire(reg_at(bus, MIC_REG_MXAR(0))) & sources)
-			signal_fd(bus->fd[MIC_FD_VEC]);
+			signal_line(bus, MIC_FD_VEC);
 		break;
 	case IRQ_INTX:
-		signal_fd(bus->fd[MIC_FD_VEC]); /* the line is vector 0's, whatever the map says */
+		signal_line(bus, MIC_FD_VEC); /* the line is vector 0's, whatever the map says */
 		break;
 	}
 }
@@ -140,7 +140,7 @@ void mic_bus_config_changed(struct mic_bus *bus)
 void mic_raise_card(struct mic_bus *bus, unsigned irq)
 {
 	if (irq < MIC_CARD_IRQS)
-		signal_fd(bus->fd[MIC_FD_IRQ + irq]);
+		signal_line(bus, MIC_FD_IRQ + irq);
 }
 
 void mic_ring_host(struct mic_bus *bus, int db)

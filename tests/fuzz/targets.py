@@ -102,6 +102,17 @@ def _sane_walk(page: View) -> None:
     assert room is None or room[0] + shape.total <= C["DP_SIZE"]
 
 
+def _write_magic(bus: Bus, page: View) -> None:
+    """What makes ring blocks good (VOP-4), wherever the slots say that they are: so that the rest is reached."""
+    for slot in dp.walk(page):
+        for i in range(min(slot.shape.num_vq, C["MAX_VRINGS"])):
+            at = slot.off + slot.shape.vq_off(i)
+            addr, num = (L.VQCONFIG.get(page, at, name) for name in ("address", "num"))
+            info = addr - C["SMPT_BASE"] + dp.vring_size(num)
+            if num <= C["MAX_VRING_ENTRIES"] and 0 <= info <= bus.host.size - L.VRING_INFO.size:
+                bus.host.write(info, L.VRING_INFO.pack(magic=dp.ring_magic(slot.type, i)))
+
+
 @contextmanager
 def fuzz_device_page() -> Iterator[Target]:
     """Scan twice, then the card goes down; afterwards no memory, no line and no descriptor is lost."""
@@ -117,6 +128,7 @@ def fuzz_device_page() -> Iterator[Target]:
             content = content[: C["DP_SIZE"] - C["DP_FIRST_SLOT"]]
             page.zero(0, C["DP_SIZE"])
             page.write(C["DP_FIRST_SLOT"], content)
+            _write_magic(bus, page)
             clock = HostileClock(page, changes)
             lines = CardInterrupts(bus)
             drivers = {k: (lambda wanted=k % 4 + 1: Driver(wanted)) for k in range(1, 100)}

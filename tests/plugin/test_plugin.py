@@ -283,3 +283,33 @@ def test_plugin_leftovers_fail_the_run(pytester: pytest.Pytester) -> None:
         )
         eventually(lambda: not Path(home[1], "run/micemu/default").exists(), 10, "the end of the instance")
         subprocess.run(["rm", "-rf", home[1]], check=True)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(120)
+def test_plugin_works_under_xdist(pytester: pytest.Pytester) -> None:
+    """Two workers, a machine each at the same time; one seed for both, one report, nothing left."""
+    done = run(
+        pytester,
+        ECHO
+        + """
+@pytest.mark.micemu("--disk", "none", "--net", "none", "--memory", "128M")
+@pytest.mark.parametrize("n", range(2))
+def test_cards(card, n):
+    assert card.shell("echo $MICEMU_NODE") == "1\\n"
+    assert n == 0, "on purpose"
+
+@pytest.mark.parametrize("hostile_driver", ["loop", "card_dies"], indirect=True)
+def test_seed(hostile_driver):
+    hostile_driver.attack(Echo, good)
+    with open(f"seed-{hostile_driver.name}", "w") as f:
+        f.write(str(hostile_driver.seed))
+""",
+        "-n", "2", "--micemu-seed", "random", "--micemu-leftovers",
+    )  # fmt: skip
+    done.assert_outcomes(passed=3, failed=1)
+    seeds = [(pytester.path / f"seed-{name}").read_text() for name in ("loop", "card_dies")]
+    assert seeds[0] == seeds[1]
+    text = done.stdout.str()
+    assert "left behind" not in text
+    assert "- micemu dump vring mic0 -" in text

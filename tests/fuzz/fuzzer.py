@@ -116,15 +116,14 @@ def fuzz(
     target: Callable[[bytes], None],
     files: Iterable[str],
     seeds: Iterable[bytes],
-    seconds: float,
+    enough: Callable[[int], bool],
     rng_seed: int,
 ) -> Result:
-    """Run ``target`` on the seeds, then on mutations of what was useful, for ``seconds``."""
+    """Run ``target`` on the seeds, then on mutations of what was useful, until ``enough(runs)``."""
     rng = random.Random(rng_seed)
     coverage, known, result = Coverage(files), set[Any](), Result()
-    end = time.monotonic() + seconds
     todo = list(seeds) or [b""]
-    while todo or time.monotonic() < end:
+    while todo or not enough(result.execs):
         case = todo.pop() if todo else mutate(rng, rng.choice(result.corpus), rng.choice(result.corpus))
         result.execs += 1
         try:
@@ -176,8 +175,11 @@ def main(argv: list[str]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         seeds = [p.read_bytes() for folder in (here / "corpus" / name, out) for p in sorted(folder.glob("*"))]
         print(f"== fuzz {name}, {seconds:g} s, {len(seeds)} seeds", flush=True)
+        end = time.monotonic() + seconds
         with make() as target:
-            result = fuzz(target, files, seeds, seconds, random.randrange(1 << 30))
+            result = fuzz(
+                target, files, seeds, lambda _, end=end: time.monotonic() > end, random.randrange(1 << 30)
+            )
         for i, case in enumerate(result.corpus):
             (out / f"{i:04d}").write_bytes(case)
         print(

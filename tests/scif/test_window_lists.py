@@ -18,17 +18,19 @@ from mic_emu.clock import Clock
 from mic_emu.scif.kernel import KernelEndpoint
 
 COPIER = """
-import sys
+import sys, threading
 from mic_emu import scif
 ep = scif.Endpoint()
 ep.connect((1, int(sys.argv[1])))
-size = 64 << 20
+size = 16 << 20
 window = ep.register(scif.alloc(size))
 ep.send(b"r")
 ep.recv(1)
-print("ready", flush=True)
-while True:
+begun = threading.Event()
+threading.Thread(target=lambda: begun.wait() and print("ready", flush=True), daemon=True).start()
+while True:  # the other thread speaks while this one copies
     ep.readfrom(window.offset, size, 1 << 62)
+    begun.set()
 """
 
 
@@ -139,14 +141,15 @@ def test_scif_17_87_a_program_killed_while_it_copies_leaves_nothing(tmp_path: Pa
     """kill -9 in the middle of a copy into its own window: released at once, no limit passes."""
     server = Server(tmp_path, 1, SCIF_TEST_API_TIME="1000")
     script = "from mic_emu import scif\nl = scif.Endpoint()\nprint(l.bind(), flush=True)\nl.listen()\n"
-    script += "ep, _ = l.accept()\nw = ep.register(scif.alloc(64 << 20))\nep.recv(1)\nep.send(b'r')\n"
+    script += "ep, _ = l.accept()\nw = ep.register(scif.alloc(16 << 20))\nep.recv(1)\nep.send(b'r')\n"
     script += "ep.recv(1)"
 
     def start(code: str, node: int, *args: str) -> subprocess.Popen[str]:
         env = {**os.environ, "MICEMU_SCIF_SOCKET": str(tmp_path / f"node{node}.sock")}
         return subprocess.Popen(
-            [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True, env=env
-        )
+            [sys.executable, "-c", code, *args],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
+        )  # fmt: skip
 
     try:
         owner = start(script, 1)

@@ -90,6 +90,7 @@ class Card:
         self.driver.tear_down = self._tear_down
         self.driver.find = self.firmware_path
         self.cosm = CosmDevice(self.index, self.driver, self.clock, self.log)
+        self.cosm.on_silence = self._silent
         self.cosm.heartbeat_enable = self.config.heartbeat
         self.cosm.on_change.append(self.notify)
         self.cosm.log_buf_len = C["CARD_TEXT_BASE"] + C["CARD_LOG"]
@@ -122,8 +123,13 @@ class Card:
         self._peer_died()
         if how:
             self.os_ended = how
-            self.crashes += 1
+            self.crashes += self.cosm.shutdown_status is not Status.CRASHED  # else it was found hung before
             self.cosm.os_died(f"the card OS ended with {how}")
+
+    def _silent(self) -> None:
+        """It hangs. Whoever waits for it hears so now, not when somebody resets it."""
+        self.crashes += 1
+        self._peer_died()
 
     def _board_lost(self) -> None:
         self.driver.board_lost = True

@@ -89,6 +89,7 @@ class CosmDevice:
         self.heard = 0.0  # when the card last said anything, by the clock; 0: never
         self.on_state: list[Callable[[], None]] = []
         self.on_change: list[Callable[[], None]] = []
+        self.on_silence: Callable[[], None] = lambda: None  # the watchdog has given the card up
         self._prev = State.READY
         self._pending = Status.NOP  # received but not yet published
         self._lock = asyncio.Lock()
@@ -341,6 +342,7 @@ class CosmDevice:
         """T16: nothing heard for the whole window."""
         if self._watchdog and self.state is State.ONLINE:
             self._crashed("no heartbeat")
+            self.on_silence()
 
     def _crashed(self, why: str) -> None:
         self.log.error(f"the card has crashed: {why}", event="crash", why=why)

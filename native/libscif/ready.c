@@ -89,6 +89,10 @@ int ep_mask(struct ep *ep)
 
 	if (mic_load_relaxed(&ctl->uncollected))
 		return POLLOUT;
+	uint32_t end = mic_load_acquire(&ctl->rx_end);
+
+	if (end)
+		w = end - 1;
 	if (w < RING && w != mic_load_relaxed(&ctl->rx_read))
 		mask |= POLLIN;
 	if (r < RING && distance(r, mic_load_relaxed(&ctl->tx_write)) < CAPACITY)

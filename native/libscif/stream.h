@@ -29,12 +29,19 @@ static inline uint32_t state(const struct ep *ep)
 /* Bytes that can be read, or -EPROTO when the peer's index is not an offset. rx_lock is held. */
 static inline int used(struct ep *ep)
 {
+	struct mic_scif_ctl *ctl = ep->ctl;
+	bool over = state(ep) != MIC_SCIF_EP_CONNECTED;
 	uint32_t w = mic_load_acquire(&ep->qp->local_write); /* pairs with publish_write() */
 
 	if (w >= RING)
 		return -EPROTO;
-	ep->ctl->rx_write = w;
-	return (int)distance(ep->ctl->rx_read, w);
+	/* A program on a lost node may live on and send for ever: what it had sent by now is the rest. */
+	if (over && !ctl->rx_end)
+		mic_store_release(&ctl->rx_end, w + 1);
+	if (over)
+		w = ctl->rx_end - 1;
+	ctl->rx_write = w;
+	return (int)distance(ctl->rx_read, w);
 }
 
 static inline uint32_t least(uint32_t a, uint32_t b)

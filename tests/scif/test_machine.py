@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -51,6 +54,28 @@ def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> No
             a.communicate(timeout=40)
             assert (a.returncode, b.returncode) == (0, 0), f"{name}: {server} <- {client}: {out}"
             assert words in out
+
+
+@pytest.mark.timeout(120)
+def test_scif_60_a_hung_card_whose_program_goes_on_sending_ends_the_stream(machine: Machine) -> None:
+    """A lost node's bytes end where they were when it was lost, though its program still fills the ring."""
+    machine.boot("--disk", "none", "--net", "none")
+    cat = [*MICEMU, "scif", "cat"]
+    with subprocess.Popen(
+        [*cat, "-l", "3000"], env=machine.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as listener:
+        sender = start(
+            machine, machine.home, "mic0", "sh", "-c", f"until yes | {' '.join(cat)} 0 3000; do :; done"
+        )
+        rows: list[dict[str, object]] = []
+        while not any(e["port"] == 3000 and e["state"] == "connected" for e in rows):
+            rows = json.loads(machine.micemu("scif", "endpoints", "host", "--json").stdout)["endpoints"]
+        os.kill(machine.status()["cards"][0]["pids"]["os"], signal.SIGSTOP)
+        machine.micemu("wait", "crashed", "mic0", "--timeout", "30")
+        assert sender.poll() is None  # it lives, on a card that the host has given up
+        assert listener.wait(20) == 0
+    machine.micemu("reset", "mic0")
+    sender.wait(20)
 
 
 @pytest.mark.timeout(120)

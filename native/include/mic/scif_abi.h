@@ -77,7 +77,8 @@ struct mic_scif_ctl {
 	uint32_t streak;    /* blocking receives in a row that had to wait, in a hot loop */
 	uint64_t last_recv; /* time stamp counter at the end of the last receive */
 	uint32_t promised;  /* upper half of the peer's local_read */
-	uint8_t reserved2[52];
+	uint32_t rx_end;    /* 1 + where the bytes end that came before the disconnect, 0: not looked yet */
+	uint8_t reserved2[48];
 	/* 320: copies in progress, by gen modulo MIC_SCIF_GENS */
 	uint32_t busy[16];
 	/* 384: the node waits for copies: whoever counts out tells it */

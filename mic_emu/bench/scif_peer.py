@@ -117,7 +117,7 @@ def serve(ep: scif.Endpoint) -> None:
 class Client:
     """The side that measures: connected to ``serve`` at the other end of ``ep``, on CPU ``cpus[0]``.
 
-    The peer runs on ``cpus[1]``; at the end this process may run where it could before.
+    The peer runs on ``cpus[1]``. Both stay there.
     """
 
     def __init__(self, ep: scif.Endpoint, cpus: Sequence[int]) -> None:

@@ -60,10 +60,9 @@ static uint64_t transfer(struct mic_fault_filter *live, const struct mic_fault_f
 {
 	uint64_t *busy = event->toward == MIC_FAULT_TO_CARD ? &live->busy_to_card : &live->busy_to_host;
 	uint64_t now = mic_now_ns(), old = mic_load_relaxed(busy), end, start;
-	uint64_t ns = f->param0 ? (uint64_t)((double)event->bytes * 1e9 / (double)f->param0) : 0;
+	double wire = f->param0 ? (double)event->bytes * 1e9 / (double)f->param0 : 0;
+	uint64_t ns = wire < (double)MAX_NS ? (uint64_t)wire : MAX_NS;
 
-	if (ns > MAX_NS)
-		ns = MAX_NS;
 	do {
 		start = old > now && old - now <= MAX_NS ? old : now;
 		end = start + ns;
@@ -73,9 +72,9 @@ static uint64_t transfer(struct mic_fault_filter *live, const struct mic_fault_f
 
 static uint64_t wait_of(const struct mic_fault_filter *f, uint64_t dice)
 {
-	uint64_t ns = f->param0 + (f->param1 ? dice % (f->param1 + 1) : 0);
+	uint64_t ns = f->param0 < MAX_NS ? f->param0 : MAX_NS;
 
-	return ns < MAX_NS ? ns : MAX_NS;
+	return f->param1 && f->param1 < MAX_NS ? ns + dice % (f->param1 + 1) : ns;
 }
 
 static void apply(struct mic_fault_filter *live, const struct mic_fault_filter *f,
@@ -148,9 +147,9 @@ static void copy_filter(struct mic_fault_filter *to, const struct mic_fault_filt
 	const uint64_t *src = (const uint64_t *)(const void *)from;
 	uint64_t word[sizeof *to / sizeof(uint64_t)];
 
+	/* Acquire: in order, and before the caller looks at the id again. */
 	for (unsigned i = 0; i < sizeof word / sizeof word[0]; i++)
-		word[i] =
-			mic_load_acquire(&src[i]); /* in order, and before the caller looks at the id again */
+		word[i] = mic_load_acquire(&src[i]);
 	memcpy(to, word, sizeof *to);
 }
 

@@ -166,13 +166,19 @@ def test_a_hit_tells_the_host_once_until_it_listens_again(bus: Bus) -> None:
 
 def test_garbage_in_the_filters_memory_harms_nobody(bus: Bus, clock: None) -> None:
     """Whatever a card writes there: every point answers, in bounded time."""
+    effects = [e for e in range(C["FAULT_LINK"] + 2) if e not in (C["FAULT_HANG"], C["FAULT_KILL"])]
     for n in range(50):
         bus.faults.write(0, os.urandom(bus.faults.size))
         for slot in range(C["FAULT_SLOTS"]):  # but nobody is to kill this process
             at = C["FAULT_FIRST"] + slot * L.FAULT_FILTER.size
-            L.FAULT_FILTER.put(bus.faults, at, "effect", n % C["FAULT_HANG"])
+            L.FAULT_FILTER.put(bus.faults, at, "effect", effects[(n // 2 + slot) % len(effects)])
             L.FAULT_FILTER.put(bus.faults, at, "ways", 0xFFFFFFFF)
             L.FAULT_FILTER.put(bus.faults, at, "target", C["FAULT_ANY"])
+            if n % 2:  # the ends of the ranges, where arithmetic breaks
+                L.FAULT_FILTER.put(bus.faults, at, "param0", (0, 1, 2**64 - 1)[slot % 3])
+                L.FAULT_FILTER.put(bus.faults, at, "param1", (0, 1, 2**64 - 1)[slot // 3 % 3])
+                for name, value in (("chance", 1 << 32), ("after", 0), ("count", 0)):
+                    L.FAULT_FILTER.put(bus.faults, at, name, value)
         bus.faults.store(0, 4, 0xFFFFFFFF)
         verdict = ffi.new("struct mic_fault_verdict *")
         for point in range(C["FAULT_POINTS"]):

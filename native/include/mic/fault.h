@@ -36,9 +36,9 @@ struct mic_fault_verdict {
 	uint64_t delay_ns;
 	uint64_t again_ns; /* duplicate: after this time */
 	uint64_t due_ns;   /* link: the bytes are there at this time (mic_now_ns()), 0 = no link filter */
-	uint64_t keep;     /* torn: sectors that persist ... */
-	uint64_t dice;     /* ... when this is 0: UINT64_MAX keep means dice % sectors */
-	uint32_t gap;      /* reorder: frames that overtake, 0 = none */
+	uint64_t keep;     /* torn: sectors that persist; UINT64_MAX: dice modulo the sectors of the write */
+	uint64_t dice;
+	uint32_t gap; /* reorder: frames that overtake, 0 = none */
 };
 
 /* Judge an event. Filters act in the order of their ids; one that drops ends the walk. Returns how many

@@ -266,10 +266,10 @@ class ScifService:
 
     def _sync(self, control: Control, sid: int) -> Answer:
         session = self.session(sid)
-        self.dispatch()
+        call = _taken(control)
+        self.dispatch()  # it may see the end of the asking program too
         if session is None or not session.released:
             return Reply()
-        call = _taken(control)
         session.on_released.append(lambda: call.done(Reply()))
         return None
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hwcard import make_bus, rang
+from hwcard import new_card, rang
 
 from mic_emu import layout as L
 from mic_emu._native import ffi, lib
@@ -22,7 +22,7 @@ NET, DISK = 24, 200  # targets: offsets in the device page
 
 @pytest.fixture
 def bus() -> Iterator[Bus]:
-    with make_bus(host=1 << 20) as b:
+    with new_card(host=1 << 20) as b:
         b.write("mxar", 1 << C["SRC_DOORBELL"], 0)
         b.write("sice0", 1 << C["SRC_DOORBELL"])
         yield b
@@ -124,7 +124,7 @@ def test_more_late_doorbells_than_places_ring_at_once(bus: Bus) -> None:
 
 def sequence(seed: int, rate: float = 0.3) -> str:
     """Which of 400 doorbells get through."""
-    with make_bus(host=4096) as bus:
+    with new_card(host=4096) as bus:
         add(bus, kind="doorbell-drop", rate=rate, seed=seed)
         heard = []
         for _ in range(400):

@@ -113,6 +113,17 @@ class Card:
         os.kill(pid, 9)
         eventually(lambda: self.status["pids"]["os"] != pid, 10, f"the end of the OS of {self.name}")
 
+    def fault(self, kind: str, **words: object) -> int:
+        """``micemu fault add``: make the card misbehave; returns the fault's number. Words are the command's options:
+        ``card.fault("disk-error", rate=0.01, seed=7)``."""
+        options = [part for name, value in words.items() for part in (f"--{name}", str(value))]
+        return int(self.machine.json("fault", "add", self.name, kind, *options)["id"])
+
+    def faults(self) -> list[dict[str, Any]]:
+        """The card's faults, and how often each has acted."""
+        found: list[dict[str, Any]] = self.machine.json("fault", "list", self.name)[self.name]
+        return found
+
     @property
     def console(self) -> Console:
         """Attached when it is first used."""

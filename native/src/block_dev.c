@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "block_flush.h"
 #include "block_hold.h"
 #include "block_move.h"
 #include "block_sick.h"
@@ -28,6 +29,7 @@ struct mic_blk_dev {
 	uint8_t serial[MIC_VIRTIO_BLK_ID_LEN];
 	struct mic_blk_stats stats;
 	struct mic_mover *mover;
+	struct blk_flush *flush;
 	struct blk_hold hold;
 	struct iovec iov[MAX_IOV];
 };
@@ -51,7 +53,12 @@ struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t c
 	if (!dev)
 		return NULL;
 	dev->mover = mic_mover_create();
-	if (!dev->mover) {
+	dev->flush = blk_flush_create();
+	if (!dev->mover || !dev->flush) {
+		if (dev->mover)
+			mic_mover_destroy(dev->mover);
+		if (dev->flush)
+			blk_flush_destroy(dev->flush);
 		free(dev);
 		return NULL;
 	}
@@ -67,6 +74,7 @@ struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t c
 void mic_blk_dev_destroy(struct mic_blk_dev *dev)
 {
 	mic_mover_destroy(dev->mover);
+	blk_flush_destroy(dev->flush);
 	blk_hold_fini(&dev->hold);
 	free(dev);
 }
@@ -205,7 +213,7 @@ static uint8_t do_flush(struct mic_blk_dev *dev, const struct request *r)
 	if (!(r->features & FEATURE(MIC_VIRTIO_BLK_F_FLUSH)))
 		return MIC_VIRTIO_BLK_S_UNSUPP;
 	dev->stats.flushes++;
-	return blk_status(dev->read_only ? 0 : fdatasync(dev->fd));
+	return blk_status(dev->read_only ? 0 : blk_flush_now(dev->flush, dev->fd));
 }
 
 static uint8_t do_get_id(struct mic_blk_dev *dev, struct request *r)
@@ -332,9 +340,24 @@ static bool parse(struct request *r, struct iovec *iov, const struct mic_chain *
 	return true;
 }
 
-/* Returns the bytes written into the chain. */
+/* A flush that will take long goes to the thread; the requests behind it need not wait. */
+static bool flush_later(struct mic_blk_dev *dev, const struct request *r, const struct mic_chain *c,
+			unsigned ring)
+{
+	const struct blk_flushed item = {
+		.len = (uint32_t)c->in_len, .head = c->head, .ring = (uint16_t)ring, .status = r->status};
+
+	if (r->type != MIC_VIRTIO_BLK_T_FLUSH || !(r->features & FEATURE(MIC_VIRTIO_BLK_F_FLUSH)) ||
+	    dev->read_only || !blk_flush_slow(dev->flush) || !blk_flush_post(dev->flush, dev->fd, &item))
+		return false;
+	dev->stats.flushes++;
+	return true;
+}
+
+/* Returns the bytes written into the chain; LATER: it is answered when its flush has ended. */
+#define LATER UINT32_MAX
 static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, const struct mic_chain *c,
-			    uint64_t *due)
+			    unsigned ring, uint64_t *due)
 {
 	struct request r;
 	uint8_t status = MIC_VIRTIO_BLK_S_IOERR;
@@ -342,6 +365,9 @@ static uint32_t serve_chain(struct mic_blk_dev *dev, const struct mic_vq *vq, co
 	bool whole = parse(&r, dev->iov, c);
 
 	r.features = vq->features;
+	if (whole && r.status && !fault_armed(dev->vdev->bus, MIC_FAULT_AT_DISK) &&
+	    flush_later(dev, &r, c, ring))
+		return LATER;
 	if (whole && r.status && fault_armed(dev->vdev->bus, MIC_FAULT_AT_DISK))
 		status = perform_sick(dev, &r, due);
 	else if (whole && r.status)
@@ -375,9 +401,11 @@ static unsigned serve_ring(struct mic_blk_dev *dev, unsigned ring)
 		if (rc <= 0)
 			break;
 		uint64_t due = 0;
-		uint32_t len = serve_chain(dev, vq, &chain, &due);
+		uint32_t len = serve_chain(dev, vq, &chain, ring, &due);
 
-		if (!due || !blk_hold_add(&dev->hold, ring, chain.head, len, due))
+		if (len == LATER)
+			len = 0;
+		else if (!due || !blk_hold_add(&dev->hold, ring, chain.head, len, due))
 			mic_vq_push(vq, chain.head, len);
 		n++;
 		bytes += chain.out_len + chain.in_len;
@@ -391,6 +419,25 @@ static unsigned serve_ring(struct mic_blk_dev *dev, unsigned ring)
 	return n;
 }
 
+/* Answer the flushes that have ended; returns how many. */
+static unsigned serve_flushed(struct mic_blk_dev *dev)
+{
+	struct blk_flushed item;
+	unsigned n = 0;
+	int err;
+
+	while (blk_flush_take(dev->flush, &item, &err)) {
+		struct mic_vq *vq = &dev->vdev->vq[item.ring];
+
+		*item.status = blk_status(err);
+		dev->stats.errors += err != 0;
+		mic_vq_push(vq, item.head, err ? 1 : item.len);
+		mic_vdev_complete(dev->vdev, vq);
+		n++;
+	}
+	return n;
+}
+
 static unsigned serve_all(struct mic_blk_dev *dev)
 {
 	unsigned n = 0;
@@ -399,6 +446,7 @@ static unsigned serve_all(struct mic_blk_dev *dev)
 		return 0;
 	for (unsigned i = 0; i < dev->vdev->num_vq; i++)
 		n += serve_ring(dev, i);
+	n += blk_flush_pending(dev->flush) ? serve_flushed(dev) : 0;
 	return n + (dev->hold.count ? blk_hold_release(&dev->hold, dev->vdev) : 0);
 }
 
@@ -419,7 +467,7 @@ static bool control_ready(const struct mic_blk_dev *dev)
 	return mic_wait_fds(&dev->vdev->control_fd, 1, 0) > 0;
 }
 
-int mic_blk_dev_run(struct mic_blk_dev *dev)
+static int run(struct mic_blk_dev *dev)
 {
 	struct mic_vdev *vdev = dev->vdev;
 	unsigned since = 0;
@@ -443,11 +491,26 @@ int mic_blk_dev_run(struct mic_blk_dev *dev)
 		since = 0;
 		if (blk_hold_soon(&dev->hold))
 			continue;
-		int mask = mic_vdev_sleep(vdev, &dev->hold.timer_fd, dev->hold.count ? 1 : 0, -1);
+		int also[2] = {blk_flush_fd(dev->flush), dev->hold.timer_fd};
+		int mask = mic_vdev_sleep(vdev, also, dev->hold.count ? 2 : 1, -1);
 
 		if (mask < 0)
 			return mask == -EINTR ? MIC_RUN_SIGNAL : mask;
+		if (mask & 4)
+			blk_flush_woken(dev->flush);
 		if (mask & 2)
 			return MIC_RUN_CONTROL;
 	}
+}
+
+int mic_blk_dev_run(struct mic_blk_dev *dev)
+{
+	int rc = run(dev);
+
+	/* What comes next may be a reset: flushes that wait are answered before. */
+	if (blk_flush_pending(dev->flush)) {
+		blk_flush_settle(dev->flush);
+		serve_flushed(dev);
+	}
+	return rc;
 }

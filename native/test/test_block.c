@@ -3,13 +3,16 @@
 #include <endian.h>
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 
 #include "harness.h"
 #include "lab.h"
+#include "mic/barrier.h"
 #include "mic/nbd.h"
 
 #define BLOCK    0x10000ull
@@ -86,6 +89,30 @@ static void rig_close(struct rig *r)
 	lab_close(&r->lab);
 }
 
+/* In place of the C library's: a disk whose flushes take as long as a test wants. */
+static uint32_t flushes, flush_gate;
+
+int fdatasync(int fd)
+{
+	struct timespec while_slow = {0, 500000};
+
+	(void)fd;
+	mic_fetch_add(&flushes, 1);
+	do
+		nanosleep(&while_slow, NULL);
+	while (mic_load_acquire(&flush_gate));
+	return 0;
+}
+
+static void *flush(void *arg)
+{
+	struct mic_blk_user *u = mic_blk_user_open(((struct rig *)arg)->drv);
+
+	CHECK_IN_THREAD(u && mic_blk_execute(u, MIC_VIRTIO_BLK_T_FLUSH, 0, 0, 0) == 0);
+	mic_blk_user_close(u);
+	return NULL;
+}
+
 /* Writes and reads back a pattern of its own in an area of its own. */
 static void *work(void *arg)
 {
@@ -109,6 +136,28 @@ static void *work(void *arg)
 	mic_blk_free(w->r->drv, addr, 4096);
 	mic_blk_user_close(u);
 	return NULL;
+}
+
+/* Others read and write while a flush takes its time. */
+TEST(requests_overtake_a_slow_flush)
+{
+	struct rig r;
+	pthread_t t[USERS];
+	struct worker w = {&r, 1};
+
+	rig_open(&r, RING, 0);
+	flush(&r); /* the first one tells that this disk is slow */
+	mic_store_release(&flush_gate, 1u);
+	for (unsigned k = 0; k < USERS; k++)
+		pthread_create(&t[k], NULL, flush, &r);
+	while (mic_load_acquire(&flushes) < 2)
+		sched_yield();
+	work(&w); /* all of its rounds, with the flush still on its way */
+	CHECK(mic_load_acquire(&flushes) == 2);
+	mic_store_release(&flush_gate, 0u);
+	for (unsigned k = 0; k < USERS; k++)
+		pthread_join(t[k], NULL);
+	rig_close(&r);
 }
 
 static void many_users(uint64_t features, unsigned spin_us)

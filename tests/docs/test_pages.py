@@ -16,7 +16,16 @@ from mic_emu.cli import cli
 
 DOCS = Path(__file__).parents[2] / "docs"
 # Pages whose console blocks are complete sessions, from nothing to nothing.
-RUN = ["tutorial", "commands", "howto-scif", "howto-cards", "howto-crash", "howto-rootless", "howto-ci", "faults"]
+RUN = [
+    "tutorial",
+    "commands",
+    "howto-scif",
+    "howto-cards",
+    "howto-crash",
+    "howto-rootless",
+    "howto-ci",
+    "faults",
+]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ blocked recv and poll, disk and TCP. MICEMU_DRILL_ROUNDS sets the length of the 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -67,13 +68,16 @@ def drill(machine: Machine, rounds: int) -> None:
     control = Control(machine)
     boot = {"cards": control.ask("config")["config"]["card"], "names": ["mic0"]}
     before: Holdings | None = None
+    noticed: list[
+        float
+    ] = []  # seconds; a machine without a free CPU may hold up one or the other, not half of them
     for n in range(rounds):
         with load(machine, where) as running:
             victim = control.card()["pids"]["os"]
             killed = time.monotonic()
             os.kill(victim, signal.SIGKILL)
             control.ask("wait", states=["crashed"], cards=["mic0"], timeout=5.0)
-            assert time.monotonic() - killed < 1.0
+            noticed.append(time.monotonic() - killed)
             assert control.card()["state"] == "shutting_down"
             ends = running.ends(20)
             assert len(ends) == 10, ends
@@ -85,9 +89,19 @@ def drill(machine: Machine, rounds: int) -> None:
             assert control.card()["state"] == "ready"
         assert control.ask("boot", **boot)["status"]["cards"][0]["state"] == "online"
         if n in (1, 20) or n % 50 == 49 or n == rounds - 1:
-            print(f"round {n + 1} at {time.strftime('%H:%M:%S')}", flush=True)
+            print(
+                f"round {n + 1} at {time.strftime('%H:%M:%S')}, noticed at the latest in {max(noticed):.3f} s",
+                flush=True,
+            )
             now = settled(machine, control, before)
             before = now if n in (1, 20) else before
+    assert sorted(noticed)[rounds // 2] < 1.0, noticed
+    reasons = [
+        json.loads(line)
+        for line in (machine.run_dir / "log.jsonl").read_text().splitlines()
+        if '"crash"' in line
+    ]
+    assert {r["why"] for r in reasons} == {"the card OS ended with signal 9"}, "not the watchdog's work"
 
 
 def settled(machine: Machine, control: Control, before: Holdings | None) -> Holdings:

@@ -112,6 +112,37 @@ def test_cosm_1_2_3_9_11_56_files_modes_and_errnos(machine: Machine, tree: Path)
         os.close(fd)
 
 
+def test_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree: Path) -> None:
+    """COSM 7: every file of the table, its mode, and the two switches of SCIF with their errnos."""
+    debug = tree / "kernel/debug"
+    files = {
+        str(p.relative_to(debug)): stat.S_IMODE(p.stat().st_mode) for p in debug.rglob("*") if p.is_file()
+    }
+    shown = {
+        "mic_cosm/mic0/log_buf",
+        "mic_cosm/mic0/force_reset",
+        "scif/scif_dev",
+        "vop1/dp",
+        "vop1/vdev_info",
+    }
+    shown |= {f"mic_host/mic0/{name}" for name in ("smpt", "post_code", "msi_irq_info")}
+    switches = {"scif/en_msg_log", "scif/p2p_enable"}
+    assert files == dict.fromkeys(shown, 0o444) | dict.fromkeys(switches, 0o666)
+    smpt = (debug / "mic_host/mic0/smpt").read_text().splitlines()
+    assert smpt[0].split("|")[0].split() == ["MIC", "0"]
+    assert len(smpt) == 1 + 2 + 32
+    assert (debug / "mic_host/mic0/msi_irq_info").read_text().startswith("irq: 0 entry: 0 MXAR[0]: ")
+    assert (debug / "scif/scif_dev").read_text().startswith("Total Nodes")
+    switch = debug / "scif/en_msg_log"
+    assert switch.read_text() == "0\n"
+    assert put(switch, b"1\n") == 0
+    assert switch.read_text() == "1\n"
+    assert [put(switch, text) for text in (b"256", b"-1", b"x", b"99999999999")] == [
+        errno.ERANGE, errno.ERANGE, errno.EINVAL, errno.ERANGE,
+    ]  # fmt: skip
+    assert put(debug / "mic_host/mic0/smpt", b"1") == errno.EACCES
+
+
 def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine, tree: Path) -> None:
     """echo and cat only; a poller on state is woken by each change and sees the last one."""
     mic = tree / "class/mic/mic0"

@@ -110,12 +110,12 @@ async def test_cosm_60_card_that_stops_in_the_middle_of_its_connection_holds_up_
         stuck = h.fab.cards[0].node
         stuck._handlers = {}  # it hears nothing any more
         ep = stuck.open()
-        ep.start_connect(CONNECT)
+        attempt = ep.start_connect(CONNECT, lambda _: None)
         await asyncio.sleep(0)
         device, _, task = await booted(h, 1)
         assert device.state is S.ONLINE
         task.cancel()
-        ep.connect_failed(errno.EINTR)
+        attempt.fail(errno.EINTR)
 
 
 async def test_cosm_54_lost_node_is_a_hang_up() -> None:

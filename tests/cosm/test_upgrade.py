@@ -21,20 +21,21 @@ from mic_emu.version import PROTOCOL, VERSION
 
 ROOT = PACKAGE.parent
 QUICK = ("--disk", "none", "--net", "none")
-# What PROTOCOL 1 means. A change of it that meets a released micemu raises PROTOCOL; in any case mend this list.
+# What PROTOCOL 1 promises. Requests may be added: an older host names what it does not know. One that goes or changes
+# its meaning, and every change of the settings, raises PROTOCOL once it meets a released micemu; then mend these lists.
 OPS = (
     "backend boot config dump events force_reset host_ns metrics pcap plug reboot reload reset resume run scif_ask "
     "shutdown status stop suspend sysfs_list sysfs_read sysfs_watch sysfs_write vop vop_add vop_remove vop_swap wait"
 )
 CARD = (
-    "autoboot cmdline device_id disk disk_size heartbeat image interrupts max_reboots memory namespaces net on_crash "
+    "autoboot cmdline device_id disk disk_size fault heartbeat image interrupts max_reboots memory namespaces net on_crash "
     "personality ramdisk read_only restart stepping"
 )
 CONFIG = "cards group host_memory timing"
 
 
 def test_protocol_number_stands_for_these_requests_and_settings() -> None:
-    """Nobody changes what commands and host agree on without raising the number."""
+    """Nobody takes away what commands and host agree on, or changes the settings, without raising the number."""
 
     class Nothing:
         rundir = config = log = cards = None
@@ -42,7 +43,9 @@ def test_protocol_number_stands_for_these_requests_and_settings() -> None:
     ops = Requests(Nothing())._requests  # type: ignore[arg-type]
     assert set(Admin(Nothing()).requests) < set(ops)  # type: ignore[arg-type]
     fields = [[f.name for f in dataclasses.fields(c)] for c in (CardConfig, Config)]
-    assert [PROTOCOL, *(" ".join(sorted(names)) for names in (ops, *fields))] == [1, OPS, CARD, CONFIG]
+    assert PROTOCOL == 1
+    assert set(OPS.split()) <= set(ops)
+    assert [" ".join(sorted(names)) for names in fields] == [CARD, CONFIG]
 
 
 @pytest.mark.system

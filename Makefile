@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
-NATIVE := $(wildcard native/src/*.c native/src/*.h native/include/*.h native/include/mic/*.h native/libscif/* native/bench/*)
+NATIVE := $(wildcard native/src/*.c native/src/*.h native/include/*.h native/include/mic/*.h native/libscif/* native/libmicvop/* native/bench/*)
 GENERATED := native/include/mic/layout_gen.h
-C_FILES := $(filter-out $(GENERATED),$(wildcard native/src/*.[ch] native/include/*.h native/include/mic/*.h native/libscif/*.[ch] native/fuzz/*.[ch] native/test/*.[ch] native/bench/*.[ch]))
+C_FILES := $(filter-out $(GENERATED),$(wildcard native/src/*.[ch] native/include/*.h native/include/mic/*.h native/libscif/*.[ch] native/libmicvop/*.[ch] native/fuzz/*.[ch] native/test/*.[ch] native/bench/*.[ch]))
 PY := mic_emu host card tests docs native/build_native.py setup.py
 
 .PHONY: build boot test help lint fmt check check-all asan tsan fuzz soak bench docs pictures clean layout

@@ -13,7 +13,8 @@ from mic_emu.host.supervisor import Backend
 from mic_emu.peers import group_of
 from mic_emu.wire import listen_unix
 
-RNG = "mic_emu.virtio.rng:Rng"
+# Devices of our own that are served as users' are.
+PYTHON = {"rng": "mic_emu.virtio.rng:Rng", "vsock": "mic_emu.virtio.vsock:Vsock"}
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -28,6 +29,9 @@ def plan(card: Card) -> list[Backend]:
             made.append(network(card))
         if card.config.disk != "none":
             made.append(block(card, "block", card.config))
+        for device in card.config.devices:
+            options = {} if device in PYTHON else {"backend": device, "folder": card.cwd}
+            made.append(extra_device(card, device if device in PYTHON else "python", options))
     except BaseException:
         for backend in made:
             for fd in backend.fds:
@@ -100,7 +104,10 @@ def python_device(card: Card, options: dict[str, Any]) -> Backend:
     name = rest.pop("name", "") or free_name(card, cls.lower())
     if name in device_names(card):
         raise UsageError(f"{card.name} has a device {name} already")
-    args = {"personality": card.config.personality, "backend": target, "folder": folder, "options": rest}
+    args = {
+        "personality": card.config.personality, "backend": target, "folder": folder, "options": rest,
+        "index": card.index, "place": str(card.dir),
+    }  # fmt: skip
     return Backend("python", name, args, [])
 
 
@@ -121,11 +128,14 @@ def free_name(card: Card, prefix: str) -> str:
 
 def extra_device(card: Card, kind: str, options: dict[str, Any]) -> Backend:
     """A device for ``micemu vop add``. Raises UsageError naming what is wrong."""
-    if kind in ("python", "rng"):
-        return python_device(card, {"backend": RNG, "name": "rng", **options} if kind == "rng" else options)
+    if kind in PYTHON:
+        return python_device(card, {"backend": PYTHON[kind], "name": kind, **options})
+    if kind == "python":
+        return python_device(card, options)
     if kind != "block":
+        known = ", ".join(["block", *PYTHON])
         raise UsageError(
-            f"cannot add a device of kind {kind!r} at run time; known kinds: block, rng, --backend MODULE:CLASS"
+            f"cannot add a device of kind {kind!r} at run time; known kinds: {known}, --backend MODULE:CLASS"
         )
     if "name" in options and options["name"] in device_names(card):
         raise UsageError(f"{card.name} has a device {options['name']} already")

@@ -31,6 +31,7 @@ PERSONALITIES = ("modern", "compat")
 ON_CRASH = ("keep", "reset", "reboot")
 RESTART = ("always", "never")
 INTERRUPTS = ("msix", "msi", "intx")
+DEVICES = ("rng", "vsock")  # served in Python, on request
 STEPPINGS = ("A0", "B0", "B1", "C0")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -77,6 +78,7 @@ class CardConfig:
     restart: str = "always"  # of a backend that died
     namespaces: bool = True
     heartbeat: bool = True
+    devices: list[str] = field(default_factory=list)  # more devices: rng, vsock, MODULE:CLASS
     fault: list[dict[str, Any]] = field(default_factory=list)  # fault filters (docs/faults.md)
 
 
@@ -176,6 +178,11 @@ def set_disk(card: CardConfig, text: str, base: Path | None = None) -> None:
 
 def check_card(card: CardConfig, name: str) -> None:
     """Raise UsageError for values that contradict each other or the machine."""
+    for device in card.devices:
+        if device not in DEVICES and not re.fullmatch(r"[\w.]+:\w+", str(device)):
+            raise UsageError(f"{name}: device {device!r}: use {', '.join(DEVICES)} or MODULE:CLASS")
+        if card.devices.count(device) > 1:
+            raise UsageError(f"{name}: device {device!r} is there twice")
     if card.memory < MIN_MEMORY or card.memory % (1 << 20):
         raise UsageError(f"{name}: memory {format_size(card.memory)}: use whole MiB, at least 64M")
     if not 0x2250 <= card.device_id <= 0x225E:

@@ -242,6 +242,9 @@ CONSTANTS: dict[str, int] = {
     "VRING_ENTRIES": 128,
     "MAX_VRING_ENTRIES": 128,
     "MAX_DESC_BLK": 256,
+    "VIRTIO_ADD_DEVICE": 0xC0087301,  # ioctls of the character device (VOP-5)
+    "VIRTIO_COPY_DESC": 0xC0087302,
+    "VIRTIO_CONFIG_CHANGE": 0xC0087305,
     "PARAM_DEV_REMOVE": 1,
     "PARAM_CONFIG_CHANGED": 2,
     # virtio (VOP 9.1)
@@ -249,6 +252,7 @@ CONSTANTS: dict[str, int] = {
     "VIRTIO_ID_BLOCK": 2,
     "VIRTIO_ID_CONSOLE": 3,
     "VIRTIO_ID_RNG": 4,
+    "VIRTIO_ID_VSOCK": 19,
     "VIRTIO_ACKNOWLEDGE": 1,
     "VIRTIO_DRIVER": 2,
     "VIRTIO_DRIVER_OK": 4,
@@ -300,6 +304,20 @@ CONSTANTS: dict[str, int] = {
     # virtio-console (VOP 9.3)
     "VIRTIO_CONSOLE_F_SIZE": 0,
     "VIRTIO_CONSOLE_F_MULTIPORT": 1,
+    # virtio-vsock (virtio 1.2, 5.10)
+    "VIRTIO_VSOCK_TYPE_STREAM": 1,
+    "VIRTIO_VSOCK_OP_REQUEST": 1,
+    "VIRTIO_VSOCK_OP_RESPONSE": 2,
+    "VIRTIO_VSOCK_OP_RST": 3,
+    "VIRTIO_VSOCK_OP_SHUTDOWN": 4,
+    "VIRTIO_VSOCK_OP_RW": 5,
+    "VIRTIO_VSOCK_OP_CREDIT_UPDATE": 6,
+    "VIRTIO_VSOCK_OP_CREDIT_REQUEST": 7,
+    "VIRTIO_VSOCK_SHUTDOWN_RCV": 1,  # the sender will receive no more
+    "VIRTIO_VSOCK_SHUTDOWN_SEND": 2,  # the sender will send no more
+    "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET": 0,
+    "VSOCK_CID_HOST": 2,
+    "VSOCK_CID_CARD": 3,  # of mic0; micN has this + N
     # SCIF (SCIF 3)
     "SCIF_QP_MAGIC": 0x5C1F000000005C1F,
     "SCIF_NODE_RING": 0x10000,
@@ -569,6 +587,24 @@ BLK_RANGE = Struct(
     "VOP 9.4",
     (Field("sector", 0, "Q"), Field("num_sectors", 8, "I"), Field("flags", 12, "I")),
 )
+VSOCK_HDR = Struct(
+    "virtio_vsock_hdr",
+    44,
+    "virtio 1.2, 5.10.6",
+    (
+        Field("src_cid", 0, "Q"),
+        Field("dst_cid", 8, "Q"),
+        Field("src_port", 16, "I"),
+        Field("dst_port", 20, "I"),
+        Field("len", 24, "I", "bytes of payload behind the header"),
+        Field("type", 28, "H"),
+        Field("op", 30, "H"),
+        Field("flags", 32, "I", "of SHUTDOWN"),
+        Field("buf_alloc", 36, "I", "the sender's receive buffer for this connection, bytes"),
+        Field("fwd_cnt", 40, "I", "bytes that left it so far, modulo 2**32"),
+    ),
+    packed=True,
+)
 SCIF_MSG = Struct(
     "scif_msg",
     44,
@@ -641,7 +677,7 @@ FAULT_LATE = Struct(
 
 STRUCTS: tuple[Struct, ...] = (
     BOOTPARAM, DEVICE_DESC, VQCONFIG, DEVICE_CTRL, VRING_INFO, VRING_DESC, VRING_USED_ELEM, COPY_DESC,
-    DMA_DESC, NET_HDR, NET_CONFIG, CONSOLE_CONFIG, BLK_CONFIG, BLK_REQ, BLK_RANGE, SCIF_MSG, SCIF_QP, COSM_MSG,
+    DMA_DESC, NET_HDR, NET_CONFIG, CONSOLE_CONFIG, BLK_CONFIG, BLK_REQ, BLK_RANGE, VSOCK_HDR, SCIF_MSG, SCIF_QP, COSM_MSG,
     FAULT_FILTER, FAULT_LATE,
 )  # fmt: skip
 
@@ -720,6 +756,9 @@ def c_header() -> str:
         "#include <stdint.h>",
         "",
         "/* clang-format off */",
+        "#if defined(__cplusplus) && !defined(_Static_assert)",
+        "#define _Static_assert static_assert /* mic_vop.h is for C++ programs, too */",
+        "#endif",
     ]
     for name, value in CONSTANTS.items():
         suffix = "ull" if value > 0xFFFFFFFF else "u"

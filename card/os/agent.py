@@ -9,6 +9,8 @@ from typing import Any
 
 from mic_emu.card.os.disk import BlockDriver
 from mic_emu.card.os.drivers import Environment, NetworkDriver
+from mic_emu.card.os.pydriver import add_driver
+from mic_emu.vop.loading import LoadError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
 REQUEST_LIMIT_S = 10.0
@@ -32,7 +34,7 @@ class Agent:
 
     async def _serve(self, channel: AsyncChannel) -> None:
         msg, _ = await channel.recv(REQUEST_LIMIT_S, "a request to the card OS")
-        requests = {"ping": self._ping, "bench": self._bench}
+        requests = {"ping": self._ping, "bench": self._bench, "driver": self._driver}
         try:
             handler = requests.get(msg.get("op", ""))
             if handler is None:
@@ -40,6 +42,13 @@ class Agent:
             await channel.send({"done": True, **await handler(msg)})
         except OSError as e:
             await channel.send({"error": e.strerror or str(e), "errno": e.errno})
+
+    async def _driver(self, msg: dict[str, Any]) -> dict[str, Any]:
+        try:  # in a thread: importing runs the user's code
+            kind = await asyncio.to_thread(add_driver, msg["driver"], msg["folder"], self._env)
+        except LoadError as e:
+            raise OSError(errno.EINVAL, str(e)) from e
+        return {"device_type": kind}
 
     async def _ping(self, msg: dict[str, Any]) -> dict[str, Any]:
         for driver in self._env.drivers:

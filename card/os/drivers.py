@@ -19,7 +19,7 @@ from mic_emu import netif
 from mic_emu._native import ffi
 from mic_emu.bar import Bus
 from mic_emu.card.os.userland import Userland
-from mic_emu.card.os.vop import VirtioDevice
+from mic_emu.card.os.vop import VirtioDevice, VirtioDriver
 from mic_emu.log import Log
 from mic_emu.virtio import console, net
 
@@ -47,6 +47,7 @@ class Environment:
     log: Log
     names: set[str] = field(default_factory=set)
     drivers: list[LoopDriver] = field(default_factory=list)  # those that run now
+    registry: dict[int, Callable[[], VirtioDriver]] = field(default_factory=dict)  # by device type
 
     def free_name(self, prefix: str) -> str:
         """The first free of vda, vdb, ... Raises OSError ENOSPC."""

@@ -102,9 +102,10 @@ class Kernel:
         scif = ScifService(self.node, listen_at(Path(self.boot["dir"]) / "scif.sock"))
         scif.start()
         environment = Environment(self.boot, self.params, self.bus, userland, self.log)
+        environment.registry |= drivers(environment)
         vop = VopCard(
             self.bus, self.driver.page, self.memory, self.driver.interrupts, self.clock, self.log,
-            drivers(environment),
+            environment.registry,
         )  # fmt: skip
         self.driver.dma.attach(loop)
         link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts)

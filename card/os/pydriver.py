@@ -1,22 +1,26 @@
-"""Runs a user's ``mic_emu.vop.driver.Driver``, and the one that comes with the card: virtio-rng."""
+"""Runs a user's ``mic_emu.vop.driver.Driver``, and those that come with the card: virtio-rng, virtio-vsock."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import select
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mic_emu import layout as L
 from mic_emu.card.os.drivers import RING, Environment, LoopDriver
 from mic_emu.card.os.vop import VirtioDevice
+from mic_emu.card.os.vsock import VsockDriver
 from mic_emu.log import Log
 from mic_emu.vop.driver import Device, DeviceBroken, Driver, Stopped
 from mic_emu.vop.loading import LoadError, load_class
 
 C = L.CONSTANTS
+_loaded: set[str] = set()  # modules that may be loaded again
 
 
 class PythonDriver(LoopDriver):
@@ -38,8 +42,7 @@ class PythonDriver(LoopDriver):
             dev.read_config,
             lambda text: dev.log.info(str(text)),
         )
-        size = self.kind.buffers * self.kind.buffer_size
-        self._driver = self.kind(device, [dev.alloc(size) for _ in range(self.rings)])
+        self._driver = self.kind(device, [dev.alloc(count * size) for count, size in self.kind.shapes()])
 
     def loop(self) -> int:
         assert self._driver
@@ -96,13 +99,26 @@ class HwRng(Driver):
         (self.device.folder / "hwrng").unlink(missing_ok=True)
 
 
+def add_driver(name: str, folder: str, env: Environment) -> int:
+    """Load MODULE:CLASS into a running card, afresh if it was loaded before; its device type. Raises LoadError."""
+    module = name.partition(":")[0]
+    if module in _loaded:
+        sys.modules.pop(module, None)
+    importlib.invalidate_caches()  # the file may be younger than the last look into its folder
+    kind: type[Driver] = load_class(name, Driver, folder)
+    _loaded.add(module)
+    env.registry[kind.device_type] = functools.partial(PythonDriver, kind, env)
+    return kind.device_type
+
+
 def user_drivers(params: dict[str, str], log: Log) -> dict[int, Callable[[Environment], PythonDriver]]:
     """Drivers by device type: ours, then those of ``micemu.drivers=MODULE:CLASS,...``, looked for in the
     caller's working directory, too. One that cannot be loaded is logged."""
-    kinds: list[type[Driver]] = [HwRng]
+    kinds: list[type[Driver]] = [HwRng, VsockDriver]
     for name in filter(None, params.get("micemu.drivers", "").split(",")):
         try:
             kinds.append(load_class(name, Driver, params.get("micemu.cwd", "")))
+            _loaded.add(name.partition(":")[0])
         except LoadError as e:
             log.error(f"micemu.drivers: {e}")
     return {kind.device_type: functools.partial(PythonDriver, kind) for kind in kinds}

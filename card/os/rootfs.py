@@ -51,12 +51,14 @@ class RootConfig:
     ramdisk:  cpio archive, or empty
     hosts:    names for /etc/hosts and their addresses
     expose:   folders of the host in /tmp or /run that programs shall see nevertheless, read-only
+    shared:   folders below those that programs may write to, by their short names on the card
     """
 
     hostname: str
     ramdisk: bytes | memoryview = b""
     hosts: Mapping[str, str] = field(default_factory=dict)
     expose: Sequence[str] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 class CardRoot:
@@ -319,6 +321,9 @@ class _Builder:
                 os.makedirs(CARD + path)
                 mount(HOST + path, CARD + path, None, _BIND)
                 read_only(CARD + path)
+        for name, path in self.config.shared.items():
+            mount(HOST + path, CARD + path, None, lib.MIC_MS_BIND)
+            os.symlink(path, CARD + name)
 
 
 def _names(folder: str) -> list[str]:

@@ -12,10 +12,12 @@ from typing import Any
 from mic_emu.bar import Bus
 from mic_emu.card.os import bootstrap, init
 from mic_emu.card.os.rootfs import RootConfig, make_root
+from mic_emu.card.os.vsock import prepare_folder
 from mic_emu.cosm.states import Status
 from mic_emu.log import Log
 from mic_emu.peers import group_of
 from mic_emu.virtio import net
+from mic_emu.virtio.vsock import SOCKET
 from mic_emu.wire import listen_unix
 
 SHUTDOWN_GRACE_S = 2.0
@@ -41,7 +43,9 @@ class Userland:
         """Fork init; call before any thread or event loop exists."""
         path = str(Path(boot["dir"]) / "run.sock")
         listener = listen_unix(path)
+        vsock = prepare_folder(Path(boot["dir"]))
         env = {
+            "MICEMU_VSOCK": str(vsock / SOCKET),
             "MICEMU_NODE": str(boot["index"] + 1),
             "MICEMU_CARD": boot["name"],
             "MICEMU_SCIF_SOCKET": str(Path(boot["dir"]) / "scif.sock"),
@@ -56,6 +60,7 @@ class Userland:
             ramdisk=archive,
             hosts={name: address.split("/")[0] for name, address in names.items()},
             expose=[boot["dir"], *bootstrap.installed],
+            shared={"/run/vsock": str(vsock)},
         )
         process = init.start(config, listener, lambda: make_root(boot["contained"], root))
         return cls(process, listener, path, log)

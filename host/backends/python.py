@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mic_emu.virtio.rng  # noqa: F401  named by a string only: loaded before an upgrade takes its file away
 from mic_emu import layout as L
 from mic_emu.host.backends.common import BackendProcess, OpenFailed, serve
-from mic_emu.vop.backend import Backend, DeviceLoop
+from mic_emu.vop.backend import Backend, DeviceLoop, Place
 from mic_emu.vop.loading import LoadError, load_class
 
 C = L.CONSTANTS
@@ -26,6 +27,8 @@ class PythonDevice(BackendProcess):
         try:
             made: type[Backend] = load_class(self.args["backend"], Backend, self.args.get("folder", ""))
             self.backend = made(**self.args.get("options", {}))
+            self.backend.place = Place(self.args["card"], self.args["index"], Path(self.args["place"]))
+            self.backend.open()
         except (LoadError, TypeError, ValueError, OSError) as e:
             raise OpenFailed(str(e)) from e
         self.backend.announce = self._announce

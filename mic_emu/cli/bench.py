@@ -14,7 +14,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError
 
-PARTS = ("boot", "block", "net", "dma", "scif")
+PARTS = ("boot", "block", "net", "dma", "scif", "vsock")
 
 
 def run(part: str, scale: float) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def available() -> list[str]:
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Also write the JSON here.")
 @client.json_option
 def command(parts: tuple[str, ...], scale: float, output: Path | None, as_json: bool) -> None:
-    """Measure speed beside a limit of this machine, in one run: boot, block, net, dma, scif.
+    """Measure speed beside a limit of this machine, in one run: boot, block, net, dma, scif, vsock.
 
     Each row has our figure, the limit measured in the same run, and their ratio. Uses instances of its own.
 

@@ -74,6 +74,13 @@ def show_progress(msg: client.Message) -> None:
 )
 @click.option("--cmdline", metavar="TEXT", help="Appended to the card's kernel command line.")
 @click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="KIND",
+    help="One more device: rng, vsock or MODULE:CLASS (may be repeated).",
+)
+@click.option(
     "--timing", type=click.Choice(["fast", "x100"]), help="Emulated times: fast (default) or the real ones."
 )
 @click.option(
@@ -83,7 +90,7 @@ def show_progress(msg: client.Message) -> None:
 def command(
     cards: tuple[str, ...], count: int | None, memory: str | None, disk: str | None, disk_size: str | None,
     net: str | None, image: str | None, ramdisk: str | None, cmdline: str | None, timing: str | None,
-    config_path: Path | None, as_json: bool,
+    config_path: Path | None, devices: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Boot cards by the real protocol and wait until they are online.
 
@@ -94,6 +101,7 @@ def command(
       micemu boot
       micemu boot -n 4 --disk '/tmp/{card}.img'
       micemu boot --disk root.img:ro --net none
+      micemu boot --device vsock --device rng
       micemu boot mic1 --config lab.toml
     """
     if count is not None and not 1 <= count <= MAX_CARDS:
@@ -112,6 +120,8 @@ def command(
     names = names or [f"mic{i}" for i in range(count or len(config.cards))]
     for name in names:
         card = config.cards[card_index(name)]
+        if devices:
+            card.devices = list(devices)
         override(card, name, len(names), memory, disk, disk_size, net, image, ramdisk, cmdline)
     request: dict[str, Any] = {
         "cards": [dataclasses.asdict(c) for c in config.cards],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def toml(plain: dict[str, Any]) -> str:
             return f'"{configuration.format_size(v)}"'
         if isinstance(v, bool):
             return str(v).lower()
+        if isinstance(v, list):
+            return json.dumps(v)
         return f"{v:#x}" if key == "device_id" else str(v) if isinstance(v, (int, float)) else f'"{v}"'
 
     lines = [f"{k} = {value(k, v)}" for k, v in plain.items() if k != "card"]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import mic_emu
 from mic_emu.cli import client
 from mic_emu.cli.bench import line
+from mic_emu.cli.flags import compiler_flags
 from mic_emu.errors import MicemuError
 
 if TYPE_CHECKING:
@@ -39,14 +39,6 @@ def _tables(node: str) -> dict[str, Any]:
         raise MicemuError(f"the SCIF node of {node} does not answer: {e.strerror or e}", e.errno or 0) from e
 
 
-def _package_folder(name: str) -> Path:
-    """``include`` or ``lib`` of the installed package. Raises MicemuError when it was not built."""
-    path = Path(mic_emu.__file__).resolve().parent / name
-    if not path.is_dir():
-        raise MicemuError(f"{path} is missing: build the package (make build)")
-    return path
-
-
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--cflags", is_flag=True, help="Compiler flags for programs that include <scif.h>.")
 @click.option("--libs", is_flag=True, help="Linker flags for libscif; the program finds it where it is now.")
@@ -61,12 +53,7 @@ def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
       micemu scif cat -l 3000                 on one node, and on another
       echo hello | micemu scif cat 0 3000
     """
-    words = []
-    if cflags:
-        words.append(f"-I{_package_folder('include')}")
-    if libs:
-        folder = _package_folder("lib")
-        words += [f"-L{folder}", "-lscif", f"-Wl,-rpath,{folder}"]
+    words = compiler_flags("scif", cflags, libs)
     if words:
         click.echo(" ".join(words))
     elif ctx.invoked_subcommand is None:

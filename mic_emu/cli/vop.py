@@ -8,12 +8,29 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.errors import UsageError
+from mic_emu.cli.flags import compiler_flags
+from mic_emu.errors import MicemuError, NoSuchCard, UsageError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def command() -> None:
-    """List, add and remove virtio devices while cards run."""
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--cflags", is_flag=True, help="Compiler flags for programs that include <mic_vop.h>.")
+@click.option(
+    "--libs", is_flag=True, help="Linker flags for libmicvop; the program finds it where it is now."
+)
+@click.pass_context
+def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
+    """List, add and remove virtio devices while cards run; flags for backends in C.
+
+    \b
+    Examples:
+      micemu vop list
+      cc upper.c $(micemu vop --cflags --libs) -o upper
+    """
+    words = compiler_flags("micvop", cflags, libs)
+    if words:
+        click.echo(" ".join(words))
+    elif ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @command.command("list")
@@ -54,16 +71,23 @@ def key_values(options: tuple[str, ...]) -> dict[str, Any]:
 @click.option(
     "--backend", metavar="MODULE:CLASS", help="Your own device: a subclass of mic_emu.vop.backend.Backend."
 )
+@click.option("--driver", metavar="MODULE:CLASS", help="Your driver for it: the card OS loads it first.")
 @client.json_option
-def add(card: str, words: tuple[str, ...], backend: str | None, as_json: bool) -> None:
+def add(
+    card: str, words: tuple[str, ...], backend: str | None, driver: str | None, as_json: bool
+) -> None:  # fmt: skip
     """Add a device to a running card and wait until the card drives it.
+
+    Your modules are looked for in the Python path and in this directory.
 
     \b
     Examples:
       micemu vop add mic0 block path=/tmp/second.img size=16M
       micemu vop add mic0 block path=/tmp/tools.img read_only=true
       micemu vop add mic0 rng
+      micemu vop add mic0 vsock
       micemu vop add mic0 --backend echo:Echo name=echo
+      micemu vop add mic0 --backend echo:Echo --driver echo_driver:EchoDriver
     """
     parsed: dict[str, Any] = {}
     if backend:
@@ -72,13 +96,41 @@ def add(card: str, words: tuple[str, ...], backend: str | None, as_json: bool) -
     elif words and "=" not in words[0]:
         kind, options = words[0], words[1:]
     else:
-        raise UsageError("name the kind of device (block, rng), or --backend MODULE:CLASS")
+        raise UsageError("name the kind of device (block, rng, vsock), or --backend MODULE:CLASS")
     parsed.update(key_values(options))
+    if driver:
+        load_driver(card, driver)
     name = client.ask("vop_add", card=card, kind=kind, options=parsed)["device"]
     if as_json:
         client.emit({"device": name})
     else:
         click.echo(f"{card}: {name} is up")
+
+
+def load_driver(card: str, driver: str) -> None:
+    """Have the card OS load a driver; it serves devices that come from now on."""
+    rows = {row["name"]: row for row in client.ask("status")["status"]["cards"]}
+    if card not in rows:
+        raise NoSuchCard(f"there is no card {card}; cards: {', '.join(rows) or 'none is plugged in'}")
+    answer = client.ask_card(rows[card], "driver", driver=driver, folder=os.getcwd())
+    if "error" in answer:
+        raise MicemuError(f"{card}: {answer['error']}", answer["errno"] or 0)
+
+
+@command.command("driver")
+@client.card_argument
+@click.argument("driver", metavar="MODULE:CLASS")
+def load(card: str, driver: str) -> None:
+    """Load your own driver into a running card: a subclass of mic_emu.vop.Driver.
+
+    It serves devices of its type that are added from now on (of a backend in C, for example), until the
+    card goes down. Loading it again takes the module's present text.
+
+    \b
+    Example:
+      micemu vop driver mic0 echo_driver:EchoDriver
+    """
+    load_driver(card, driver)
 
 
 @command.command("remove")

@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mic_emu import layout as L
 from mic_emu._native import ffi, lib
 from mic_emu.bar import drain, eventfd
 from mic_emu.memory import page_align
 from mic_emu.testing.rings import DRIVER_OK, NEEDS_RESET, FakeDevice, FakeDriver, Rig
-from mic_emu.vop.backend import Backend, DeviceLoop
+from mic_emu.vop.backend import Backend, DeviceLoop, Place
 from mic_emu.vop.bottom_half import BottomHalf, DeviceSlot
 from mic_emu.vop.device_page import SlotShape
 
@@ -44,13 +45,16 @@ class Request:
 class BackendRig:
     """Runs ``backend`` in a thread as its process would, hand-shakes included; this object is the card's driver.
 
-    ``accept``: bits that the driver takes of what the backend offers. Context manager; an exception of the
+    ``accept``: bits that the driver takes of what the backend offers. ``folder``: the card's run directory, for a
+    backend that has sockets there. Context manager; an exception of the
     backend, and memory that it had no right to touch, are raised at its end. ``rig`` and ``driver`` are the
     parts of ``mic_emu.testing.rings``, for tests that break the rules.
     """
 
-    def __init__(self, backend: Backend, *, accept: int = ~0) -> None:
+    def __init__(self, backend: Backend, folder: str | Path = "", *, accept: int = ~0) -> None:
         self.backend = backend
+        backend.place = Place(folder=Path(folder))
+        backend.open()
         self.rig = Rig(
             backend.num, num_vq=backend.num_vq, features=backend.features & accept,
             device_type=backend.device_type or 42, config=backend.config,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mic_emu import layout as L
@@ -28,7 +30,7 @@ MAX_SEGMENTS = 256
 BATCH = 64  # chains until control requests get a turn
 MAX_WATCHED = 5
 
-__all__ = ["RING_FEATURES", "Backend", "Chain", "ChainDone", "DeviceLoop"]
+__all__ = ["RING_FEATURES", "Backend", "Chain", "ChainDone", "DeviceLoop", "Place"]
 
 
 class ChainDone(Exception):
@@ -114,6 +116,15 @@ class Chain:
         self.readable, self.writable = [], []
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a backend serves."""
+
+    card: str = "mic0"
+    index: int = 0  # of the card
+    folder: Path = Path()  # the card's run directory, for sockets; gone with the card
+
+
 class Backend(ABC):
     """Subclass this. Class attributes give the device's shape; ``process`` is its work.
 
@@ -127,10 +138,14 @@ class Backend(ABC):
     num: int = C["VRING_ENTRIES"]
     features: int = RING_FEATURES
     config: bytes = b""
+    place: Place = Place()
 
     def __init__(self, **options: str) -> None:
         if options:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(options))}")
+
+    def open(self) -> None:
+        """``place`` is known; ``features`` and ``config`` are read after this. OSError: the device is refused."""
 
     @abstractmethod
     def process(self, chain: Chain) -> int | None:
@@ -149,6 +164,13 @@ class Backend(ABC):
 
     def readable(self, fd: int) -> None:
         """One of ``watch`` is readable."""
+
+    def timeout(self) -> float | None:
+        """Seconds until ``expired`` is to be called; asked before each sleep."""
+        return None
+
+    def expired(self) -> None:
+        """The time that ``timeout`` gave is over (or nearly)."""
 
     def stats(self) -> dict[str, Any]:
         """Counters of your own for ``micemu``'s status output."""
@@ -188,7 +210,7 @@ class DeviceLoop:
             busy = self.pump()
             if not busy:  # every ring must ask for kicks, so no short cut
                 busy = sum(bool(lib.mic_vq_enable_kick(vq)) for vq in self._vq) > 0
-            why = self._look(0 if busy else -1)
+            why = self._look(0.0 if busy else self.backend.timeout())
             if why:
                 return why
 
@@ -234,7 +256,8 @@ class DeviceLoop:
         while self._dirty:
             lib.mic_vdev_complete(self._vdev, self._vq[self._dirty.pop()])
 
-    def _look(self, timeout_ms: int) -> int:
+    def _look(self, timeout_s: float | None) -> int:
+        timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000) + (timeout_s > 0)
         extra = list(self.backend.watch())[:MAX_WATCHED]
         fds = ffi.new("int[]", extra or [-1])
         mask = lib.mic_vdev_sleep(self._vdev, fds, len(extra), timeout_ms)
@@ -243,6 +266,8 @@ class DeviceLoop:
         for i, fd in enumerate(extra):
             if mask >> (2 + i) & 1:
                 self.backend.readable(fd)
+        if mask == 0 and timeout_s:
+            self.backend.expired()
         self.flush()
         return int(lib.MIC_RUN_CONTROL) if mask & 2 else 0
 

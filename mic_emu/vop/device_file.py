@@ -28,7 +28,9 @@ from mic_emu.wire import Channel, PeerClosed, WireError, connect_unix
 
 C = L.CONSTANTS
 DESC, CTRL, VQ, COPY = L.DEVICE_DESC, L.DEVICE_CTRL, L.VQCONFIG, L.COPY_DESC
-ADD_DEVICE, COPY_DESC, CONFIG_CHANGE = 0xC0087301, 0xC0087302, 0xC0087305  # VOP-5
+ADD_DEVICE, COPY_DESC, CONFIG_CHANGE = (
+    C[f"VIRTIO_{n}"] for n in ("ADD_DEVICE", "COPY_DESC", "CONFIG_CHANGE")
+)
 REPLY_LIMIT_S = 30.0  # the host's own limits are shorter
 DMA_TIMEOUT_MS = 5000
 

@@ -39,12 +39,18 @@ class DeviceBroken(OSError):
 
 @dataclass
 class Request:
-    """One chain on its way; ``data`` is the answer once ``done``."""
+    """One chain on its way; ``data`` is the answer once ``done``.
+
+    ``memory`` is the whole buffer: for drivers that fill it in place (``Queue.reserve``), valid as long as
+    the request is theirs.
+    """
 
     slot: int
-    length: int  # bytes sent
+    memory: memoryview
+    length: int = 0  # bytes sent
     done: bool = False
     data: bytes = b""
+    written: int = 0  # bytes that the device wrote
 
 
 @dataclass
@@ -66,32 +72,72 @@ class Queue:
         self._device = device
         self._dq = ffi.addressof(device.vdrv.dq, index)
         self._area, self._size = area, size
+        memory = memoryview(device.bus.gddr.buffer)[area : area + count * size].cast("B")
+        self._memory = [memory[i * size : (i + 1) * size] for i in range(count)]
         self._free = deque(range(count))
         self._flying: dict[int, Request] = {}
         self._token = ffi.new("uint64_t *")
         self._len = ffi.new("uint32_t *")
+
+    # --- a request and its answer ---
 
     def submit(self, data: bytes = b"", room: int = 0) -> Request:
         """Send ``data`` with ``room`` bytes for the answer. Raises OSError: ENOSPC every buffer is in use, EMSGSIZE."""
         start = (len(data) + ALIGN - 1) // ALIGN * ALIGN
         if start + room > self._size or not (data or room):
             raise OSError(errno.EMSGSIZE, f"{len(data)} + {room} bytes do not fit a buffer of {self._size}")
-        if not self._free:
+        request = self.reserve()
+        if request is None:
             raise OSError(errno.ENOSPC, "every buffer of the queue is in use")
-        slot = self._free.popleft()
-        at = self._area + slot * self._size
-        self._device.bus.gddr.write(at, data)
-        segments = [s for s in ((at, len(data)), (at + start, room)) if s[1]]
-        rc = lib.mic_dq_add(self._dq, ffi.new("struct mic_seg[]", segments), bool(data), bool(room), slot)
-        if rc < 0:
-            self._free.append(slot)
-            raise DeviceBroken(-rc, "the ring takes no request")
-        request = self._flying[slot] = Request(slot, start)
-        lib.mic_vdrv_kick(self._device.vdrv, self._dq)
+        request.memory[: len(data)] = data
+        request.length = start
+        try:
+            self.post(request, [(0, len(data))] if data else [], [(start, room)] if room else [])
+        except OSError:
+            self.release(request)
+            raise
+        self.kick()
         return request
 
     def collect(self) -> list[Request]:
         """What has been answered since the last call. Raises DeviceBroken."""
+        done = self.completed()
+        for request in done:
+            request.data = bytes(request.memory[request.length : request.length + request.written])
+            self.release(request)
+        return done
+
+    # --- the same in place, without copies ---
+
+    def reserve(self) -> Request | None:
+        """A free buffer, yours until ``post`` or ``release``; None: every one is in use."""
+        if not self._free:
+            return None
+        slot = self._free.popleft()
+        return Request(slot, self._memory[slot])
+
+    def post(
+        self, request: Request, readable: Sequence[tuple[int, int]], writable: Sequence[tuple[int, int]]
+    ) -> None:
+        """Make parts (offset, length) of its buffer available as one chain; ``kick`` afterwards.
+
+        Raises DeviceBroken; the buffer is yours still.
+        """
+        base = self._area + request.slot * self._size
+        segments = [(base + at, length) for at, length in (*readable, *writable)]
+        segs = ffi.new("struct mic_seg[]", segments)
+        rc = lib.mic_dq_add(self._dq, segs, len(readable), len(writable), request.slot)
+        if rc < 0:
+            raise DeviceBroken(-rc, "the ring takes no request")
+        request.done = False
+        self._flying[request.slot] = request
+
+    def kick(self) -> None:
+        """Tell the device of what was posted, if it wants that."""
+        lib.mic_vdrv_kick(self._device.vdrv, self._dq)
+
+    def completed(self) -> list[Request]:
+        """What came back since the last call; the buffers are yours. Raises DeviceBroken."""
         done: list[Request] = []
         while True:
             rc = lib.mic_dq_get(self._dq, self._token, self._len)
@@ -100,11 +146,13 @@ class Queue:
             if rc == 0:
                 return done
             request = self._flying.pop(int(self._token[0]))
-            at = self._area + request.slot * self._size + request.length
-            request.data = self._device.bus.gddr.read(at, min(self._len[0], self._size - request.length))
+            request.written = int(self._len[0])
             request.done = True
-            self._free.append(request.slot)
             done.append(request)
+
+    def release(self, request: Request) -> None:
+        """The buffer is free again."""
+        self._free.append(request.slot)
 
     def pending(self) -> bool:
         """Ask for an interrupt; True when something was answered meanwhile."""
@@ -127,8 +175,14 @@ class Driver(ABC):
 
     def __post_init__(self) -> None:
         self.queues = [
-            Queue(self.device, i, area, self.buffers, self.buffer_size) for i, area in enumerate(self.areas)
+            Queue(self.device, i, area, *shape)
+            for i, (area, shape) in enumerate(zip(self.areas, self.shapes(), strict=True))
         ]
+
+    @classmethod
+    def shapes(cls) -> list[tuple[int, int]]:
+        """(buffers, bytes of each) of every ring, where they differ."""
+        return [(cls.buffers, cls.buffer_size)] * cls.rings
 
     @abstractmethod
     def run(self) -> None:
@@ -145,7 +199,7 @@ class Driver(ABC):
 
         Returns the readable ones. Raises Stopped.
         """
-        timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000)
+        timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000) + (timeout_s > 0)
         if sum(q.pending() for q in self.queues):  # every ring must ask for interrupts, so no short cut
             timeout_ms = 0
         mask = lib.mic_vdrv_sleep(self.device.vdrv, ffi.new("int[]", fds or [-1]), len(fds), timeout_ms)

@@ -25,7 +25,10 @@ RUN = [
     "howto-rootless",
     "howto-ci",
     "faults",
+    "backend",
+    "vsock",
 ]
+PEERS = {"vsock": "socat"}
 
 
 @pytest.fixture
@@ -41,7 +44,9 @@ def shell() -> Iterator[Shell]:
 
 @pytest.mark.system
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.peer(PEERS[n])) if n in PEERS else n for n in RUN]
+)
 def test_page_runs(name: str, shell: Shell):
     for step in steps((DOCS / f"{name}.md").read_text()):
         if isinstance(step, File):
@@ -82,6 +87,12 @@ def test_every_command_has_an_example_that_runs(command: str):
     assert any(re.search(rf"\bmicemu\s+(--\w+ \S+ )?{words}\b", line) for line in typed), (
         f"no example of micemu{command}"
     )
+
+
+def test_backend_with_its_test_takes_fewer_than_fifty_lines():
+    files = [step for step in steps((DOCS / "backend.md").read_text()) if isinstance(step, File)]
+    assert [f.name for f in files[:2]] == ["echo.py", "test_echo.py"]
+    assert sum(f.content.count("\n") for f in files[:2]) < 50
 
 
 def test_promises_are_compared():

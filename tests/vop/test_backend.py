@@ -1,10 +1,8 @@
-"""Own backends in Python: chains, configuration, hostile drivers, and the page in docs/ literally."""
+"""Own backends in Python: chains, configuration, hostile drivers."""
 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,6 @@ from mic_emu.testing.rings import NEXT
 from mic_emu.virtio.rng import Rng
 from mic_emu.vop.backend import Backend, Chain, ChainDone
 from mic_emu.vop.loading import LoadError, load_class
-
-DOCS = Path(__file__).parents[2] / "docs" / "backend.md"
 
 
 class Upper(Backend):
@@ -198,31 +194,6 @@ def test_vop_rng_stream_on_the_card(machine: Machine) -> None:
     machine.micemu("vop", "remove", "mic0", "rng")
     assert not fifo.exists()
     assert machine.card()["state"] == "online"
-
-
-@pytest.mark.system
-def test_vop_docs_backend_page_works_literally(machine: Machine, tmp_path: Path) -> None:
-    """docs/backend.md: its files, its test and its commands, as written, give what it promises."""
-    text = DOCS.read_text()
-    for name, code in zip(
-        re.findall(r"`(\w+\.py)`, ", text), re.findall(r"```python\n(.*?)```", text, re.S), strict=True
-    ):
-        (tmp_path / name).write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
-    commands = [line[2:] for line in re.findall(r"^\$ micemu .*$", text, re.M)]
-    assert len(commands) == 4
-    boot, add, log, remove = (c.split() for c in commands)
-    machine.micemu(*boot[1:], "--disk", "none", cwd=tmp_path)
-    assert machine.micemu(*add[1:], cwd=tmp_path).stdout == "mic0: echo is up\n"
-    assert log[:2] == ["micemu", "log"]
-    eventually(
-        lambda: "the echo is hello" in machine.micemu("log").stdout, 10, "the driver's line in the log"
-    )
-    machine.micemu(*remove[1:])
 
 
 @pytest.mark.system

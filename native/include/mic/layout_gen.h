@@ -5,6 +5,9 @@
 #include <stdint.h>
 
 /* clang-format off */
+#if defined(__cplusplus) && !defined(_Static_assert)
+#define _Static_assert static_assert /* mic_vop.h is for C++ programs, too */
+#endif
 #define MIC_MMIO_SIZE 0x20000u
 #define MIC_CONFIG_SIZE 0x1000u
 #define MIC_DOORBELL_COUNTS 0x1000u
@@ -118,12 +121,16 @@
 #define MIC_VRING_ENTRIES 0x80u
 #define MIC_MAX_VRING_ENTRIES 0x80u
 #define MIC_MAX_DESC_BLK 0x100u
+#define MIC_VIRTIO_ADD_DEVICE 0xc0087301u
+#define MIC_VIRTIO_COPY_DESC 0xc0087302u
+#define MIC_VIRTIO_CONFIG_CHANGE 0xc0087305u
 #define MIC_PARAM_DEV_REMOVE 0x1u
 #define MIC_PARAM_CONFIG_CHANGED 0x2u
 #define MIC_VIRTIO_ID_NET 0x1u
 #define MIC_VIRTIO_ID_BLOCK 0x2u
 #define MIC_VIRTIO_ID_CONSOLE 0x3u
 #define MIC_VIRTIO_ID_RNG 0x4u
+#define MIC_VIRTIO_ID_VSOCK 0x13u
 #define MIC_VIRTIO_ACKNOWLEDGE 0x1u
 #define MIC_VIRTIO_DRIVER 0x2u
 #define MIC_VIRTIO_DRIVER_OK 0x4u
@@ -172,6 +179,19 @@
 #define MIC_VIRTIO_BLK_ID_LEN 0x14u
 #define MIC_VIRTIO_CONSOLE_F_SIZE 0x0u
 #define MIC_VIRTIO_CONSOLE_F_MULTIPORT 0x1u
+#define MIC_VIRTIO_VSOCK_TYPE_STREAM 0x1u
+#define MIC_VIRTIO_VSOCK_OP_REQUEST 0x1u
+#define MIC_VIRTIO_VSOCK_OP_RESPONSE 0x2u
+#define MIC_VIRTIO_VSOCK_OP_RST 0x3u
+#define MIC_VIRTIO_VSOCK_OP_SHUTDOWN 0x4u
+#define MIC_VIRTIO_VSOCK_OP_RW 0x5u
+#define MIC_VIRTIO_VSOCK_OP_CREDIT_UPDATE 0x6u
+#define MIC_VIRTIO_VSOCK_OP_CREDIT_REQUEST 0x7u
+#define MIC_VIRTIO_VSOCK_SHUTDOWN_RCV 0x1u
+#define MIC_VIRTIO_VSOCK_SHUTDOWN_SEND 0x2u
+#define MIC_VIRTIO_VSOCK_EVENT_TRANSPORT_RESET 0x0u
+#define MIC_VSOCK_CID_HOST 0x2u
+#define MIC_VSOCK_CID_CARD 0x3u
 #define MIC_SCIF_QP_MAGIC 0x5c1f000000005c1full
 #define MIC_SCIF_NODE_RING 0x10000u
 #define MIC_SCIF_EP_RING 0x8000u
@@ -549,6 +569,31 @@ _Static_assert(sizeof(struct mic_virtio_blk_range) == 16, "virtio_blk_range: siz
 _Static_assert(offsetof(struct mic_virtio_blk_range, sector) == 0, "virtio_blk_range.sector");
 _Static_assert(offsetof(struct mic_virtio_blk_range, num_sectors) == 8, "virtio_blk_range.num_sectors");
 _Static_assert(offsetof(struct mic_virtio_blk_range, flags) == 12, "virtio_blk_range.flags");
+
+/* virtio 1.2, 5.10.6 */
+struct mic_virtio_vsock_hdr {
+	uint64_t src_cid;
+	uint64_t dst_cid;
+	uint32_t src_port;
+	uint32_t dst_port;
+	uint32_t len; /* bytes of payload behind the header */
+	uint16_t type;
+	uint16_t op;
+	uint32_t flags; /* of SHUTDOWN */
+	uint32_t buf_alloc; /* the sender's receive buffer for this connection, bytes */
+	uint32_t fwd_cnt; /* bytes that left it so far, modulo 2**32 */
+} __attribute__((packed));
+_Static_assert(sizeof(struct mic_virtio_vsock_hdr) == 44, "virtio_vsock_hdr: size");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, src_cid) == 0, "virtio_vsock_hdr.src_cid");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, dst_cid) == 8, "virtio_vsock_hdr.dst_cid");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, src_port) == 16, "virtio_vsock_hdr.src_port");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, dst_port) == 20, "virtio_vsock_hdr.dst_port");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, len) == 24, "virtio_vsock_hdr.len");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, type) == 28, "virtio_vsock_hdr.type");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, op) == 30, "virtio_vsock_hdr.op");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, flags) == 32, "virtio_vsock_hdr.flags");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, buf_alloc) == 36, "virtio_vsock_hdr.buf_alloc");
+_Static_assert(offsetof(struct mic_virtio_vsock_hdr, fwd_cnt) == 40, "virtio_vsock_hdr.fwd_cnt");
 
 /* SCIF 3.3 */
 struct mic_scif_msg {

@@ -1,0 +1,276 @@
+"""Backends in C: the header and library that users get, as C and as C++, against a booted card."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import mic_emu
+from mic_emu.testing.machine import Machine, eventually
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+ROOT = Path(mic_emu.__file__).parents[1]
+EXAMPLE, TESTS = ROOT / "examples" / "vop", ROOT / "tests" / "vop" / "c"
+STRICT = ["-Wall", "-Wextra", "-Werror"]
+
+UPPER = """
+from mic_emu.vop import Driver
+
+class Upper(Driver):
+    device_type = 42
+
+    def run(self):
+        self.device.log("the answer is " + self.request(data=b"abc", room=64).decode())
+        while True:
+            self.wait()
+
+    def config_changed(self):
+        self.device.log("the greeting is " + self.device.read_config(0, 7).decode())
+"""
+
+COUNT = """
+from mic_emu.vop import Driver
+
+class Count(Driver):
+    device_type = 42
+
+    def run(self):
+        for n in range(3):
+            self.device.log(f"{n} became " + self.request(data=bytes([n] * 4), room=4).hex())
+        while True:
+            self.wait()
+"""
+
+
+def build(source: Path, to: Path, compiler: str = "cc") -> str:
+    """Compile with the flags that the CLI prints."""
+    flags = subprocess.check_output(
+        [sys.executable, "-m", "mic_emu.cli", "vop", "--cflags", "--libs"], text=True
+    ).split()
+    language = ["-x", "c++"] if compiler != "cc" else []
+    subprocess.run(
+        [compiler, *STRICT, *language, str(source), "-x", "none", *flags, "-o", str(to)], check=True
+    )
+    return str(to)
+
+
+def prepare(machine: Machine, folder: Path, name: str, text: str) -> str:
+    """A card with a driver; the path of its vop.sock."""
+    (folder / f"{name.lower()}_driver.py").write_text(text)
+    card = machine.boot("--disk", "none", "--net", "none")["cards"][0]
+    machine.micemu("vop", "driver", "mic0", f"{name.lower()}_driver:{name}", cwd=folder)
+    return f"{card['run_dir']}/vop.sock"
+
+
+def says(machine: Machine, text: str) -> None:
+    """The card's driver has written a line."""
+    eventually(lambda: text in machine.micemu("log").stdout, 15, f"{text!r} in the log")
+
+
+def slots(machine: Machine) -> list[int]:
+    """Types of live devices in the device page."""
+    return [s["type"] for s in machine.json("dump", "page")["slots"] if s["type"] > 0]
+
+
+@pytest.mark.parametrize("compiler", ["cc", "c++"])
+def test_vop_c_example_serves_a_driver(machine: Machine, tmp_path: Path, compiler: str) -> None:
+    """examples/vop/upper.c: announced, answers, changes its configuration, goes with its program."""
+    program = build(EXAMPLE / "upper.c", tmp_path / "upper", compiler)
+    path = prepare(machine, tmp_path, "Upper", UPPER)
+    with subprocess.Popen([program, path], stdout=subprocess.PIPE, text=True) as running:
+        says(machine, "the answer is hello: ABC")
+        running.send_signal(signal.SIGHUP)
+        assert running.stdout
+        assert running.stdout.readline() == "acknowledged: 1\n"
+        says(machine, "the greeting is again: ")
+        running.terminate()
+        assert running.wait(20) == 0
+    eventually(lambda: 42 not in slots(machine), 20, "the end of the device")
+    with subprocess.Popen([program, path]) as running:  # VOP-20
+        eventually(lambda: 42 in slots(machine), 20, "the device again")
+        running.kill()
+    eventually(lambda: 42 not in slots(machine), 20, "the end of the device")
+    with subprocess.Popen([program, path]) as running:  # VOP-19
+        eventually(lambda: 42 in slots(machine), 20, "the device again")
+        machine.micemu("reset", "mic0")
+        assert running.wait(20) == 0
+
+
+def test_vop_c_copy_desc(machine: Machine, tmp_path: Path) -> None:
+    """The calls of the character device from C, with their errors (VOP 6)."""
+    program = build(TESTS / "copy.c", tmp_path / "copy")
+    path = prepare(machine, tmp_path, "Count", COUNT)
+    subprocess.run([program, path], check=True, timeout=60)
+    for n in range(3):
+        says(machine, f"{n} became " + f"{n + 1:02x}" * 4)
+
+
+def test_vop_driver_loaded_again(machine: Machine, tmp_path: Path) -> None:
+    """vop driver takes the module's present text; one that cannot be loaded says why and harms nothing."""
+    program = build(EXAMPLE / "upper.c", tmp_path / "upper")
+    path = prepare(machine, tmp_path, "Upper", UPPER.replace("the answer", "the first answer"))
+    for text in ("the first answer is hello: ABC", "another answer is hello: ABC"):
+        with subprocess.Popen([program, path]) as running:
+            says(machine, text)
+            running.terminate()
+        (tmp_path / "upper_driver.py").write_text(UPPER.replace("the answer", "another answer"))
+        machine.micemu("vop", "driver", "mic0", "upper_driver:Upper", cwd=tmp_path)
+    for name, why in (("nothing:X", "no module"), ("upper_driver:Y", "Y"), ("os:getcwd", "subclass")):
+        refused = machine.micemu("vop", "driver", "mic0", name, cwd=tmp_path, check=False)
+        assert refused.returncode == 1
+        assert why in refused.stderr
+    assert machine.card()["state"] == "online"
+
+
+CHURNING = """
+from mic_emu.vop import Driver
+
+class Churning(Driver):
+    device_type = 42
+    rings = 2
+
+    def run(self):
+        while True:
+            self.wait()
+"""
+PYTHON_CHURN = """
+import sys
+from mic_emu import layout as L
+from mic_emu.vop.device_file import ADD_DEVICE, CONFIG_CHANGE, DeviceFile
+
+block = L.DEVICE_DESC.pack(type=42, num_vq=2, feature_len=8, config_len=4) + L.VQCONFIG.pack(num=8) * 2
+block += (1 << 32).to_bytes(8, "little") + bytes(8) + b"conf"
+for n in range(int(sys.argv[2])):
+    with DeviceFile.open(sys.argv[1]) as f:
+        f.ioctl(ADD_DEVICE, bytearray(block))
+        f.ioctl(CONFIG_CHANGE, bytearray(n.to_bytes(4, "little")))
+"""
+# On the card: datagrams to the host, for ever.
+NET_LOAD = (
+    "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.1)\n"
+    "while True:\n    try: s.sendto(bytes(1400), ('172.31.1.254', 9999))\n    except OSError: pass\n"
+)
+
+# On the host: the card OS reads its disk, a second at a time, and the rates come out.
+DISK_LOAD = """
+import sys
+from mic_emu.wire import Channel, connect_unix
+
+while True:
+    with Channel(connect_unix(sys.argv[1])) as c:
+        c.send({"op": "bench", "block": 4096, "depth": 4, "random": True, "write": False, "seconds": 1, "spin_us": 0})
+        print(c.recv(60, "bench")[0]["result"]["iops"], flush=True)
+"""
+
+
+class Load:
+    """Net, block and console of a card at work; ``check`` says whether each still moves."""
+
+    def __init__(self, machine: Machine, run_dir: str) -> None:
+        self.net = machine.popen(
+            "run", "mic0", "--", sys.executable, "-c", NET_LOAD, stdin=subprocess.DEVNULL
+        )
+        self.console = machine.popen("console", "mic0", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.console.stdin
+        self.console.stdin.write(b"yes console-load\n")
+        self.console.stdin.flush()
+        self.disk = subprocess.Popen(
+            [sys.executable, "-c", DISK_LOAD, f"{run_dir}/os.sock"], stdout=subprocess.PIPE, text=True
+        )
+        self.console_bytes = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.console.stdout
+        while data := self.console.stdout.read1(1 << 16):
+            self.console_bytes += len(data)
+
+    def check(self) -> None:
+        """Each device still does its work."""
+        assert self.net.poll() is None
+        before = self.console_bytes
+        eventually(lambda: self.console_bytes > before, 20, "more from the console")
+        assert self.disk.stdout
+        assert float(self.disk.stdout.readline()) > 0
+
+    def close(self) -> None:
+        for p in (self.net, self.console, self.disk):
+            p.kill()
+            p.wait()
+        self._reader.join(5)
+        for p in (self.console, self.disk):
+            for stream in (p.stdin, p.stdout):
+                if stream:
+                    stream.close()
+
+
+def churn(machine: Machine, folder: Path, mode: str, rounds: int) -> None:
+    """Python, C and the CLI add, reconfigure and remove devices while the card works.
+
+    msi: side by side. msix: one after the other, because each device takes one of nine vectors (HW-16), and SCIF,
+    four DMA channels, console, net and block leave one.
+    """
+    (folder / "churning_driver.py").write_text(CHURNING)
+    (folder / "lab.toml").write_text(f'[[card]]\ninterrupts = "{mode}"\n')
+    card = machine.boot("--config", str(folder / "lab.toml"))["cards"][0]
+    machine.micemu("vop", "driver", "mic0", "churning_driver:Churning", cwd=folder)
+    path = f"{card['run_dir']}/vop.sock"
+    program = build(TESTS / "churn.c", folder / "churn")
+    pids = {"host": machine.status()["host"]["pid"], "card OS": card["pids"]["os"]}
+
+    def descriptors() -> dict[str, int]:
+        return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()}
+
+    python = [sys.executable, "-c", PYTHON_CHURN]
+
+    def run(count: int) -> None:
+        at_work = []
+        for command in ([program], python, [program]):
+            at_work.append(subprocess.Popen([*command, path, str(count)]))
+            if mode == "msix":
+                assert at_work[-1].wait(30 + count) == 0
+        for _ in range(max(1, count // 50)):
+            machine.micemu("vop", "add", "mic0", "rng")
+            machine.micemu("vop", "remove", "mic0", "rng")
+        assert [p.wait(30 + count) for p in at_work] == [0, 0, 0]
+
+    load = Load(machine, card["run_dir"])
+    try:
+        run(2)  # what is opened once is open now
+        before, live = descriptors(), slots(machine)
+        end = max(s["offset"] for s in machine.json("dump", "page")["slots"])
+        run(rounds)
+        load.check()
+        assert slots(machine) == live
+        # Slots are used again: four devices at a time at most, beside those that stay.
+        assert max(s["offset"] for s in machine.json("dump", "page")["slots"]) <= end + 4 * 128
+        eventually(
+            lambda: all(descriptors()[n] <= before[n] + 2 for n in before),
+            15,
+            f"descriptors as before: {before}",
+        )
+    finally:
+        load.close()
+    assert machine.card()["pids"]["os"] == card["pids"]["os"]
+
+
+@pytest.mark.parametrize("mode", ["msi", "msix"])
+def test_vop_churn_short(machine: Machine, tmp_path: Path, mode: str) -> None:
+    """Ring-3 programs add, reconfigure and remove devices under load: no leak, no hang (short form)."""
+    churn(machine, tmp_path, mode, 25)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", ["msi", "msix"])
+def test_vop_churn_thousands(machine: Machine, tmp_path: Path, mode: str) -> None:
+    """The same, thousands of times."""
+    churn(machine, tmp_path, mode, 2000)

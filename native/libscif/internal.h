@@ -127,5 +127,7 @@ void fill(int fd);
 /* Can this process read, or write, all of [p, p + len)? 0 or -EFAULT. */
 int user_readable(const void *p, size_t len);
 int user_writable(void *p, size_t len);
+/* Is it still mapped? The two above remember pages that were fine. 0 or -EFAULT. */
+int user_mapped(const void *p, size_t len);
 
 #endif

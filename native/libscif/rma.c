@@ -312,6 +312,8 @@ static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, in
 		rc = -EINVAL;
 	if (rc == 0 && addr && len)
 		rc = write ? user_readable(addr, len) : user_writable(addr, len);
+	if (rc == 0 && addr && len)
+		rc = user_mapped(addr, len); /* SCIF-110: it may have been unmapped since it was fine */
 	if (rc == 0 && !len)
 		rc = -EINVAL;
 	if (rc == 0)

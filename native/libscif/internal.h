@@ -36,6 +36,7 @@ struct ep {
 	uint32_t refs;     /* calls in progress */
 	uint32_t attached; /* the pointers below are valid */
 	bool listening;    /* accepts may sleep in this process */
+	bool alone;        /* no DMA channel reaches the peer */
 	uint16_t node, peer_node;
 	struct mic_scif_qpage *qp, *peer;
 	struct mic_scif_ctl *ctl;

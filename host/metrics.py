@@ -45,6 +45,12 @@ HELP = {
     ),
     "micemu_dma_ring_depth": ("gauge", "Descriptors that wait in a channel's ring."),
     "micemu_scif_connections": ("gauge", "Connections between the host and the card."),
+    "micemu_dma_engine_bytes_total": (
+        "counter",
+        "Bytes that a DMA channel has copied; 0-3 are the host's, 4-7 the card's.",
+    ),
+    "micemu_dma_engine_descriptors_total": ("counter", "Descriptors that a DMA channel has carried out."),
+    "micemu_dma_engine_faults_total": ("counter", "Times that a DMA channel halted."),
     "micemu_scif_nodes": ("gauge", "Online SCIF nodes, the host included."),
     "micemu_scif_endpoints": ("gauge", "Endpoints of node 0 by state."),
 }
@@ -90,6 +96,8 @@ def _dma(card: Card, label: dict[str, str]) -> Iterator[Sample]:
         channel = {**label, "channel": str(row["channel"]), "owner": row["owner"]}
         if row["size"]:
             yield "micemu_dma_ring_depth", channel, (row["head"] - row["tail"]) % row["size"]
+        for what in ("bytes", "descriptors", "faults"):
+            yield f"micemu_dma_engine_{what}_total", channel, row["engine"][what]
         if row["driver"]:
             yield "micemu_dma_bytes_total", channel, row["driver"]["bytes"]
             for what in ("transactions", "completed"):

@@ -19,7 +19,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -222,6 +222,12 @@ class DmaChannel:
             return None
         return self._prepared(lib.mic_dma_prep_memcpy(self._ptr, dst, src, length, flags), "prep_memcpy")
 
+    def prep_memcpy_sg(self, pieces: Sequence[tuple[int, int, int]], flags: int = 0) -> Transaction | None:
+        """Several copies (dst, src, length) as one transaction, carried out in their order; the rest as
+        ``prep_memcpy``."""
+        array = ffi.new("struct mic_dma_piece[]", list(pieces))
+        return self._prepared(lib.mic_dma_prep_sg(self._ptr, array, len(pieces), flags), "prep_memcpy_sg")
+
     def prep_imm_data(self, dst: int, value: int, flags: int = 0) -> Transaction | None:
         """Store the 64-bit ``value`` at card address ``dst``, a multiple of 8, after all before it."""
         return self._prepared(lib.mic_dma_prep_imm(self._ptr, dst, value, flags), "prep_imm_data")
@@ -283,12 +289,13 @@ class DmaChannel:
             self._ack()
         self.poll()
 
-    def terminate_all(self) -> None:
+    def terminate_all(self, timeout_s: float = _LET_GO_MS / 1000) -> None:
         """Drop everything that is not complete; its callbacks never run. The channel goes on.
 
-        Raises DmaError ETIMEDOUT when the engine does not let go.
+        Raises DmaError ETIMEDOUT when the engine does not let go within ``timeout_s`` seconds; then the
+        channel stays disabled.
         """
-        rc = lib.mic_dma_terminate(self._ptr, _LET_GO_MS)
+        rc = lib.mic_dma_terminate(self._ptr, int(timeout_s * 1000))
         self._run_callbacks()
         if rc < 0:
             raise _error(-rc, f"DMA channel {self.index}: terminate_all")
@@ -318,6 +325,11 @@ class DmaChannel:
                 self._running.release()
 
     # --- inspection
+
+    @property
+    def position(self) -> int:
+        """How far it got: the count of DSTAT, modulo the ring."""
+        return self._bus.read("dstat", self.index) & int(C["DMA_DSTAT_COUNT"])
 
     @property
     def error(self) -> int:

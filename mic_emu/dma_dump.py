@@ -1,9 +1,10 @@
-"""What a DMA channel is doing, read from its registers and ring (for ``micemu dump dma``)."""
+"""What a DMA channel is doing and has done, from registers, ring and counters (for ``micemu dump dma``)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mic_emu._native import ffi, lib
 from mic_emu.bar import Bus
 from mic_emu.layout import CONSTANTS as C
 from mic_emu.layout import DMA_DESC
@@ -44,8 +45,18 @@ def _waiting(bus: Bus, c: int, ring: int, size: int, head: int, tail: int) -> li
     return out
 
 
+def counters(bus: Bus, c: int) -> dict[str, int]:
+    """What the engine did on channel ``c`` since the board's power was switched on, whoever asked for it:
+    descriptors retired, bytes copied, interrupts, faults, wake-ups of its thread, descriptors cut off by a reset.
+    """
+    out = ffi.new("struct mic_dma_stats *")
+    lib.mic_dma_bus_stats(bus.ptr, c, out)
+    names = ("descriptors", "bytes", "interrupts", "faults", "wakeups", "aborts")
+    return {name: int(getattr(out, name)) for name in names}
+
+
 def channel(bus: Bus, c: int) -> dict[str, Any]:
-    """Registers of one channel, decoded; the first descriptors that wait."""
+    """Registers of one channel, decoded; its counters; the first descriptors that wait."""
     dcr, dcar, dstat = bus.read("dcr"), bus.read("dcar", c), bus.read("dstat", c)
     head, tail, error = bus.read("dhpr", c), bus.read("dtpr", c), bus.read("dcherr", c)
     size = bus.read("drar_hi", c) >> C["DMA_DRAR_SIZE_SHIFT"] & 0x1FFFF
@@ -65,6 +76,7 @@ def channel(bus: Bus, c: int) -> dict[str, Any]:
         "active": bool(dstat & C["DMA_DSTAT_ACTIVE"]),
         "halted": bool(dstat & C["DMA_DSTAT_QUIESCED"]),
         "error": [name for bit, name in ERRORS.items() if error & bit],
+        "engine": counters(bus, c),
         "waiting": _waiting(bus, c, ring, size, head, tail) if sane else [],
     }
 

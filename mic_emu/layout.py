@@ -209,6 +209,8 @@ CONSTANTS: dict[str, int] = {
     # Not registers: words of the MMIO object where a process that sleeps on DSTAT says so, one per channel.
     "DMA_SLEEPERS": 0x1FF00,  # 0 nobody, else count + 1 that is waited for, or
     "DMA_SLEEP_ANY": 0xFFFFFFFF,
+    # Nor these: what each channel of the engine has done (struct mic_dma_stats), for people who look.
+    "DMA_STATS": 0x1FC00,
     # DCHERR: why a channel halted (HW-31). The chapter only says "non-zero"; one bit per cause is ours.
     "DMA_ERR_HEAD": 1 << 0,  # same head written again, or head outside the ring
     "DMA_ERR_RING": 1 << 1,  # ring size 0, misaligned, or not backed by memory

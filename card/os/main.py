@@ -108,7 +108,7 @@ class Kernel:
             environment.registry,
         )  # fmt: skip
         self.driver.dma.attach(loop)
-        link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts)
+        link = CardLink(self.node, self.bus, self.driver.page, self.driver.interrupts, self.driver.dma)
         link.start()
         client = CosmClient(
             self.node, self.clock, self.log, lambda: self.go_down(Status.POWEROFF),

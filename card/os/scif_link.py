@@ -1,4 +1,4 @@
-"""The card's SCIF link to the host (HW 7, SCIF 3.6)."""
+"""The card's SCIF link to the host, and the DMA channels for it (HW 7, SCIF 3.6)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from mic_emu import layout as L
 from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.card.os.interrupts import CardInterrupts
+from mic_emu.dma import DmaMemory
+from mic_emu.mbus import DmaDevice
 from mic_emu.memory import View
+from mic_emu.scif.engine import RmaEngine
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
 
@@ -16,7 +19,10 @@ BOOT = L.BOOTPARAM
 class CardLink:
     """Publishes the card's queue pair and reaches the host's through the SMPT."""
 
-    def __init__(self, node: Node, bus: Bus, page: View, interrupts: CardInterrupts) -> None:
+    def __init__(
+        self, node: Node, bus: Bus, page: View, interrupts: CardInterrupts, dma: DmaDevice | None = None
+    ) -> None:
+        self.node = node
         self.bus = bus
         self.page = page
         self._line = interrupts.request("SCIF_INTR")
@@ -31,6 +37,10 @@ class CardLink:
             peer_fd=bus.fds[lib.MIC_FD_HOST],
         )
         self.link: Link = node.add_link(0, ports)
+        memory = DmaMemory(node.allocator, lambda off, size: ports.own_addr(off))
+        self.engine = RmaEngine(node, dma.channels if dma else [], memory)
+        for peer in (0, node.id):  # the host, and our own programs among each other
+            node.rma.engines[peer] = self.engine
 
     def start(self) -> None:
         """Publish and look for the host; a first ring wakes a host that published before us (HW-46)."""
@@ -44,7 +54,9 @@ class CardLink:
         BOOT.put(self.page, 0, "scif_card_dma_addr", addr)
 
     async def stop(self) -> None:
-        """Orderly: EXIT and its answer, address withdrawn."""
+        """Orderly: copies cut off, EXIT and its answer, address withdrawn."""
+        self.engine.close()
+        self.node.rma.engines.clear()
         await self.link.stop()
         BOOT.put(self.page, 0, "h2c_scif_db", 0xFF)
         self._line.free()

@@ -122,8 +122,9 @@ def channels(rows: list[dict[str, Any]], everything: bool) -> None:
             f"channel {r['channel']} ({r['owner']}): head {r['head']}, tail {r['tail']}, count {r['count']} of "
             f"{r['size']} at {r['ring']:#x}  {' '.join(flags)}"
         )
-        if r["driver"]:
-            click.echo("    " + "  ".join(f"{k} {v}" for k, v in r["driver"].items()))
+        for who in ("engine", "driver"):
+            if r[who]:
+                click.echo(f"    {who}: " + "  ".join(f"{k} {v}" for k, v in r[who].items()))
         for d in r["waiting"]:
             click.echo(
                 "    "

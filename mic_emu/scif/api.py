@@ -221,11 +221,14 @@ class Endpoint:
         return Mapping(pointer, length, bool(prot & PROT_WRITE))
 
     def readfrom(self, loffset: int, length: int, roffset: int, flags: int = RMA_SYNC) -> None:
-        """Copy from the peer's window at ``roffset`` into our own at ``loffset`` (SCIF 2.13)."""
+        """Copy from the peer's window at ``roffset`` into our own at ``loffset`` (SCIF 2.13).
+
+        flags 0: a large copy may still be under way on return; ``fence_mark`` and ``fence_wait`` tell when not.
+        """
         _check(lib.scif_readfrom(self.fileno(), loffset, length, roffset, flags), "readfrom")
 
     def writeto(self, loffset: int, length: int, roffset: int, flags: int = RMA_SYNC) -> None:
-        """Copy from our window at ``loffset`` into the peer's at ``roffset``."""
+        """Copy from our window at ``loffset`` into the peer's at ``roffset``; flags as for ``readfrom``."""
         _check(lib.scif_writeto(self.fileno(), loffset, length, roffset, flags), "writeto")
 
     def vreadfrom(self, buffer: Any, offset: int, flags: int = RMA_SYNC) -> None:

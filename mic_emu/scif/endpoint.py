@@ -19,6 +19,7 @@ from mic_emu.scif.errors import ScifError
 from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.rma import Copies
 from mic_emu.scif.state import State
 from mic_emu.scif.windows import Windows
 
@@ -56,6 +57,7 @@ class Endpoint:
         self.slot = -1  # our bit in the node's notify page
         self.windows = Windows(self)
         self.questions = 0  # to the peer's node, not answered yet
+        self.copies = Copies(self)
         self.backlog = 0
         self.pending: deque[Request] = deque()
         self.accepts: deque[Accept] = deque()  # accept calls that wait for a request

@@ -1,7 +1,7 @@
-"""Remote fences: marks, waits and signals that the peer's node carries out (SCIF 2.15, 3.4).
+"""Fences: marks, waits and signals, of our programs and for the peer's (SCIF 2.15, 3.4).
 
-Copies of programs end before their call returns, so a mark stands for everything that was issued
-before it, and is complete when it is made.
+A copy that a program makes itself ends before its call returns, so only those that were handed over to a
+DMA channel are counted: a mark is the number of the last one (``Copies``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import Msg, Op
-from mic_emu.scif.ras import PROT_WRITE
 
 if TYPE_CHECKING:
     from mic_emu.scif.endpoint import Endpoint
     from mic_emu.scif.node import Node
 
 REMOTE_MARK = 1 << 31  # the mark belongs to the peer's channel
-SIGNAL_LOCAL, SIGNAL_REMOTE = 0x10, 0x20
+INIT_SELF, SIGNAL_LOCAL, SIGNAL_REMOTE = 0x1, 0x10, 0x20
 
 
 class Fences:
@@ -26,7 +25,6 @@ class Fences:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self._cookie = 0
         node.add_handler(Op.MARK, self._on_mark)
         node.add_handler(Op.WAIT, self._on_wait)
         node.add_handler(Op.SIG_LOCAL, self._on_signal)
@@ -49,8 +47,14 @@ class Fences:
         return (answer.p2 & 0x7FFFFFFF) | REMOTE_MARK
 
     async def wait(self, ep: Endpoint, mark: int) -> None:
-        """Wait until the peer's copies before ``mark`` have ended."""
+        """Wait until the copies before ``mark``, ours or the peer's, have ended.
+
+        Raises ScifError ETIMEDOUT (ours), ENOMEM (the peer's), ENODEV, ENOTCONN, ECONNRESET.
+        """
         ep.check_connected()
+        if not mark & REMOTE_MARK:
+            await ep.copies.wait(mark)
+            return
         key = self.node.new_id()
         msg = Msg(Op.WAIT, (self.node.id, ep.port), ep.peer, ep.remote_id, key, mark & 0x7FFFFFFF)
         answer = await self.node.questions.ask(ep, msg, key)
@@ -58,7 +62,18 @@ class Fences:
             raise ScifError(errno.ENOMEM, "the peer's wait failed")
 
     async def signal(self, ep: Endpoint, loff: int, lval: int, roff: int, rval: int, flags: int) -> None:
-        """The peer writes: LOCAL means its own window at ``roff``, REMOTE ours at ``loff`` (SCIF-123)."""
+        """Write values once everything before is complete (SCIF-123).
+
+        We write (INIT_SELF): LOCAL means our window at ``loff``, REMOTE the peer's at ``roff``. The peer
+        writes: LOCAL means its own window at ``roff``, REMOTE ours at ``loff``.
+        """
+        if flags & INIT_SELF:
+            ep.check_connected()
+            if flags & SIGNAL_LOCAL:
+                self.node.rma.signal(ep, True, loff, lval)
+            if flags & SIGNAL_REMOTE:
+                self.node.rma.signal(ep, False, roff, rval)
+            return
         for flag, op, off, value in (
             (SIGNAL_LOCAL, Op.SIG_LOCAL, roff, rval),
             (SIGNAL_REMOTE, Op.SIG_REMOTE, loff, lval),
@@ -85,37 +100,34 @@ class Fences:
 
     def _on_mark(self, msg: Msg, link: object) -> None:
         ep = self._find(msg)
-        self._cookie = (self._cookie + 1) & 0x3FFFFFFF or 1
-        self._reply(msg, Op.MARK_ACK if ep is not None else Op.MARK_NACK, ep, p2=self._cookie)
+        if ep is None:
+            self._reply(msg, Op.MARK_NACK, None)
+        else:
+            self._reply(msg, Op.MARK_ACK, ep, p2=ep.copies.mark())
 
     def _on_wait(self, msg: Msg, link: object) -> None:
         ep = self._find(msg)
-        self._reply(msg, Op.WAIT_ACK if ep is not None else Op.WAIT_NACK, ep)
+        if ep is None:
+            self._reply(msg, Op.WAIT_NACK, None)
+        else:
+            self.node.spawn(self._wait_for_peer(ep, msg), "wait for a peer's mark")
+
+    async def _wait_for_peer(self, ep: Endpoint, msg: Msg) -> None:
+        op = Op.WAIT_NACK
+        try:
+            await ep.copies.wait(msg.p2)
+            op = Op.WAIT_ACK
+        except ScifError as e:
+            self.node.log.debug("node %d: a peer's wait failed: %s", self.node.id, e)
+        self._reply(msg, op, ep)
 
     def _on_signal(self, msg: Msg, link: object) -> None:
         ep = self._find(msg)
         good = False
         if ep is not None:
             try:
-                self._write(ep, msg)
+                self.node.rma.signal(ep, msg.op == Op.SIG_LOCAL, msg.p1, msg.p2)
                 good = True
             except (ScifError, IndexError) as e:
                 self.node.log.debug("node %d: signal refused: %s", self.node.id, e)
         self._reply(msg, Op.SIG_ACK if good else Op.SIG_NACK, ep)
-
-    def _write(self, ep: Endpoint, msg: Msg) -> None:
-        """All 64 bits at an offset inside a single window that allows writing."""
-        own = msg.op == Op.SIG_LOCAL
-        space = ep.windows.own if own else ep.windows.remote
-        windows = space.cover(msg.p1, 8, PROT_WRITE)
-        if len(windows) != 1 or ep.path is None:
-            raise ScifError(errno.ENXIO, "crosses a window")
-        pieces = list(windows[0].places(msg.p1, 8))
-        data = msg.p2.to_bytes(8, "little")
-        for place, n in pieces:
-            view = self.node.memory.sub(place, n) if own else ep.path.peer_view(place, n)
-            if n == 8 and place % 8 == 0:
-                view.store(0, 8, msg.p2)
-            else:
-                view.write(0, data[:n])
-            data = data[n:]

@@ -35,6 +35,17 @@ def _window(w: Window) -> dict[str, Any]:
     }
 
 
+def _copies(ep: Endpoint) -> dict[str, Any]:
+    """What was handed over to DMA channels; ``channel`` None: nothing yet, or none reaches the peer."""
+    c = ep.copies
+    return {
+        "channel": c.lane.channel.index if c.lane is not None else None,
+        "issued": c.issued,
+        "done": c.done,
+        "failed": bool(c.failed),
+    }
+
+
 def _endpoint(ep: Endpoint, pid: int) -> dict[str, Any]:
     return {
         "pid": pid,
@@ -42,6 +53,7 @@ def _endpoint(ep: Endpoint, pid: int) -> dict[str, Any]:
         "state": ep.state.name.lower(),
         "peer": list(ep.peer) if ep.remote_id else None,
         "waiting": len(ep.pending),
+        "copies": _copies(ep),
         "windows": [_window(w) for w in ep.windows.own],
         "peer_windows": [_window(w) for w in ep.windows.remote],
     }

@@ -29,6 +29,10 @@ RETRY_S = 0.001
 BATCH = 64  # messages handled before the loop may do something else
 
 
+def _now(free: Callable[[], None]) -> None:
+    free()
+
+
 @dataclass
 class LinkPorts:
     """How a link reaches the other side; given by whoever owns the bus.
@@ -40,6 +44,8 @@ class LinkPorts:
     publish: write our queue pair's bus address into the device page (0 = absent).
     fetch: read the peer's queue pair address from the device page (0 = absent).
     peer_memory, peer_fd: the peer's whole memory, for programs that map parts of it.
+    quiesce: the peer is about to be lost; stop its DMA channels before pages that they reach are freed.
+    keep: takes what frees such pages, when the channels could not be stopped.
     """
 
     own_addr: Callable[[int], int]
@@ -50,6 +56,8 @@ class LinkPorts:
     fetch: Callable[[], int]
     peer_memory: View | None = None
     peer_fd: int = -1
+    quiesce: Callable[[], None] = lambda: None
+    keep: Callable[[Callable[[], None]], None] = _now
 
 
 class Link:

@@ -213,6 +213,8 @@ class Membership:
             return
         if link.exit_acked is not None and not link.exit_acked.done():
             link.exit_acked.set_result(None)
+        if link.peer_id in self.online:  # else it said EXIT: its channels have ended their copies
+            link.ports.quiesce()
         if self.node.id == HOST:
             self._announce_loss(link.peer_id)
             self.peer_lost(link.peer_id)

@@ -55,6 +55,7 @@ class MemoryRequests:
             lib.MIC_SCIF_FENCE_MARK: self._mark,
             lib.MIC_SCIF_FENCE_WAIT: self._wait,
             lib.MIC_SCIF_FENCE_SIGNAL: self._signal,
+            lib.MIC_SCIF_COPY: self._copy,
         }
 
     # --- registration -----------------------------------------------------------------------------
@@ -166,7 +167,12 @@ class MemoryRequests:
         session.ep.windows.unmap(signed(args[0]), args[1])
         return Reply()
 
-    # --- fences -----------------------------------------------------------------------------------
+    # --- copies and fences ------------------------------------------------------------------------
+
+    def _copy(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+        loff, roff, length, flags, *_ = args
+        self.node.rma.copy(session.ep, signed(loff), signed(roff), length, flags)
+        return Reply()
 
     async def _mark(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         return Reply([await self.node.fences.mark(session.ep)])

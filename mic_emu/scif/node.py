@@ -32,6 +32,7 @@ from mic_emu.scif.ports import Ports
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.questions import Questions
 from mic_emu.scif.records import Records
+from mic_emu.scif.rma import Rma
 from mic_emu.scif.windows import WindowTable
 
 RETIRE_S = 0.5
@@ -93,6 +94,7 @@ class Node:
         self.questions = Questions(self)
         self.records = Records(self)
         self.windows = WindowTable(self)
+        self.rma = Rma(self)
         self.fences = Fences(self)
 
     def add_handler(self, op: Op, handler: Callable[[Msg, Link | None], None]) -> None:

@@ -35,10 +35,27 @@ class Window:
     lingering: bool = False  # unregistered, but still mapped somewhere
     alive: bool = False  # announced: usable
     leaving: list[Callable[[ScifError | None], None]] | None = None  # who waits for the withdrawal
+    users: int = 0  # copies and signals of DMA channels that touch it
+    on_idle: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.offset + self.length
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Call it once no DMA channel touches the window: now, or when the last user is gone."""
+        if self.users:
+            self.on_idle.append(call)
+        else:
+            call()
+
+    def user_gone(self) -> None:
+        """One user less."""
+        self.users -= 1
+        if not self.users:
+            calls, self.on_idle = self.on_idle, []
+            for call in calls:
+                call()
 
     def places(self, offset: int, length: int) -> Iterator[Segment]:
         """Where the bytes [offset, offset + length) of the address space lie; inside this window."""

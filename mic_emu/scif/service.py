@@ -268,7 +268,7 @@ class ScifService:
         session = self.session(sid)
         call = _taken(control)
         self.dispatch()  # it may see the end of the asking program too
-        if session is None or not session.released:
+        if session is None or not session.released or self.sessions.get(sid) is not session:
             return Reply()
         session.on_released.append(lambda: call.done(Reply()))
         return None
@@ -297,6 +297,8 @@ class ScifService:
             leaving.on_released.append(lambda gone=gone: settle(gone))  # type: ignore[misc]
             if self.sessions.get(leaving.sid) is leaving:
                 await gone
+        if session.released:  # its process has died meanwhile
+            raise ScifError(errno.EBADF, "no such endpoint")
         return Reply([session.ep.bind(port, privileged=privileged)])
 
     def _listen(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:

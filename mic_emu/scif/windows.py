@@ -17,6 +17,7 @@ from mic_emu.scif import records
 from mic_emu.scif.announce import Announcement
 from mic_emu.scif.connector import Done
 from mic_emu.scif.errors import ScifError
+from mic_emu.scif.link import Link
 from mic_emu.scif.lists import Lists
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import END, PROT_READ, PROT_WRITE, Segment, Space, Window, check_pages
@@ -203,9 +204,19 @@ class Windows:
             done(error)
 
     def _destroy(self, window: Window, error: ScifError | None = None) -> None:
+        self.node.rma.idle([window], lambda: self._destroyed(window, error))
+
+    def _destroyed(self, window: Window, error: ScifError | None) -> None:
+        """The place is free, the pages when no DMA channel touches them any more: neither ours nor those of
+        a card that was lost and could not be stopped."""
+        path = self.ep.path
+
+        def release() -> None:
+            self.node.pages.release(window.segments)
+
         if window.id in self.table.own:
             self.abandon(window)
-            self.node.pages.release(window.segments)
+            window.when_idle(lambda: path.ports.keep(release) if isinstance(path, Link) else release())
         self._withdrawn(window, error)
 
     def last_unmap(self, window_id: int) -> None:
@@ -226,11 +237,12 @@ class Windows:
             self._answer_unregister(msg, Op.UNREGISTER_ACK)
             return
         window.alive = False
-        self.lists.changed().then(lambda: self._dropped(window, msg))
+        self.lists.changed().then(lambda: self.node.rma.idle([window], lambda: self._dropped(window, msg)))
 
     def _dropped(self, window: Window, msg: Msg) -> None:
-        if window.mapped_pages:
+        if window.mapped_pages or window.users:
             window.lingering = True
+            window.when_idle(lambda: self._unmapped(window, 0))
             self._answer_unregister(msg, Op.UNREGISTER_NACK)
         else:
             self._forget_remote(window)
@@ -267,7 +279,7 @@ class Windows:
 
     def _unmapped(self, window: Window, count: int) -> None:
         window.mapped_pages = max(0, window.mapped_pages - count)
-        if window.lingering and not window.mapped_pages:
+        if window.lingering and not window.mapped_pages and not window.users:
             self._forget_remote(window)
             ep = self.ep
             if ep.path is not None and self.node.path(ep.peer[0]) is ep.path:
@@ -284,8 +296,11 @@ class Windows:
 
     def _released(self, done: Callable[[], None]) -> None:
         """The peer may be gone; the windows are destroyed all the same."""
+        self.node.rma.idle(list(self.remote), lambda: self._idle(done))
+
+    def _idle(self, done: Callable[[], None]) -> None:
         for window in self.remote:
-            self._forget_remote(window)
+            window.when_idle(lambda w=window: self._forget_remote(w))  # type: ignore[misc]
         self.node.records.drop_of(self)
         done()
 

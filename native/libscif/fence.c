@@ -1,4 +1,5 @@
-/* Fences (SCIF 2.15). Copies are complete when their call returns, so own marks always are. */
+/* Fences (SCIF 2.15). What the caller copied is complete when its call returns; what a DMA channel copies is
+ * counted in the control page. */
 #include "memory.h"
 
 #include <string.h>
@@ -8,9 +9,14 @@
 #define INIT               (SCIF_FENCE_INIT_SELF | SCIF_FENCE_INIT_PEER)
 #define SIGNAL             (SCIF_SIGNAL_LOCAL | SCIF_SIGNAL_REMOTE)
 
-static bool host_loopback(const struct ep *ep)
+/* Has copy `number` ended, and all before it, without a failure? Numbers wrap at 2^30. */
+static bool ended(struct ep *ep, uint32_t number)
 {
-	return ep->node == 0 && ep->peer_node == 0;
+	/* Pairs with the release in mic_scif_ctl_copies(): the copied bytes are visible. */
+	uint32_t done = mic_load_acquire(&ep->ctl->done);
+
+	return ((done - number) & MIC_SCIF_COPY_MASK) <= MIC_SCIF_COPY_MASK / 2 &&
+	       !mic_load_acquire(&ep->ctl->failed);
 }
 
 static bool one_initiator(int flags)
@@ -30,7 +36,7 @@ static int fence_mark(struct ep *ep, int flags, int *mark)
 	if (host_loopback(ep))
 		v = HOST_LOOPBACK_MARK;
 	else if (flags == SCIF_FENCE_INIT_SELF)
-		v = (mic_fetch_add(&ep->ctl->mark, 1) & 0x3fffffff) + 1;
+		v = (mic_load_acquire(&ep->ctl->issued) & MIC_SCIF_COPY_MASK) + 1;
 	else
 		rc = node_ask(MIC_SCIF_FENCE_MARK, ep->sid, 0, 0, &v);
 	if (rc == 0)
@@ -49,9 +55,14 @@ static int fence_wait(struct ep *ep, int mark)
 	if (host_loopback(ep))
 		return mark == HOST_LOOPBACK_MARK ? 0 : -EINVAL;
 	mic_full_fence(); /* what was copied before is visible before whatever follows */
-	if ((uint32_t)mark & REMOTE_MARK)
-		return node_ask(MIC_SCIF_FENCE_WAIT, ep->sid, (uint32_t)mark, 0, NULL);
-	return 0;
+	if (!((uint32_t)mark & REMOTE_MARK) && ended(ep, (uint32_t)mark - 1))
+		return 0;
+	const struct mic_scif_request rq = {.op = MIC_SCIF_FENCE_WAIT, .sid = ep->sid, .a = {(uint32_t)mark}};
+	struct answer ans = {0};
+
+	rc = node_call(&rq, NULL, &ans, true);
+	answer_close(&ans);
+	return rc;
 }
 
 /* One 64-bit value, never torn where the offset is a multiple of 8. */
@@ -102,7 +113,7 @@ static int fence_signal(struct ep *ep, const struct signal_args *a)
 	if (((a->flags & SCIF_SIGNAL_LOCAL) && a->loff % 4) ||
 	    ((a->flags & SCIF_SIGNAL_REMOTE) && a->roff % 4))
 		return -EINVAL;
-	if (a->flags & SCIF_FENCE_INIT_SELF)
+	if ((a->flags & SCIF_FENCE_INIT_SELF) && ended(ep, mic_load_acquire(&ep->ctl->issued)))
 		return signal_self(ep, a);
 	const struct mic_scif_request rq = {
 		.op = MIC_SCIF_FENCE_SIGNAL,

@@ -36,6 +36,7 @@ struct ep {
 	uint32_t refs;     /* calls in progress */
 	uint32_t attached; /* the pointers below are valid */
 	bool listening;    /* accepts may sleep in this process */
+	bool alone;        /* no DMA channel reaches the peer */
 	uint16_t node, peer_node;
 	struct mic_scif_qpage *qp, *peer;
 	struct mic_scif_ctl *ctl;
@@ -127,5 +128,7 @@ void fill(int fd);
 /* Can this process read, or write, all of [p, p + len)? 0 or -EFAULT. */
 int user_readable(const void *p, size_t len);
 int user_writable(void *p, size_t len);
+/* Is it still mapped? The two above remember pages that were fine. 0 or -EFAULT. */
+int user_mapped(const void *p, size_t len);
 
 #endif

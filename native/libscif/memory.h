@@ -54,6 +54,24 @@ void rma_end(struct ep *ep, struct rma_table *t);
 /* Pointer to `len` bytes inside one window. -ENXIO, -EPERM. */
 int rma_at(struct rma_table *t, bool own, off_t off, size_t len, int prot, uint8_t **out);
 void rma_forget(struct ep *ep);
+/* --- handover.c ------------------------------------------------------------------------------- */
+
+/* What an RMA call moves between windows. */
+struct range {
+	off_t loff, roff;
+	size_t len;
+	int flags;
+	bool write;
+};
+
+bool host_loopback(const struct ep *ep);
+/* May a DMA channel make this copy, and is it worth the request? */
+bool may_hand_over(const struct ep *ep, const struct range *r);
+/* Bytes before the first cache line: the caller copies them before the rest is handed over. */
+size_t lines_head(const struct range *r);
+/* Have a channel copy the lines behind the head: bytes that it took, or 0: all is the caller's. */
+size_t hand_over(struct ep *ep, const struct range *r);
+
 /* 0 when connected; -ECONNRESET, -ENOTCONN, -ENODEV. */
 int check_connected(struct ep *ep);
 

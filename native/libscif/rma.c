@@ -1,4 +1,5 @@
-/* readfrom, writeto and the v-calls: copies by the caller between mapped windows (SCIF 2.13, 2.14).
+/* readfrom, writeto and the v-calls: copies between mapped windows (SCIF 2.13, 2.14), by the caller or,
+ * for large ones that need not be complete on return, by a DMA channel (handover.c).
  *
  * The lists of windows come from the node and are kept until their generation changes. A copy counts
  * itself in under the generation that it uses; the node waits for that count before it frees pages. */
@@ -268,6 +269,14 @@ static size_t span(struct cursor *c, size_t want)
 	return want < c->left ? want : c->left;
 }
 
+static void skip(struct cursor *c, size_t n)
+{
+	for (size_t k; n; n -= k) {
+		k = span(c, n);
+		step(c, k);
+	}
+}
+
 static void copy(struct cursor *dst, struct cursor *src, size_t len)
 {
 	while (len) {
@@ -297,6 +306,18 @@ static void transfer(struct cursor *dst, struct cursor *src, size_t len, int fla
 	copy(dst, src, tail);
 }
 
+/* The same with a DMA channel, if it takes the lines in the middle. */
+static void transfer_async(struct ep *ep, struct cursor *dst, struct cursor *src, const struct range *r)
+{
+	size_t head = lines_head(r), taken;
+
+	copy(dst, src, head);
+	taken = hand_over(ep, r);
+	skip(dst, taken);
+	skip(src, taken);
+	transfer(dst, src, r->len - head - taken, r->flags);
+}
+
 /* --- the four calls ----------------------------------------------------------------------------- */
 
 #define RMA_FLAGS (SCIF_RMA_USECPU | SCIF_RMA_USECACHE | SCIF_RMA_SYNC | SCIF_RMA_ORDERED)
@@ -304,6 +325,7 @@ static void transfer(struct cursor *dst, struct cursor *src, size_t len, int fla
 /* `addr` NULL: the local side is the window range at loff. */
 static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, int flags, bool write)
 {
+	const struct range r = {loff, roff, len, flags, write};
 	struct cursor local = {NULL, addr, len}, remote;
 	struct rma_table *t;
 	int rc = check_connected(ep);
@@ -312,6 +334,8 @@ static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, in
 		rc = -EINVAL;
 	if (rc == 0 && addr && len)
 		rc = write ? user_readable(addr, len) : user_writable(addr, len);
+	if (rc == 0 && addr && len)
+		rc = user_mapped(addr, len); /* SCIF-110: it may have been unmapped since it was fine */
 	if (rc == 0 && !len)
 		rc = -EINVAL;
 	if (rc == 0)
@@ -322,7 +346,9 @@ static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, in
 		rc = range(t, true, loff, len, write ? SCIF_PROT_READ : SCIF_PROT_WRITE, &local);
 	if (rc == 0)
 		rc = range(t, false, roff, len, write ? SCIF_PROT_WRITE : SCIF_PROT_READ, &remote);
-	if (rc == 0)
+	if (rc == 0 && !addr && may_hand_over(ep, &r))
+		transfer_async(ep, write ? &remote : &local, write ? &local : &remote, &r);
+	else if (rc == 0)
 		transfer(write ? &remote : &local, write ? &local : &remote, len, flags);
 	rma_end(ep, t);
 	return rc;

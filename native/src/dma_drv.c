@@ -38,21 +38,39 @@ bool mic_dma_halted(struct mic_dma_chan *ch)
 	       read_status(ch) & MIC_DMA_DSTAT_QUIESCED;
 }
 
+/* Until the engine does not touch memory for channel `c`. */
+static int wait_channel(struct mic_bus *bus, unsigned c, uint64_t end_ns)
+{
+	uint32_t seen;
+
+	while ((seen = mic_mmio_read(bus, MIC_REG_DSTAT(c))) & MIC_DMA_DSTAT_ACTIVE) {
+		uint64_t now = mic_now_ns();
+
+		if (now >= end_ns)
+			return -ETIMEDOUT;
+		mic_dma_sleep(bus, c, seen, MIC_DMA_SLEEP_ANY, end_ns - now);
+	}
+	return 0;
+}
+
 /* After the channel was disabled: until the engine is past the descriptor it had begun. */
 static int wait_inactive(struct mic_dma_chan *ch, int timeout_ms)
 {
+	return wait_channel(ch->bus, ch->setup.c, mic_now_ns() + (uint64_t)timeout_ms * 1000000u);
+}
+
+int mic_dma_quiesce(struct mic_bus *bus, unsigned first, unsigned count, int timeout_ms)
+{
 	uint64_t end = mic_now_ns() + (uint64_t)timeout_ms * 1000000u;
+	uint32_t enables = 0;
+	int rc = 0;
 
-	for (;;) {
-		uint32_t seen = read_status(ch);
-		uint64_t now = mic_now_ns();
-
-		if (!(seen & MIC_DMA_DSTAT_ACTIVE))
-			return 0;
-		if (now >= end)
-			return -ETIMEDOUT;
-		mic_dma_sleep(ch->bus, ch->setup.c, seen, MIC_DMA_SLEEP_ANY, end - now);
-	}
+	for (unsigned c = first; c < first + count && c < MIC_DMA_CHANNELS; c++)
+		enables |= 2u << (2 * c);
+	mic_dcr_update(bus, enables, 0);
+	for (unsigned c = first; c < first + count && c < MIC_DMA_CHANNELS && !rc; c++)
+		rc = wait_channel(bus, c, end);
+	return rc;
 }
 
 static void program_ring(struct mic_dma_chan *ch)

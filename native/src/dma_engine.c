@@ -20,7 +20,7 @@ struct channel {
 	unsigned c;
 	pthread_t thread;
 	struct mic_spin spin;
-	struct mic_dma_stats stats; /* written by the channel's thread only */
+	struct mic_dma_stats *stats; /* in the card's register page; written by the channel's thread only */
 };
 
 struct mic_dma_engine {
@@ -43,6 +43,13 @@ static uint32_t read_reg(struct mic_bus *bus, uint32_t off)
 static uint32_t *status_reg(struct mic_bus *bus, unsigned c)
 {
 	return (uint32_t *)(void *)(mic_bus_mmio(bus) + MIC_REG_DSTAT(c));
+}
+
+static struct mic_dma_stats *stats_of(struct mic_bus *bus, unsigned c)
+{
+	_Static_assert(MIC_DMA_STATS + MIC_DMA_CHANNELS * sizeof(struct mic_dma_stats) <= MIC_IRQ_COUNTS,
+		       "the counters overlap those of interrupts");
+	return (struct mic_dma_stats *)(void *)(mic_bus_mmio(bus) + MIC_DMA_STATS) + c;
 }
 
 static bool must_park(struct mic_dma_engine *e)
@@ -73,9 +80,9 @@ static uint32_t ring_size(uint32_t hi)
 /* Counters first: who sees the completion sees it counted. */
 static void account(struct mic_dma_stats *s, const struct mic_dma_effect *effect)
 {
-	mic_store_relaxed(&s->descriptors, s->descriptors + 1);
-	mic_store_relaxed(&s->bytes, s->bytes + effect->bytes);
-	mic_store_relaxed(&s->interrupts, s->interrupts + effect->interrupt);
+	mic_count(&s->descriptors, 1);
+	mic_count(&s->bytes, effect->bytes);
+	mic_count(&s->interrupts, effect->interrupt);
 }
 
 /* Retire: the count moves before the interrupt, after all data (HW-25). */
@@ -84,7 +91,7 @@ static void retire(struct channel *ch, uint32_t next, const struct mic_dma_effec
 	struct mic_bus *bus = ch->engine->bus;
 	uint32_t *dstat = status_reg(bus, ch->c), old = mic_load_acquire(dstat), new;
 
-	account(&ch->stats, effect);
+	account(ch->stats, effect);
 	mic_hw_store(bus, MIC_REG_DTPR(ch->c), next);
 	/* A driver may halt the channel meanwhile (HW-32): its bits must survive. */
 	do {
@@ -215,12 +222,12 @@ static int step(struct channel *ch)
 	else
 		rc = step_at(ch, hi, tail);
 	if (rc > 0) {
-		mic_store_relaxed(&ch->stats.faults, ch->stats.faults + 1);
+		mic_count(&ch->stats->faults, 1);
 		mic_hw_dma_fault(bus, c, (uint32_t)rc);
 		return 0;
 	}
 	if (rc < 0) {
-		mic_store_relaxed(&ch->stats.aborts, ch->stats.aborts + 1);
+		mic_count(&ch->stats->aborts, 1);
 		return rc;
 	}
 	return 1;
@@ -283,7 +290,7 @@ static void *channel_main(void *arg)
 		mic_spin_sleeping(&ch->spin);
 		poll(fds, 2, -1);
 		mic_spin_woke(&ch->spin, MIC_SPIN_US);
-		mic_store_relaxed(&ch->stats.wakeups, ch->stats.wakeups + 1);
+		mic_count(&ch->stats->wakeups, 1);
 		if (mic_load_acquire(&e->stop))
 			return NULL;
 		if (mic_load_acquire(&e->pause)) {
@@ -360,7 +367,8 @@ static int start_threads(struct mic_dma_engine *e)
 	sigdelset(&all, SIGBUS);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	for (unsigned c = 0; c < MIC_DMA_CHANNELS && !rc; c++) {
-		e->channel[c] = (struct channel){.engine = e, .c = c};
+		e->channel[c] = (struct channel){.engine = e, .c = c, .stats = stats_of(e->bus, c)};
+		*e->channel[c].stats = (struct mic_dma_stats){0};
 		rc = pthread_create(&e->channel[c].thread, NULL, channel_main, &e->channel[c]);
 		if (!rc)
 			e->started++;
@@ -392,12 +400,17 @@ struct mic_dma_engine *mic_dma_engine_start(struct mic_bus *bus)
 
 void mic_dma_engine_stats(struct mic_dma_engine *e, unsigned c, struct mic_dma_stats *out)
 {
+	mic_dma_bus_stats(e->bus, c, out);
+}
+
+void mic_dma_bus_stats(struct mic_bus *bus, unsigned c, struct mic_dma_stats *out)
+{
 	const struct mic_dma_stats *s;
 
 	*out = (struct mic_dma_stats){0};
 	if (c >= MIC_DMA_CHANNELS)
 		return;
-	s = &e->channel[c].stats;
+	s = stats_of(bus, c);
 	out->descriptors = mic_load_relaxed(&s->descriptors);
 	out->bytes = mic_load_relaxed(&s->bytes);
 	out->interrupts = mic_load_relaxed(&s->interrupts);

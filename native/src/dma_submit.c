@@ -216,25 +216,57 @@ static bool valid_flags(unsigned flags)
 	return !(flags & ~(unsigned)(MIC_DMA_PREP_INTERRUPT | MIC_DMA_PREP_FENCE));
 }
 
-int mic_dma_prep_memcpy(struct mic_dma_chan *ch, uint64_t dst, uint64_t src, uint64_t len, unsigned flags)
+static bool valid_piece(const struct mic_dma_piece *p)
 {
-	uint32_t max = ch->setup.max_bytes;
+	return !((p->dst | p->src | p->len) % MIC_DMA_ALIGN) && (p->dst | p->src) <= MIC_DMA_ADDR_MASK &&
+	       p->len <= MIC_DMA_ADDR_MASK;
+}
+
+/* Descriptors that `len` bytes take. */
+static uint64_t slots_for(const struct mic_dma_chan *ch, uint64_t len)
+{
+	return len / ch->setup.max_bytes + !!(len % ch->setup.max_bytes);
+}
+
+static void put_piece(struct mic_dma_chan *ch, struct mic_dma_piece p)
+{
+	ch->prep_bytes += p.len;
+	for (uint64_t n; p.len; p.src += n, p.dst += n, p.len -= n) {
+		n = p.len < ch->setup.max_bytes ? p.len : ch->setup.max_bytes;
+		put(ch, p.src | n / MIC_DMA_ALIGN << MIC_DMA_MEMCPY_LEN_SHIFT,
+		    p.dst | (uint64_t)MIC_DMA_DESC_MEMCPY << MIC_DMA_TYPE_SHIFT);
+	}
+}
+
+int mic_dma_prep_sg(struct mic_dma_chan *ch, const struct mic_dma_piece *pieces, unsigned count,
+		    unsigned flags)
+{
+	uint64_t need = FLAG_SLOTS;
 	int rc;
 
-	if ((!len && !flags) || (dst | src | len) % MIC_DMA_ALIGN || (dst | src) > MIC_DMA_ADDR_MASK ||
-	    len > MIC_DMA_ADDR_MASK || !valid_flags(flags))
+	if (!count || !valid_flags(flags))
 		return -EINVAL;
-	rc = dma_prep_take(ch, len / max + !!(len % max) + FLAG_SLOTS);
+	for (unsigned i = 0; i < count; i++) {
+		if (!valid_piece(&pieces[i]))
+			return -EINVAL;
+		need += slots_for(ch, pieces[i].len);
+	}
+	if (need == FLAG_SLOTS && !flags)
+		return -EINVAL; /* nothing to do */
+	rc = dma_prep_take(ch, need);
 	if (rc)
 		return rc;
-	ch->prep_bytes = len;
-	for (uint64_t n; len; src += n, dst += n, len -= n) {
-		n = len < max ? len : max;
-		put(ch, src | n / MIC_DMA_ALIGN << MIC_DMA_MEMCPY_LEN_SHIFT,
-		    dst | (uint64_t)MIC_DMA_DESC_MEMCPY << MIC_DMA_TYPE_SHIFT);
-	}
+	for (unsigned i = 0; i < count; i++)
+		put_piece(ch, pieces[i]);
 	put_flags(ch, flags);
 	return 0;
+}
+
+int mic_dma_prep_memcpy(struct mic_dma_chan *ch, uint64_t dst, uint64_t src, uint64_t len, unsigned flags)
+{
+	const struct mic_dma_piece piece = {dst, src, len};
+
+	return mic_dma_prep_sg(ch, &piece, 1, flags);
 }
 
 int mic_dma_prep_imm(struct mic_dma_chan *ch, uint64_t dst, uint64_t value, unsigned flags)

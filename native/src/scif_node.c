@@ -76,6 +76,14 @@ uint32_t mic_scif_raise_gen(struct mic_scif_ctl *ctl)
 	return classes;
 }
 
+void mic_scif_ctl_copies(struct mic_scif_ctl *ctl, uint32_t issued, uint32_t done, uint32_t failed)
+{
+	mic_store_release(&ctl->issued, issued);
+	mic_store_release(&ctl->failed, failed);
+	/* Last, pairs with the acquire in the library's fences: who sees it sees the copied bytes. */
+	mic_store_release(&ctl->done, done);
+}
+
 uint32_t mic_scif_busy(struct mic_scif_ctl *ctl, uint32_t classes)
 {
 	uint32_t still = 0;

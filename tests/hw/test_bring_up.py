@@ -263,7 +263,7 @@ async def test_hw_45_card_doorbells_come_with_their_drivers(image: str) -> None:
         assert lab.bootparam == FRESH
         node = Node(1, lab.gddr, lab.bus.gddr, Clock("fast"))
         await node.start()
-        link = CardLink(node, lab.bus, card.page, card.interrupts)
+        link = CardLink(node, lab.bus, card.page, card.interrupts, card.dma)
         assert lab.bootparam == FRESH
         link.start()
         assert lab.bootparam["h2c_scif_db"] == 0

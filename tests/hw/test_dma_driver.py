@@ -17,10 +17,12 @@ from hwcard import GiB, MiB, RawChannel, memcpy_desc, new_card, rang, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mic_emu import pciconfig
+from mic_emu import dma_dump, pciconfig
+from mic_emu._native import lib
 from mic_emu.bar import Bus
 from mic_emu.card.board.dma import DmaEngine
 from mic_emu.dma import FENCE, INTERRUPT, RING_SIZE, DmaChannel, DmaError, DmaMemory, Status
+from mic_emu.faults import FaultTable, parse
 from mic_emu.host.irq import Interrupts, Kind, Mode
 from mic_emu.host.smpt import Smpt
 from mic_emu.layout import CONSTANTS as C
@@ -596,3 +598,57 @@ def test_hw_10_channel_set_up_before_the_smpt_is_restored(lab: Lab) -> None:
         assert tx
         ch.sync_wait(tx.submit())
     assert lab.bus.gddr.load(0x40, 8) == 0x1234
+
+
+def test_hw_26_several_pieces_are_one_transaction(lab: Lab, chan: DmaChannel) -> None:
+    """HW-26: a list of copies completes as a whole, its pieces in their order; one bad piece, and nothing of
+    it is prepared."""
+    data = os.urandom(3 * 4096)
+    lab.bus.gddr.write(8 * MiB, data)
+    dst = local(chan) + 16 * MiB
+    pieces = [(dst, 8 * MiB + 8192, 4096), (dst + 4096, 8 * MiB + 4096, 4096), (dst + 4096, 8 * MiB, 64)]
+    with pytest.raises(DmaError) as e:
+        chan.prep_memcpy_sg([*pieces, (dst, 8 * MiB, 65)])
+    assert e.value.errno == errno.EINVAL
+    tx = chan.prep_memcpy_sg(pieces, INTERRUPT)
+    assert tx
+    chan.sync_wait(tx.submit())
+    assert lab.bus.card_view(dst, 8192).read(0, 8192) == data[8192:] + data[:64] + data[4096 + 64 : 8192]
+    counters = chan.counters()
+    assert (counters.transactions, counters.bytes) == (1, 8256)
+    assert dma_dump.counters(lab.bus, chan.index)["bytes"] == 8256
+
+
+def test_hw_29_a_list_that_does_not_fit_leaves_nothing(lab: Lab) -> None:
+    """HW-29: no room for all of it: no transaction, the next one is whole."""
+    with lab.channel(4, ring_size=16) as ch:
+        assert ch.prep_memcpy_sg([(MiB, 2 * MiB, 64)] * 14) is None
+        tx = ch.prep_memcpy_sg([(MiB, 2 * MiB, 64)] * 12)
+        assert tx
+        ch.sync_wait(tx.submit())
+
+
+def test_hw_34_channels_of_a_lost_owner_stand_still(lab: Lab) -> None:
+    """HW-34: after quiesce nothing moves, though descriptors wait; ETIMEDOUT while one is in progress."""
+    with lab.channel(4) as ch, lab.channel(5) as other:
+        assert lib.mic_dma_quiesce(lab.bus.ptr, 4, 4, 1000) == 0
+        lab.bus.gddr.write(0, b"x" * 64)
+        tx = ch.prep_memcpy(MiB, 0, 64)
+        assert tx
+        tx.submit()
+        ch.issue_pending()
+        assert lib.mic_dma_quiesce(lab.bus.ptr, 4, 4, 0) == 0
+        assert lab.bus.gddr.read(MiB, 64) == bytes(64)
+        ch.resume()
+        wait_for("copied", lambda: lab.bus.gddr.read(MiB, 64) == b"x" * 64)
+        FaultTable(lab.bus.faults).install(parse({"kind": "dma-delay", "delay": "300ms", "count": 1}))
+        other.resume()
+        tx = other.prep_interrupt()
+        assert tx
+        tx.submit()
+        other.issue_pending()
+        wait_for("at work", lambda: bool(lab.bus.read("dstat", 5) & C["DMA_DSTAT_ACTIVE"]))
+        assert lib.mic_dma_quiesce(lab.bus.ptr, 4, 4, 10) == -errno.ETIMEDOUT
+        assert lib.mic_dma_quiesce(lab.bus.ptr, 4, 4, 5000) == 0
+        ch.resume()
+        other.resume()

@@ -1,4 +1,7 @@
-"""Two or more SCIF nodes over real card memories, in one process, without board or host driver."""
+"""Two or more SCIF nodes over real card memories, in one process, without board or host driver.
+
+With ``dma`` each card has its DMA engine, and both sides their channels of it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,71 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from mic_emu import layout
+from mic_emu._native import lib
 from mic_emu.bar import Bus, close_all, create_slot
+from mic_emu.card.board.dma import DmaEngine
 from mic_emu.clock import Clock
+from mic_emu.dma import DmaMemory
+from mic_emu.faults import FaultTable
+from mic_emu.mbus import CARD_CHANNELS, CARD_ID, HOST_CHANNELS, DmaDevice, Line, host_id
 from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.scif.engine import RmaEngine
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
 
 MIB = 1 << 20
-SMPT = layout.CONSTANTS["SMPT_BASE"]
+C = layout.CONSTANTS
+SMPT = C["SMPT_BASE"]
+LOG = logging.getLogger("dma")
+
+
+class Dma:
+    """The engine of card ``index`` with the drivers of both sides."""
+
+    def __init__(self, index: int, bus: Bus, host: Node, card: Node) -> None:
+        self.bus, self.host, self.card, self.index = bus, host, card, index
+        self.engine = DmaEngine(bus)
+        self.faults = FaultTable(bus.faults)
+        self.start()
+
+    def start(self) -> None:
+        """Take the channels and give them to SCIF."""
+        bus, loop = self.bus, asyncio.get_running_loop()
+        host_memory = DmaMemory(self.host.allocator, lambda off, size: SMPT + off)
+        card_memory = DmaMemory(self.card.allocator)
+        self.devices = [
+            DmaDevice.acquire(
+                host_id(self.index), bus, HOST_CHANNELS, host_memory, lambda c: Line(bus.vector_fd(1 + c)), LOG
+            ),
+            DmaDevice.acquire(
+                CARD_ID, bus, CARD_CHANNELS, card_memory, lambda c: Line(bus.irq_fd(C["CARD_IRQ_DMA"] + c - 4)), LOG
+            ),
+        ]  # fmt: skip
+        for device in self.devices:
+            device.attach(loop)
+        ours = RmaEngine(self.host, self.devices[0].channels, host_memory)
+        theirs = RmaEngine(self.card, self.devices[1].channels, card_memory)
+        self.rma = [ours, theirs]
+        self.host.rma.engines[self.card.id] = ours
+        self.card.rma.engines[0] = self.card.rma.engines[self.card.id] = theirs
+
+    def stop(self) -> None:
+        """As the drivers do before the card is reset."""
+        for rma in self.rma:
+            rma.close()
+        for device in self.devices:
+            device.release(0.2)
+
+    def channel(self, c: int) -> Any:
+        """Channel ``c`` as its driver has it."""
+        return self.devices[c // 4].channels[c % 4]
+
+    def quiesce(self) -> None:
+        """The host stops the channels of a card that it loses."""
+        assert lib.mic_dma_quiesce(self.bus.ptr, 4, 4, 1000) == 0
 
 
 @dataclass
@@ -36,6 +94,7 @@ class Card:
     node: Node
     host_link: Link
     card_link: Link
+    dma: Dma | None = None
 
 
 @dataclass
@@ -81,11 +140,14 @@ def card_ports(bus: Bus, page: Page) -> LinkPorts:
 
 
 def connect_irq(bus: Bus) -> None:
-    """Host doorbell 0 raises vector 0; the first SMPT entry maps host address 0."""
+    """Host doorbell 0 raises vector 0, DMA channel c vector 1 + c; SMPT entry 0 maps host address 0."""
     bus.write("smpt", 0)
     bus.write("mxar", 1, 0)
-    bus.write("siac0", 1)
-    bus.write("sice0", 1)
+    for c in HOST_CHANNELS:
+        bus.write("mxar", 1 << C["SRC_DMA"] + c, 1 + c)
+    causes = 1 | 0xF << C["SRC_DMA"]
+    bus.write("siac0", causes)
+    bus.write("sice0", causes)
 
 
 def node_over(node_id: int, fd: int, view: View, clock: Clock) -> Node:
@@ -95,20 +157,28 @@ def node_over(node_id: int, fd: int, view: View, clock: Clock) -> Node:
 
 
 @contextlib.asynccontextmanager
-async def fabric(cards: int = 1, *, clock: Clock | None = None, wait: bool = True) -> AsyncIterator[Fabric]:
-    """Node 0 with ``cards`` cards, all online when ``wait``."""
+async def fabric(
+    cards: int = 1,
+    *,
+    clock: Clock | None = None,
+    wait: bool = True,
+    dma: bool = False,
+    memory: int = 64 * MIB,
+) -> AsyncIterator[Fabric]:
+    """Node 0 with ``cards`` cards, all online when ``wait``; each node has ``memory`` bytes."""
     clock = clock or Clock("fast")
-    host_fd = create_shm("test-host", 64 * MIB)
+    host_fd = create_shm("test-host", memory)
     fab: Fabric | None = None
     lone: Bus | None = None
     try:
-        buses = [Bus(create_slot(f"t{i}", 64 * MIB, host_fd)) for i in range(max(cards, 1))]
+        buses = [Bus(create_slot(f"t{i}", memory, host_fd)) for i in range(max(cards, 1))]
         lone = None if cards else buses[0]
         fab = Fabric(node_over(0, host_fd, buses[0].host, clock), host_fd, clock)
         await fab.host.start()
         views = {i + 1: (b.gddr, b.fds[0]) for i, b in enumerate(buses)}
         for i in range(cards):
             bus, page = buses[i], Page()
+            bus.hw_reset()
             connect_irq(bus)
             node = node_over(i + 1, bus.fds[0], bus.gddr, clock)
             await node.start()
@@ -123,6 +193,9 @@ async def fabric(cards: int = 1, *, clock: Clock | None = None, wait: bool = Tru
                 node.add_link(0, card_ports(bus, page)),
             )
             fab.cards.append(card)
+            if dma:
+                card.dma = Dma(i, bus, fab.host, node)
+                card.host_link.ports.quiesce = card.dma.quiesce
             card.host_link.start()
             card.card_link.start()
             card.host_link.poke()
@@ -134,8 +207,12 @@ async def fabric(cards: int = 1, *, clock: Clock | None = None, wait: bool = Tru
     finally:
         if fab is not None:
             for card in fab.cards:
+                if card.dma is not None:
+                    card.dma.stop()
                 card.card_link.down()
                 card.host_link.down()
+                if card.dma is not None:
+                    card.dma.engine.close()
             for node in fab.nodes:
                 await node.close()
             for card in fab.cards:

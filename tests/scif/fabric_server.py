@@ -1,13 +1,16 @@
 """A fabric as a process of its own: node 0 and its cards, each with its socket for programs.
 
 usage: fabric_server.py DIR CARDS. Prints one line when it is ready, then answers commands, one JSON
-line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N``. Ends with
-its standard input.
+line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N``; of card N's DMA
+engine: ``stats N``, ``fault N KIND WORD=VALUE ...`` (as ``micemu fault``), ``heal N`` (take the faults out), ``pause N CHANNEL``,
+``resume N CHANNEL``, ``reset N`` (the drivers stop, the engine is reset, they start). Ends with its standard
+input.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -17,9 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fabric import Fabric, card_ports, eventually, fabric, host_ports
+from fabric import Dma, Fabric, card_ports, eventually, fabric, host_ports
 
 from mic_emu.clock import Clock
+from mic_emu.faults import parse
 from mic_emu.scif.service import ScifService, listen_at
 
 
@@ -44,23 +48,51 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
         return state(fab, services)
     index = int(words[1]) - 1
     card = fab.cards[index]
+    if words[0] in ("stats", "fault", "heal", "pause", "resume", "reset"):
+        assert card.dma is not None
+        return engine_command(card.dma, words)
     if words[0] == "down":
         card.card_link.down()
         card.host_link.down()
         card.page.card_addr = card.page.host_addr = 0
+        if card.dma is not None:  # a card that comes back was reset
+            card.dma.stop()
+            card.dma.engine.reset()
     elif words[0] == "up":
         card.host_link = fab.host.add_link(index + 1, host_ports(card.bus, card.page))
         card.card_link = card.node.add_link(0, card_ports(card.bus, card.page))
         card.host_link.start()
         card.card_link.start()
+        if card.dma is not None:
+            card.host_link.ports.quiesce = card.dma.quiesce
+            card.dma.start()
         await eventually(lambda: index + 1 in fab.host.node_ids(), "online again")
+    return "done"
+
+
+def engine_command(dma: Dma, words: list[str]) -> Any:
+    """Look at, disturb and reset the engine of a card."""
+    if words[0] == "stats":
+        return [dataclasses.asdict(s) for s in dma.engine.stats()]
+    if words[0] == "fault":
+        dma.faults.install(parse({"kind": words[2], **dict(w.split("=") for w in words[3:])}))
+    elif words[0] == "heal":
+        for number in list(dma.faults.faults):
+            dma.faults.remove(number)
+    elif words[0] == "reset":
+        dma.stop()
+        dma.engine.reset()
+        dma.start()
+    else:
+        getattr(dma.channel(int(words[2])), words[0])()
     return "done"
 
 
 async def main(where: Path, cards: int) -> None:
     loop = asyncio.get_running_loop()
     program = float(os.environ.get("SCIF_TEST_API_TIME", "1"))
-    async with fabric(cards, clock=Clock("fast", program=program)) as fab:
+    memory = int(os.environ.get("SCIF_TEST_MIB", "64")) << 20
+    async with fabric(cards, clock=Clock("fast", program=program), dma=True, memory=memory) as fab:
         services = []
         for node in fab.nodes:
             ordinary = os.environ.get("SCIF_TEST_ORDINARY") == "1"

@@ -16,6 +16,7 @@ from mic_emu.testing.machine import MICEMU, Machine
 
 pytestmark = pytest.mark.system
 EXAMPLES = PACKAGE.parent / "examples" / "scif"
+RMA_BYTES = 2 << 20  # what the example rma copies
 SAYS = {"echo": "hello over SCIF", "rma": "written", "flag": "round trip"}
 
 
@@ -40,7 +41,8 @@ def start(machine: Machine, where: Path, place: str, *args: str) -> subprocess.P
 
 @pytest.mark.timeout(120)
 def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> None:
-    """SCIF-39: host to card, card to host, card to card: messages, RMA with a fence, a mapping."""
+    """SCIF-39: host to card, card to host, card to card: messages, RMA with a fence, a mapping. The large
+    copies of ``rma`` were made by DMA channels of the node that issued them (SCIF 2.13)."""
     machine.boot("-n", "2", "--disk", "none", "--net", "none")
     where = build(machine)
     nodes = {"host": 0, "mic0": 1, "mic1": 2}
@@ -54,6 +56,17 @@ def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> No
             a.communicate(timeout=40)
             assert (a.returncode, b.returncode) == (0, 0), f"{name}: {server} <- {client}: {out}"
             assert words in out
+    by_channel = [
+        row["engine"]["bytes"] for row in json.loads(machine.micemu("dump", "dma", "mic0", "--json").stdout)
+    ]
+    assert (sum(by_channel[:4]), sum(by_channel[4:])) == (RMA_BYTES, RMA_BYTES)
+    metrics = machine.micemu("metrics").stdout
+    busy = [
+        line
+        for line in metrics.splitlines()
+        if line.startswith("micemu_dma_engine_bytes_total") and line.endswith(str(RMA_BYTES))
+    ]
+    assert len(busy) == 2
 
 
 @pytest.mark.timeout(120)

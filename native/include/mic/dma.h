@@ -34,6 +34,11 @@ void mic_dma_engine_reset(struct mic_dma_engine *engine);
 /* End all threads and free the engine. Registers stay as they are. */
 void mic_dma_engine_stop(struct mic_dma_engine *engine);
 void mic_dma_engine_stats(struct mic_dma_engine *engine, unsigned c, struct mic_dma_stats *out);
+/* The same from any process that has attached the card: the engine counts in shared memory. */
+void mic_dma_bus_stats(struct mic_bus *bus, unsigned c, struct mic_dma_stats *out);
+/* The owner of channels [first, first + count) is gone: disable them and wait until the engine has let go
+ * of memory. 0 or -ETIMEDOUT. */
+int mic_dma_quiesce(struct mic_bus *bus, unsigned first, unsigned count, int timeout_ms);
 
 /* --- driver half: a channel as its owner's driver sees it (HW 5.4 - 5.6, dma_drv.c) ------------------
  *
@@ -75,6 +80,12 @@ void mic_dma_chan_destroy(struct mic_dma_chan *ch);
 /* Write descriptors for one transaction. 0, -ENOMEM (ring full after a cleanup, HW-29), -EINVAL
  * (nothing to do, HW-30; misaligned; outside 40 bits), -EBUSY (another prep is not submitted for 5 s). */
 int mic_dma_prep_memcpy(struct mic_dma_chan *ch, uint64_t dst, uint64_t src, uint64_t len, unsigned flags);
+/* Several copies as one transaction, carried out in their order; at least one piece. */
+struct mic_dma_piece {
+	uint64_t dst, src, len;
+};
+int mic_dma_prep_sg(struct mic_dma_chan *ch, const struct mic_dma_piece *pieces, unsigned count,
+		    unsigned flags);
 int mic_dma_prep_imm(struct mic_dma_chan *ch, uint64_t dst, uint64_t value, unsigned flags);
 int mic_dma_prep_interrupt(struct mic_dma_chan *ch, unsigned flags);
 /* The cookie (> 1) of what was prepared. token != 0 comes back once from mic_dma_take_done(). */

@@ -90,6 +90,7 @@
 #define MIC_IRQ_COUNTS 0x1fe00u
 #define MIC_DMA_SLEEPERS 0x1ff00u
 #define MIC_DMA_SLEEP_ANY 0xffffffffu
+#define MIC_DMA_STATS 0x1fc00u
 #define MIC_DMA_ERR_HEAD 0x1u
 #define MIC_DMA_ERR_RING 0x2u
 #define MIC_DMA_ERR_TYPE 0x4u

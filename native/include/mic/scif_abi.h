@@ -60,8 +60,11 @@ struct mic_scif_ctl {
 	uint32_t state;       /* enum mic_scif_ep_state, written by the node */
 	uint32_t uncollected; /* a non-blocking connect succeeded and nobody asked yet */
 	uint32_t gen;         /* changes whenever a window list changes */
-	uint32_t mark;        /* last own fence mark */
-	uint8_t reserved0[40];
+	/* Copies on the node's DMA channels, numbered from 1, modulo 2^30: written by the node. */
+	uint32_t issued; /* the last one that it took */
+	uint32_t done;   /* this one and all before it have ended */
+	uint32_t failed; /* one of them did not complete: marks behind it never will */
+	uint8_t reserved0[32];
 	/* 64: the sending end, under tx_lock */
 	uint64_t tx_lock[5]; /* robust, process-shared pthread mutex */
 	uint64_t sent;       /* bytes, ever */
@@ -101,6 +104,7 @@ struct mic_scif_notify {
 /* Node side (scif_node.c). 0 or -errno. */
 void mic_scif_ctl_init(struct mic_scif_ctl *ctl, uint64_t sid);
 void mic_scif_ctl_state(struct mic_scif_ctl *ctl, struct mic_scif_qpage *qp, uint32_t state);
+void mic_scif_ctl_copies(struct mic_scif_ctl *ctl, uint32_t issued, uint32_t done, uint32_t failed);
 /* A window list has changed. Returns the classes (bits, gen modulo MIC_SCIF_GENS) of the copies in progress
  * that began before. One thread of the node raises. */
 uint32_t mic_scif_raise_gen(struct mic_scif_ctl *ctl);
@@ -185,10 +189,20 @@ enum mic_scif_op {
 	MIC_SCIF_MUNMAP,       /* a0 offset, a1 length */
 	MIC_SCIF_DROP,         /* data: struct mic_scif_seg: pages that this process no longer maps */
 	MIC_SCIF_FENCE_MARK,   /* peer's mark -> v0 */
-	MIC_SCIF_FENCE_WAIT,   /* a0 peer's mark */
+	MIC_SCIF_FENCE_WAIT,   /* a0 mark, own or peer's */
 	MIC_SCIF_TABLES,       /* -> data: JSON of endpoints and windows, for people */
-	MIC_SCIF_FENCE_SIGNAL, /* peer executes: a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
+	MIC_SCIF_FENCE_SIGNAL, /* a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
+	MIC_SCIF_COPY,         /* a DMA channel copies window to window: a0 loff, a1 roff, a2 length (all
+				* multiples of 64), a3 enum mic_scif_copy. -EOPNOTSUPP: none reaches that
+				* peer; any other error: not now. Then the caller copies itself */
 };
+
+enum mic_scif_copy {
+	MIC_SCIF_COPY_WRITE = 1,   /* towards the peer */
+	MIC_SCIF_COPY_ORDERED = 2, /* the last 64 bytes after all others */
+};
+
+#define MIC_SCIF_COPY_MASK 0x3fffffff /* of the numbers of copies */
 
 struct mic_scif_request {
 	uint32_t op;

@@ -110,6 +110,16 @@ TEST(scif_108_110_v_calls_and_the_callers_memory)
 	}
 	munmap(m, 2 * PG);
 	FAILS(scif_vreadfrom(e[1], m, 2 * PG, 0x10000, SCIF_RMA_USECACHE), EFAULT);
+	for (int i = 0; i < 2; i++) { /* one that was fine, and is no more */
+		m = pages(2);
+		OK(scif_vwriteto(e[1], m, 2 * PG, 0x10000, 0));
+		OK(scif_vreadfrom(e[1], m, 2 * PG, 0x10000, SCIF_RMA_USECACHE));
+		munmap(m + PG, PG);
+		FAILS(scif_vwriteto(e[1], m, 2 * PG, 0x10000, SCIF_RMA_USECACHE), EFAULT);
+		FAILS(scif_vreadfrom(e[1], m + PG - 8, 16, 0x10000, 0), EFAULT);
+		OK(scif_vreadfrom(e[1], m + PG - 8, 8, 0x10000, 0));
+		munmap(m, PG);
+	}
 	FAILS(scif_vwriteto(e[1], (void *)16, 8, 0x10000, 0), EFAULT);
 }
 

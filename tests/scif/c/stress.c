@@ -2,12 +2,13 @@
  * Killed at random. Ends with 3 when a byte is wrong; lost connections are normal. */
 #include "t.h"
 
-#define WIN (64 * PG)
+#define MB  (1 << 20)
+#define WIN (576 * PG)
 
 static void *serve(void *arg)
 {
 	int ep = (int)(intptr_t)arg, n;
-	char *p = pages(64), buf[3000];
+	char *p = pages(WIN / PG), buf[3000];
 	off_t off = scif_register(ep, p, WIN, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0);
 
 	if (off >= 0 && scif_send(ep, &off, sizeof off, SCIF_SEND_BLOCK) == sizeof off)
@@ -23,8 +24,15 @@ static void *serve(void *arg)
 
 static void server_main(int port)
 {
-	int l = listener_on(port, 64);
+	int l = scif_open();
+	uint64_t end = now_us() + 10000000;
 
+	/* The last server was killed: the port is taken until its last connection has ended (SCIF-25). */
+	while (scif_bind(l, (uint16_t)port) < 0) {
+		CHECK(errno == EINVAL && now_us() < end);
+		sched_yield();
+	}
+	CHECK(scif_listen(l, 64) == 0);
 	for (;;) {
 		struct scif_portID from;
 		pthread_t t;
@@ -77,6 +85,28 @@ static bool rma_round(int ep, off_t win, char *mine, off_t own, unsigned *seed)
 	return true;
 }
 
+/* The same with a copy that a DMA channel makes, if one reaches the peer, and a fence. */
+static bool large_round(int ep, off_t win, char *mine, off_t own, unsigned *seed)
+{
+	size_t n = 2 * MB + (size_t)rand_r(seed) % (WIN - 2 * MB - 128), at = (size_t)rand_r(seed) % (WIN - n), l = at % 64;
+	char first = (char)rand_r(seed);
+	int mark;
+
+	for (size_t i = 0; i < n; i++)
+		mine[l + i] = (char)((char)i + first);
+	if (scif_writeto(ep, own + (off_t)l, n, win + (off_t)at, rand_r(seed) % 2 ? SCIF_RMA_ORDERED : 0) < 0 ||
+	    scif_fence_mark(ep, SCIF_FENCE_INIT_SELF, &mark) < 0 || scif_fence_wait(ep, mark) < 0)
+		return false;
+	memset(mine + l, 0, n);
+	if (scif_readfrom(ep, own + (off_t)l, n, win + (off_t)at, 0) < 0 ||
+	    scif_fence_mark(ep, SCIF_FENCE_INIT_SELF, &mark) < 0 || scif_fence_wait(ep, mark) < 0)
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (mine[l + i] != (char)((char)i + first))
+			wrong("large RMA");
+	return true;
+}
+
 static void client_main(int node, int port, unsigned seed)
 {
 	struct scif_portID to = { (uint16_t)node, (uint16_t)port };
@@ -91,12 +121,13 @@ static void client_main(int node, int port, unsigned seed)
 			usleep(2000);
 			continue;
 		}
-		char *mine = pages(64);
+		char *mine = pages(WIN / PG);
 		own = scif_register(ep, mine, WIN, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0);
 		bool ok = own >= 0 && scif_recv(ep, &win, sizeof win, SCIF_RECV_BLOCK) == sizeof win;
 
 		for (int i = 0; ok && i < 50; i++)
-			ok = echo_round(ep, &seed) && rma_round(ep, win, mine, own, &seed);
+			ok = echo_round(ep, &seed) && rma_round(ep, win, mine, own, &seed) &&
+			     (i % 8 || large_round(ep, win, mine, own, &seed));
 		if (ok && rand_r(&seed) % 2)
 			scif_unregister(ep, own, WIN);
 		scif_close(ep);

@@ -50,7 +50,10 @@ class BuildExt(build_ext):
         fresh = lib / (LIBRARY + ".new")  # programs may have the old one mapped: replace, never overwrite
         sources = sorted(str(p) for p in (NATIVE / "libscif").glob("*.c"))
         command = ["cc", *CFLAGS, "-shared", f"-I{NATIVE / 'include'}", "-Wl,-soname,libscif.so.0"]
-        command += [f"-Wl,--version-script={NATIVE / 'libscif' / 'libscif.map'}", "-Wl,-z,defs,-z,now"]
+        command += [
+            f"-Wl,--version-script={NATIVE / 'libscif' / 'libscif.map'}",
+            "-Wl,-z,defs,-z,now,-z,nodelete",
+        ]
         command += ["-o", str(fresh), *sources, "-pthread"]
         subprocess.run(command, check=True)
         fresh.replace(target)

@@ -42,6 +42,7 @@ class HostLink:
             fetch=lambda: BOOT.get(driver.page, 0, "scif_card_dma_addr"),
             peer_memory=bus.gddr,
             peer_fd=bus.fds[lib.MIC_FD_GDDR],
+            peer_bank=True,
         )
         self.link: Link = node.add_link(peer, ports)
 

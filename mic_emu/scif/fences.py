@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from mic_emu._native import lib
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import PROT_WRITE
@@ -113,9 +114,8 @@ class Fences:
         pieces = list(windows[0].places(msg.p1, 8))
         data = msg.p2.to_bytes(8, "little")
         for place, n in pieces:
-            view = self.node.memory.sub(place, n) if own else ep.path.peer_view(place, n)
-            if n == 8 and place % 8 == 0:
-                view.store(0, 8, msg.p2)
-            else:
-                view.write(0, data[:n])
+            fd, at = (self.node.memory_fd, place) if own else ep.path.window_place(place, n)
+            rc = lib.mic_shm_write_at(fd, at, data[:n], n)
+            if rc < 0:  # the node of this window was lost, and we have not heard of it
+                raise ScifError(-rc, "the window is gone")
             data = data[n:]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from mic_emu import layout
 from mic_emu.bar import Bus, close_all, create_slot
 from mic_emu.clock import Clock
-from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.memory import PageAllocator, View, create_shm, window_allocator
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
 
@@ -63,6 +63,7 @@ def host_ports(bus: Bus, page: Page) -> LinkPorts:
         fetch=lambda: page.card_addr,
         peer_memory=bus.gddr,
         peer_fd=bus.fds[0],
+        peer_bank=True,
     )
 
 
@@ -89,9 +90,10 @@ def connect_irq(bus: Bus) -> None:
 
 
 def node_over(node_id: int, fd: int, view: View, clock: Clock) -> Node:
-    """A node with half of a memory as its pages."""
+    """A node over a memory without its first MiB; a card's has its windows in the window bank."""
     allocator = PageAllocator(fd, 1 * MIB, view.size)
-    return Node(node_id, allocator, view, clock, logging.getLogger(f"scif{node_id}"))
+    bank = window_allocator(allocator, view.size) if node_id else None
+    return Node(node_id, allocator, view, clock, logging.getLogger(f"scif{node_id}"), bank)
 
 
 @contextlib.asynccontextmanager

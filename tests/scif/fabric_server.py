@@ -1,7 +1,8 @@
 """A fabric as a process of its own: node 0 and its cards, each with its socket for programs.
 
 usage: fabric_server.py DIR CARDS. Prints one line when it is ready, then answers commands, one JSON
-line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N``. Ends with
+line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N`` (it is back,
+without its window bank), ``cut N`` (its windows' pages go, and no node has heard of it). Ends with
 its standard input.
 """
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fabric import Fabric, card_ports, eventually, fabric, host_ports
 
 from mic_emu.clock import Clock
+from mic_emu.memory import revoke_windows
 from mic_emu.scif.service import ScifService, listen_at
 
 
@@ -33,7 +35,7 @@ def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
             "endpoints": len(n.endpoints),
             "ports": len(n.ports),
             "sessions": len(s.sessions),
-            "used": n.allocator.used_bytes,
+            "used": n.used_bytes,
         }
         for n, s in zip(fab.nodes, services, strict=True)
     ]
@@ -48,6 +50,8 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
         card.card_link.down()
         card.host_link.down()
         card.page.card_addr = card.page.host_addr = 0
+    elif words[0] == "cut":
+        revoke_windows(card.bus.fds[0])
     elif words[0] == "up":
         card.host_link = fab.host.add_link(index + 1, host_ports(card.bus, card.page))
         card.card_link = card.node.add_link(0, card_ports(card.bus, card.page))

@@ -43,7 +43,7 @@ class Library:
         script = NATIVE / self.folder / f"lib{self.name}.map"
         return [
             "cc", *CFLAGS, "-shared", f"-I{NATIVE / 'include'}", f"-Wl,-soname,lib{self.name}.so.0",
-            f"-Wl,--version-script={script}", "-Wl,-z,defs,-z,now,--gc-sections", "-o", str(target),
+            f"-Wl,--version-script={script}", "-Wl,-z,defs,-z,now,-z,nodelete,--gc-sections", "-o", str(target),
             *own, *shared, "-pthread",
         ]  # fmt: skip
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mic_emu.clock import settle
 from mic_emu.config import CardConfig
 from mic_emu.errors import MicemuError
 from mic_emu.host.spawn import Spawner
@@ -21,7 +23,8 @@ class Board:
     """Who runs it, and the card OS on it.
 
     ``notify`` is called after every report. ``os_exited`` gets to know how the OS ended by itself, "" for in
-    order. ``lost`` is called when the board process died, ``replaced`` when its successor has power.
+    order. ``new_memory`` gets a descriptor of the card's memory after a reset, and closes it. ``lost`` is
+    called when the board process died, ``replaced`` when its successor has power.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Board:
         self.refused = ""  # why the bootstrap refused the last image
         self.notify: Callable[[], None] = lambda: None
         self.os_exited: Callable[[str], None] = lambda _: None
+        self.new_memory: Callable[[int], None] = os.close
         self.lost: Callable[[], None] = lambda: None
         self.replaced: Callable[[], None] = lambda: None
         self._args = {
@@ -60,17 +64,21 @@ class Board:
             )
         finally:
             theirs.close()
-        powered = asyncio.Event()
+        powered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._server = asyncio.ensure_future(self._serve(self._channel, powered))
-        await asyncio.wait_for(powered.wait(), POWER_ON_LIMIT_S)
+        await asyncio.wait_for(powered, POWER_ON_LIMIT_S)
 
-    async def _serve(self, channel: AsyncChannel, powered: asyncio.Event) -> None:
+    async def _serve(self, channel: AsyncChannel, powered: asyncio.Future[None]) -> None:
         try:
             while True:
-                msg, _ = await channel.recv(None, "a message of the board")
+                msg, fds = await channel.recv(None, "a message of the board")
                 event = msg.get("event")
                 if event == "power_on":
-                    powered.set()
+                    settle(powered)
+                elif event == "memory":
+                    await self._new_memory(channel, msg["generation"], fds[0])
+                elif event == "no_memory" and not powered.done():
+                    powered.set_exception(OSError(msg["errno"], msg["why"]))
                 elif event == "os_start":
                     self.os_pid, self.contained = msg["pid"], msg["contained"]
                     self._log.info(
@@ -83,6 +91,15 @@ class Board:
                 self.notify()
         except OSError:
             return
+
+    async def _new_memory(self, channel: AsyncChannel, generation: int, fd: int) -> None:
+        """A reset: from here on the aperture shows the new memory, also to what starts later."""
+        try:
+            self.new_memory(fd)
+        except OSError as e:
+            self._log.error(f"the card does not get ready: {e}")
+        else:
+            await channel.send({"generation": generation})
 
     def _os_exit(self, status: int, reset: bool) -> None:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -84,6 +84,7 @@ class Card:
         self.board = Board(
             self.index, self.config, self.dir, self.clock.profile.name, self.spawner, self.bus.fds, self.log
         )
+        self.board.new_memory = self.bus.replace_gddr
         await self.board.power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
         self.driver.bring_up = self._bring_up

@@ -47,6 +47,7 @@ class HostLink:
             peer_memory=bus.gddr,
             peer_fd=bus.fds[lib.MIC_FD_GDDR],
             quiesce=self._quiesce,
+            peer_bank=True,
         )
         self.link: Link = node.add_link(peer, ports)
         channels = driver.dma.channels if driver.dma else []

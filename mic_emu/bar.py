@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
-from mic_emu.memory import View, create_shm
+from mic_emu.memory import View, create_gddr, create_shm
 
 FD_COUNT: int = lib.MIC_FD_COUNT
 _EVENTFD_FLAGS = 0o2000000 | 0o4000  # EFD_CLOEXEC | EFD_NONBLOCK
@@ -33,7 +33,7 @@ def create_slot(name: str, gddr_size: int, host_fd: int) -> list[int]:
     """
     fds: list[int] = []
     try:
-        fds.append(create_shm(f"{name}-gddr", gddr_size))
+        fds.append(create_gddr(f"{name}-gddr", gddr_size))
         fds.append(create_shm(f"{name}-mmio", layout.MMIO_SIZE))
         fds.append(os.dup(host_fd))
         fds.append(create_shm(f"{name}-config", layout.CONSTANTS["CONFIG_OBJECT_SIZE"]))
@@ -89,6 +89,16 @@ class Bus:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def replace_gddr(self, fd: int) -> None:
+        """The card's memory is the object behind ``fd`` from now on (a new generation after a reset), under
+        the same pointer and in the same place of ``fds``; ``fd`` is closed. Raises OSError."""
+        try:
+            rc = lib.mic_bus_replace_gddr(self.ptr, fd)
+        finally:
+            os.close(fd)
+        if rc < 0:
+            raise OSError(-rc, f"cannot map the card's memory: {os.strerror(-rc)}")
 
     def vector_fd(self, vector: int) -> int:
         """eventfd of interrupt vector 0..15 towards the host."""

@@ -168,6 +168,9 @@ CONSTANTS: dict[str, int] = {
     # the card's kernel log in GDDR (COSM 9; the place is ours): length word, then text
     "CARD_LOG": 0x0100_0000,
     "CARD_LOG_SIZE": 0x0010_0004,
+    # Pages of SCIF windows lie in a bank of their own behind the card's GDDR object, at card addresses where
+    # neither memory nor a register is: losing the card cuts the object off there, and nothing else goes with it.
+    "WINDOW_BANK": 0x40_0000_0000,
     # card address map (HW 1)
     "CARD_MMIO_BASE": 0x08_007C_0000,
     "SMPT_BASE": 0x80_0000_0000,

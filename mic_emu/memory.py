@@ -1,8 +1,9 @@
 """Node memory: POSIX shared memory objects and the page allocator of each node.
 
 Every address that a descriptor, an SMPT entry or a window names is an offset into one of these
-objects. Names are unlinked as soon as the object exists: processes get it by descriptor, and
-nothing is left behind whatever dies (issue: ``/dev/shm`` is as before).
+objects; a window of a card lies in the window bank of its memory object. Names are unlinked as soon
+as the object exists: processes get it by descriptor, and nothing is left behind whatever dies
+(issue: ``/dev/shm`` is as before).
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import errno
 import mmap
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import posix_ipc
 
+from mic_emu import layout
 from mic_emu._native import ffi, lib
 
 PAGE = 4096
+WINDOW_BANK: int = layout.CONSTANTS["WINDOW_BANK"]
 
 
 def page_align(n: int) -> int:
@@ -40,6 +44,48 @@ def create_shm(label: str, size: int) -> int:
         os.close(shm.fd)
         raise
     return int(shm.fd)
+
+
+def create_gddr(label: str, size: int) -> int:
+    """A card's memory of ``size`` bytes with its window bank (``mic_gddr_size``); returns its descriptor.
+
+    Each boot of a card has an object of its own: whoever still maps an older one reaches nothing of the
+    new card OS. Raises OSError (ENOSPC, ENOMEM, EMFILE).
+    """
+    return create_shm(label, WINDOW_BANK + size)
+
+
+def gddr_size(fd: int) -> int:
+    """Bytes of card memory in an object that ``create_gddr`` made."""
+    return int(lib.mic_gddr_size(os.fstat(fd).st_size))
+
+
+def window_allocator(pages: PageAllocator, size: int) -> PageAllocator:
+    """Pages of the window bank of a card with ``size`` bytes of memory; they count as pages of ``pages``."""
+    return PageAllocator(pages.fd, WINDOW_BANK, WINDOW_BANK + size, shares=pages)
+
+
+def in_bank(addr: int, length: int, size: int) -> int:
+    """``addr``, when [addr, addr + length) lies in the window bank of a card with ``size`` bytes of memory:
+    the offset in its object, too. Raises IndexError."""
+    if length < 0 or addr < WINDOW_BANK or addr + length > WINDOW_BANK + size:
+        raise IndexError(f"{length} bytes at {addr:#x} are outside the card's window bank")
+    return addr
+
+
+def revoke_windows(fd: int) -> None:
+    """The node is lost: cut its window bank off. Every mapping of a window, in whichever process and
+    state, faults with SIGBUS from now on, and the pages are free (SCIF-102). Raises OSError."""
+    rc = lib.mic_gddr_revoke(fd)
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc))
+
+
+def retire_gddr(fd: int) -> None:
+    """Nothing of this object counts any more: give its pages back. Its windows fault, the rest reads as
+    zeros, so that a backend or a program that looks once more does no harm and comes to none."""
+    revoke_windows(fd)
+    lib.mic_punch(fd, 0, gddr_size(fd))
 
 
 class View:
@@ -105,17 +151,27 @@ class OutOfNodeMemory(OSError):
         super().__init__(errno.ENOMEM, f"no room for {wanted} bytes of node memory: {why}")
 
 
+@dataclass
+class _Room:
+    """Bytes that the allocators of a node may still hand out."""
+
+    left: int
+
+
 class PageAllocator:
     """First-fit allocator of whole pages in ``[start, end)`` of one memory object.
 
     What it hands out is reserved in the file system (a full ``/dev/shm`` is an error here, never a
     SIGBUS later) and reads as zeros; what comes back is punched out.
+
+    shares: an allocator of the same node; the two together hand out no more than that one has pages.
     """
 
-    def __init__(self, fd: int, start: int, end: int) -> None:
+    def __init__(self, fd: int, start: int, end: int, shares: PageAllocator | None = None) -> None:
         if start % PAGE or end % PAGE or not 0 <= start <= end:
             raise ValueError(f"bad page range {start:#x}..{end:#x}")
         self._fd = fd
+        self._room: _Room = _Room(end - start) if shares is None else shares._room
         self._free: list[tuple[int, int]] = [(start, end - start)] if end > start else []
         self._used: dict[int, int] = {}
 
@@ -136,7 +192,7 @@ class PageAllocator:
     @property
     def free_bytes(self) -> int:
         """Bytes that are left."""
-        return sum(length for _, length in self._free)
+        return min(self._room.left, sum(length for _, length in self._free))
 
     def alloc(self, nbytes: int, align: int = PAGE) -> int:
         """Offset of ``nbytes`` (rounded up to pages) of zeroed, reserved, contiguous memory.
@@ -148,7 +204,7 @@ class PageAllocator:
             raise ValueError("cannot allocate nothing")
         for i, (off, room) in enumerate(self._free):
             at = (off + align - 1) & ~(align - 1)
-            if at + length <= off + room:
+            if at + length <= off + room and length <= self._room.left:
                 break
         else:
             raise OutOfNodeMemory(nbytes, f"{self.free_bytes} bytes are free, not in one piece")
@@ -159,11 +215,13 @@ class PageAllocator:
         pieces = [p for p in ((off, at - off), (at + length, off + room - at - length)) if p[1]]
         self._free[i : i + 1] = pieces
         self._used[at] = length
+        self._room.left -= length
         return at
 
     def free(self, off: int) -> None:
         """Give back what ``alloc`` returned. Raises KeyError when it is not allocated."""
         length = self._used.pop(off)
+        self._room.left += length
         lib.mic_punch(self._fd, off, length)
         i = bisect.bisect(self._free, (off, 0))
         if i < len(self._free) and self._free[i][0] == off + length:

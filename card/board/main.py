@@ -19,14 +19,16 @@ from mic_emu.bar import FD_COUNT, Bus, drain
 from mic_emu.card.board.bootstrap import BootRefused, Bootstrap
 from mic_emu.card.board.dma import DmaEngine
 from mic_emu.log import Log
+from mic_emu.memory import create_gddr, retire_gddr
 from mic_emu.proc import kill_descendants
-from mic_emu.wire import Channel
+from mic_emu.wire import Channel, PeerClosed
 
 C = L.CONSTANTS
 APIC_ID = 4
 
 # POST codes: what the host's debug file and `micemu dump` show (two characters, HW 6.2).
 POST_RESET, POST_MEMORY, POST_READY = "01", "09", "12"
+POST_NO_MEMORY = "F1"
 POST_BOOTING, POST_OS, POST_REFUSED, POST_OS_DEAD = "30", "FF", "F2", "F4"
 
 
@@ -41,10 +43,13 @@ class Board:
     def __init__(self, bus: Bus, host: Channel, args: dict[str, Any], log: Log) -> None:
         self.bus = bus
         self.host = host
+        self.args = args
         self.log = log
         self.bootstrap = Bootstrap(bus, args, log)
         self.os_pid = 0
         self.os_fd = -1
+        self.generation = 0  # of GDDR: one per reset
+        self.announced = False
         self.poller = select.poll()
         for fd in (bus.fds[lib.MIC_FD_RESET], bus.fds[lib.MIC_FD_BOOT], host.fileno()):
             self.poller.register(fd, select.POLLIN)
@@ -68,13 +73,45 @@ class Board:
         self.dma.reset()
         lib.mic_hw_reset(self.bus.ptr)
         self.post(POST_MEMORY)
-        # GDDR comes up zeroed, and what the last OS used goes back to the system.
-        lib.mic_punch(self.bus.fds[lib.MIC_FD_GDDR], 0, self.bus.gddr.size)
+        self.new_memory()
+
+    def new_memory(self) -> None:
+        """GDDR comes up zeroed: it is another object after each reset, and the old one is emptied.
+
+        Whatever still maps the old one (a stopped program, a backend) cannot reach the next card OS, and
+        its windows fault. The bootstrap asks for an image only when the host has the new one, too.
+        """
+        self.generation += 1
+        old = os.dup(self.bus.fds[lib.MIC_FD_GDDR])
+        try:
+            fresh = create_gddr(f"{self.args['name']}-gddr", self.bus.gddr.size)
+            self.bus.replace_gddr(fresh)
+        except OSError as e:
+            self.post(POST_NO_MEMORY)
+            self.log.error(f"no card memory after the reset: {e}", event="no_memory")
+            self.host.send({"event": "no_memory", "errno": e.errno, "why": str(e)})
+            return
+        finally:
+            retire_gddr(old)
+            os.close(old)
+        self.host.send({"event": "memory", "generation": self.generation}, [self.bus.fds[lib.MIC_FD_GDDR]])
+
+    def ask_for_image(self) -> None:
+        """The bootstrap waits for a download (HW 6.2)."""
         base = download_address(self.bus.gddr.size)
         self.post(POST_READY)
         self.bus.hw_store(
             "spad", base | APIC_ID << C["DOWNLOAD_APIC_SHIFT"] | C["DOWNLOAD_READY"], C["SPAD_DOWNLOAD"]
         )
+        if not self.announced:
+            self.announced = True
+            self.host.send({"event": "power_on"})
+
+    def serve_host(self) -> None:
+        """What the host process said. Raises PeerClosed when it switches the power off."""
+        while got := self.host.try_recv():
+            if got[0].get("generation") == self.generation:
+                self.ask_for_image()
 
     def kill_os(self) -> None:
         """Drop all card CPUs: the OS process, and with it everything that runs on the card."""
@@ -125,7 +162,6 @@ class Board:
         """Until the host closes its channel: power off."""
         reset, boot = self.bus.fds[lib.MIC_FD_RESET], self.bus.fds[lib.MIC_FD_BOOT]
         self.power_on()
-        self.host.send({"event": "power_on"})
         while True:
             ready = {fd for fd, _ in self.poller.poll()}
             if reset in ready:
@@ -138,8 +174,11 @@ class Board:
                 drain(boot)
                 self.boot()
             if self.host.fileno() in ready:
-                self.kill_os()
-                return
+                try:
+                    self.serve_host()
+                except PeerClosed:
+                    self.kill_os()
+                    return
 
 
 def main(args: dict[str, Any], fds: list[int]) -> int:

@@ -35,7 +35,7 @@ from mic_emu.cosm.states import Status
 from mic_emu.cosm.tools_proto import Facts
 from mic_emu.dma import DRAIN_S
 from mic_emu.log import Log
-from mic_emu.memory import PageAllocator, page_align
+from mic_emu.memory import PageAllocator, page_align, window_allocator
 from mic_emu.scif.node import Node
 from mic_emu.scif.service import ScifService, listen_at
 from mic_emu.version import VERSION
@@ -76,7 +76,10 @@ class Kernel:
             first = max(first, self.ramdisk[0] + self.ramdisk[1])
         self.memory = PageAllocator(bus.fds[lib.MIC_FD_GDDR], page_align(first), bus.gddr.size & ~4095)
         self.driver = CardDriver.probe(boot, bus, self.memory, log)
-        self.node = Node(self.driver.node_id, self.memory, bus.gddr, self.clock, log.bind(part="scif"))
+        self.node = Node(
+            self.driver.node_id, self.memory, bus.gddr, self.clock, log.bind(part="scif"),
+            window_allocator(self.memory, bus.gddr.size),
+        )  # fmt: skip
         self._down: asyncio.Future[Status] | None = None
 
     def _ramdisk(self, base: int) -> tuple[int, int] | None:

@@ -67,7 +67,7 @@ def tables(node: Node, sessions: Iterable[Session]) -> dict[str, Any]:
         "online": node.node_ids(),
         "max_id": node.maxid,
         "registered_bytes": node.pages.used_bytes,
-        "memory_used_bytes": node.allocator.used_bytes,
+        "memory_used_bytes": node.used_bytes,
         "endpoints": [_endpoint(ep, owners.get(ep.id, 0)) for ep in list(node.endpoints.values())],
     }
 

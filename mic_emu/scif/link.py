@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mic_emu.bar import drain
-from mic_emu.memory import View
+from mic_emu.memory import View, in_bank
 from mic_emu.scif import qp as queue
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import MSG_SIZE, Msg, Op
@@ -46,6 +46,7 @@ class LinkPorts:
     peer_memory, peer_fd: the peer's whole memory, for programs that map parts of it.
     quiesce: the peer is about to be lost; stop its DMA channels before pages that they reach are freed.
     keep: takes what frees such pages, when the channels could not be stopped.
+    peer_bank: the peer is a card: its windows lie in the window bank behind its memory.
     """
 
     own_addr: Callable[[int], int]
@@ -58,6 +59,7 @@ class LinkPorts:
     peer_fd: int = -1
     quiesce: Callable[[], None] = lambda: None
     keep: Callable[[Callable[[], None]], None] = _now
+    peer_bank: bool = False
 
 
 class Link:
@@ -259,3 +261,14 @@ class Link:
         if memory is None or self.ports.peer_fd < 0:
             raise ScifError(errno.ENODEV, f"memory of node {self.peer_id} cannot be mapped")
         return self.ports.peer_fd, int(self.peer_view(addr, length).pointer - memory.pointer)
+
+    def window_place(self, addr: int, length: int) -> tuple[int, int]:
+        """(descriptor, offset) of pages of a window of the peer. Raises ScifError ENODEV, IndexError."""
+        memory = self.ports.peer_memory
+        if memory is None or not self.ports.peer_bank:
+            return self.peer_place(addr, length)
+        return self.ports.peer_fd, in_bank(addr, length, memory.size)
+
+    def dup_bank(self) -> int:
+        """A descriptor of the peer's memory, for revoking its windows when it is lost; -1: it has no bank."""
+        return os.dup(self.ports.peer_fd) if self.ports.peer_bank else -1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mic_emu import layout
 from mic_emu._native import lib
 from mic_emu.clock import settle
-from mic_emu.memory import View
+from mic_emu.memory import View, revoke_windows
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.paths import Path, RelayPath
@@ -24,6 +24,7 @@ from mic_emu.scif.proto import Msg, Op
 
 if TYPE_CHECKING:
     from mic_emu.scif.link import Link
+    from mic_emu.scif.lists import Grace
     from mic_emu.scif.node import Node
 
 HOST = 0
@@ -48,6 +49,28 @@ async def hand_over_memory(to: Link, of: Link) -> None:
             await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 256), HAND_OVER_S)
         except (OSError, asyncio.TimeoutError) as e:
             to.log.warning("node %d: cannot hand over memory to node %d: %s", to.node.id, to.peer_id, e)
+
+
+def revoke_after(copies: list[Grace], fd: int) -> None:
+    """Take the pages of a lost node's windows away from whoever maps them (SCIF-102).
+
+    ``copies`` in progress may end first, for at most DRAIN_S: who is stopped in one, or on another card,
+    finds the pages gone in the middle of it. ``fd`` is that node's memory at its loss, and is closed: a
+    reset in the meantime has put another object in its place.
+    """
+    left = len(copies)
+
+    def ended() -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            revoke_windows(fd)
+            os.close(fd)
+
+    if not copies:
+        ended()
+    for grace in copies:
+        grace.then(ended)
 
 
 class Membership:
@@ -185,16 +208,22 @@ class Membership:
 
     # --- going ------------------------------------------------------------------------------------
 
-    def peer_lost(self, node_id: int) -> None:
-        """Cleanup for a lost node: clients first, then its endpoints (SCIF 3.7)."""
+    def peer_lost(self, node_id: int, *, alive: bool = False) -> None:
+        """Cleanup for a lost node: clients first, then its endpoints, then its memory (SCIF 3.7).
+
+        ``alive``: the card goes on until the reset that comes next, which takes its memory away; its own
+        programs must not lose theirs before.
+        """
         if node_id == self.node.id or node_id not in self.online:
             return
         self.node.log.info("node %d: node %d is offline", self.node.id, node_id)
         self._tell_clients(node_id, False)
-        del self.online[node_id]
+        path = self.online.pop(node_id)
         for ep in list(self.node.endpoints.values()):
             ep.node_lost(node_id)
-        self.node.windows.node_lost(node_id)
+        copies = self.node.windows.node_lost(node_id)
+        if not alive and (fd := path.dup_bank()) >= 0:
+            revoke_after(copies, fd)
         if self.node.id != HOST:
             self._forget_memory(node_id)
 
@@ -205,7 +234,7 @@ class Membership:
             except Exception as e:  # a client's mistake must not take the node down
                 self.node.log.error("node %d: a client failed on node %d: %r", self.node.id, node_id, e)
 
-    def lose_link(self, link: Link) -> None:
+    def lose_link(self, link: Link, *, alive: bool = False) -> None:
         """The neighbour is gone: drop it, and on a card everybody behind it; tell the others."""
         if self.node.links.get(link.peer_id) is link:
             del self.node.links[link.peer_id]
@@ -217,7 +246,7 @@ class Membership:
             link.ports.quiesce()
         if self.node.id == HOST:
             self._announce_loss(link.peer_id)
-            self.peer_lost(link.peer_id)
+            self.peer_lost(link.peer_id, alive=alive)
         else:
             for other in self.ids():
                 self.peer_lost(other)
@@ -248,7 +277,7 @@ class Membership:
                 await acked
             finally:
                 limit.cancel()
-        self.lose_link(link)
+        self.lose_link(link, alive=True)
 
     def _on_exit(self, msg: Msg, link: Link | None) -> None:
         """The neighbour leaves: drop it, then acknowledge (the last message on this queue)."""

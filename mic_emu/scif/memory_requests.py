@@ -147,7 +147,7 @@ class MemoryRequests:
             out += _pack(w, w.segments)
         fd = self.node.memory_fd
         for w in remote:
-            places = [path.peer_place(addr, n) for addr, n in w.segments]
+            places = [path.window_place(addr, n) for addr, n in w.segments]
             fd = places[0][0]
             out += _pack(w, [(off, n) for (_, off), (_, n) in zip(places, w.segments, strict=True)])
         if len(out) > PACKET_DATA:
@@ -159,7 +159,7 @@ class MemoryRequests:
         path = session.ep.path
         segments = session.ep.windows.map(offset, length, args[2])
         assert path is not None
-        places = [path.peer_place(addr, n) for addr, n in segments]
+        places = [path.window_place(addr, n) for addr, n in segments]
         body = b"".join(_SEG.pack(off, n) for (_, off), (_, n) in zip(places, segments, strict=True))
         return Reply([len(segments)], [places[0][0]], body)
 

@@ -51,6 +51,7 @@ class Node:
     """Node ``node_id``: 0 is the host, n the card n - 1 (SCIF-126).
 
     allocator, memory: our node memory; programs map parts of it through the allocator's descriptor.
+    window_allocator: pages for programs' windows, of the same object (a card's window bank).
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Node:
         memory: View,
         clock: Clock | None = None,
         log: Logger | None = None,
+        window_allocator: PageAllocator | None = None,
     ) -> None:
         self.id = node_id
         self.allocator = allocator
+        self.window_allocator = window_allocator or allocator
         self.memory = memory
         self.memory_fd = allocator.fd
         self.clock = clock or Clock()
@@ -110,6 +113,12 @@ class Node:
     def open(self) -> KernelEndpoint:
         """A new unbound endpoint for a kernel client."""
         return KernelEndpoint(self)
+
+    @property
+    def used_bytes(self) -> int:
+        """Node memory in use: by the node, and by programs' windows."""
+        used = self.allocator.used_bytes
+        return used if self.window_allocator is self.allocator else used + self.window_allocator.used_bytes
 
     def node_ids(self) -> list[int]:
         """Online nodes including this one, ascending (SCIF-125)."""

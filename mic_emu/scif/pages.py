@@ -55,13 +55,13 @@ class Pages:
     def allocate(self, pid: int, nbytes: int) -> int:
         """Offset of a new run that process ``pid`` will map. Raises ScifError ENOMEM."""
         try:
-            off = self.node.allocator.alloc(nbytes)
+            off = self.node.window_allocator.alloc(nbytes)
         except OSError as e:
             raise ScifError(errno.ENOMEM, str(e)) from None
         try:
             self._holder(pid).runs.add(off)
         except OSError:
-            self.node.allocator.free(off)
+            self.node.window_allocator.free(off)
             raise
         self._runs[off] = Run(off, nbytes, pid)
         bisect.insort(self._starts, off)
@@ -125,4 +125,4 @@ class Pages:
         if run.holder == 0 and run.windows == 0 and run.off in self._runs:
             del self._runs[run.off]
             self._starts.remove(run.off)
-            self.node.allocator.free(run.off)
+            self.node.window_allocator.free(run.off)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from mic_emu.memory import View
+from mic_emu.memory import View, in_bank
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import Msg
 
@@ -21,6 +21,8 @@ class Path(Protocol):
     def own_addr(self, offset: int) -> int: ...
     def peer_view(self, addr: int, length: int) -> View: ...
     def peer_place(self, addr: int, length: int) -> tuple[int, int]: ...
+    def window_place(self, addr: int, length: int) -> tuple[int, int]: ...
+    def dup_bank(self) -> int: ...
 
 
 class SelfPath:
@@ -52,6 +54,14 @@ class SelfPath:
         self.node.memory.sub(addr, length)
         return self.node.memory_fd, addr
 
+    def window_place(self, addr: int, length: int) -> tuple[int, int]:
+        """A window of ours; only we have announced it."""
+        return self.node.memory_fd, addr
+
+    def dup_bank(self) -> int:
+        """We do not lose ourselves."""
+        return -1
+
 
 class RelayPath:
     """Another card: messages through the host, memory through its descriptor (offset = address)."""
@@ -75,3 +85,11 @@ class RelayPath:
         """The other card's memory, by descriptor."""
         self.memory.sub(addr, length)
         return self.fd, addr
+
+    def window_place(self, addr: int, length: int) -> tuple[int, int]:
+        """Pages of one of its windows."""
+        return self.fd, in_bank(addr, length, self.memory.size)
+
+    def dup_bank(self) -> int:
+        """The host revokes it."""
+        return -1

@@ -41,7 +41,7 @@ def unpack(data: bytes, path: Path | None) -> tuple[int, int, int, list[Segment]
     if sum(n for _, n in segments) != length or any(n <= 0 or a % PAGE or n % PAGE for a, n in segments):
         raise ScifError(errno.EINVAL, "bad window record")
     for addr, n in segments:
-        path.peer_view(addr, n)
+        path.window_place(addr, n)
     return offset, length, prot & 3, [(a, n) for a, n in segments]
 
 

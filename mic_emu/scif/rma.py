@@ -201,9 +201,13 @@ class Rma:
             window.users += 1  # it stays until the value is written
 
             def write(good: bool) -> None:
-                if good and not ep.copies.failed:
-                    self._store(ep, own, window, offset, value)
-                window.user_gone()
+                try:
+                    if good and not ep.copies.failed:
+                        self._store(ep, own, window, offset, value)
+                except ScifError as e:  # the caller has its answer; whoever waits for the value is lost, too
+                    self.node.log.debug("node %d: a signal was not written: %s", self.node.id, e)
+                finally:
+                    window.user_gone()
 
             last.then.append(write)
 
@@ -226,11 +230,10 @@ class Rma:
         if not own and (ep.path is None or self.node.path(ep.peer[0]) is not ep.path):
             return  # the peer's memory is gone
         for place, n in window.places(offset, 8):
-            view = self.node.memory.sub(place, n) if own else ep.path.peer_view(place, n)  # type: ignore[union-attr]
-            if n == 8 and place % 8 == 0:
-                view.store(0, 8, value)
-            else:
-                view.write(0, data[:n])
+            fd, at = (self.node.memory_fd, place) if own else ep.path.window_place(place, n)  # type: ignore[union-attr]
+            rc = lib.mic_shm_write_at(fd, at, data[:n], n)
+            if rc < 0:  # the node of this window was lost, and we have not heard of it
+                raise ScifError(-rc, "the window is gone")
             data = data[n:]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mic_emu._native import ffi, lib
 from mic_emu.bar import close_all
 from mic_emu.clock import settle
-from mic_emu.memory import Mapping
+from mic_emu.memory import Mapping, gddr_size
 from mic_emu.peers import restrict
 from mic_emu.scif.control import Answer, Call, Control, Reply, caller_is_privileged
 from mic_emu.scif.errors import ScifError
@@ -188,7 +188,7 @@ class ScifService:
     def _take_memory(self, node_id: int, size: int, fd: int) -> None:
         """The host hands us the memory of another card, for connections between the two."""
         try:
-            if os.fstat(fd).st_size != size:
+            if gddr_size(fd) != size:
                 raise ValueError(f"{size} bytes announced")
             self.node.members.add_memory(node_id, Mapping(fd, size), fd)
         except (OSError, ValueError) as e:

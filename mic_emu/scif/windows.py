@@ -18,7 +18,7 @@ from mic_emu.scif.announce import Announcement
 from mic_emu.scif.connector import Done
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.link import Link
-from mic_emu.scif.lists import Lists
+from mic_emu.scif.lists import Grace, Lists
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.ras import END, PROT_READ, PROT_WRITE, Segment, Space, Window, check_pages
 
@@ -78,13 +78,15 @@ class WindowTable:
             raise ScifError(errno.EINVAL, "no such window")
         windows.last_unmap(msg.p0)
 
-    def node_lost(self, node_id: int) -> None:
-        """Whatever a lost node had mapped or exposed is over."""
+    def node_lost(self, node_id: int) -> list[Grace]:
+        """Whatever a lost node had mapped or exposed is over; returns the ends of copies in progress."""
+        copies: list[Grace] = []
         self.node.records.drop_node(node_id)
         for table in (self.own, self.remote):
             for windows in {id(w): w for w in table.values()}.values():
                 if windows.ep.peer[0] == node_id:
-                    windows.forget_peer()
+                    copies.append(windows.forget_peer())
+        return copies
 
 
 class Windows:
@@ -304,11 +306,11 @@ class Windows:
         self.node.records.drop_of(self)
         done()
 
-    def forget_peer(self) -> None:
-        """The peer's node is lost: nothing of it is mapped by living programs any more."""
+    def forget_peer(self) -> Grace:
+        """The peer's node is lost: nothing of it is in use once the copies in progress have ended."""
         for window in self.remote:
             self._forget_remote(window)
         for window in self.own:
             if window.lingering:
                 self._end_lingering(window)
-        self.lists.changed()
+        return self.lists.changed()

@@ -98,6 +98,8 @@ static int signal_self(struct ep *ep, const struct signal_args *a)
 		rc = put_value(t, true, a->loff, a->lval);
 	if (rc == 0 && (a->flags & SCIF_SIGNAL_REMOTE))
 		rc = put_value(t, false, a->roff, a->rval);
+	if (rc == 0 && (a->flags & SCIF_SIGNAL_REMOTE))
+		rc = rma_intact(t, a->roff, sizeof a->rval);
 	rma_end(ep, t);
 	return rc;
 }

@@ -46,6 +46,16 @@ void move_after_fork_child(void);
 
 void map_after_fork_child(void);
 
+/* --- watch.c ---------------------------------------------------------------------------------- */
+
+struct watch;
+
+/* Windows of a card are mapped at [base, base + len) for our copies: when the card is lost, a copy goes on
+ * in private memory, and watch_lost() says so from then on. NULL: no memory. Removed before the unmapping. */
+struct watch *watch_add(const void *base, size_t len);
+void watch_remove(struct watch *w);
+bool watch_lost(const struct watch *w);
+
 /* --- rma.c ------------------------------------------------------------------------------------ */
 
 /* Windows of both sides, and a count in the control page that keeps them in place. 0 or -errno. */
@@ -53,6 +63,9 @@ int rma_begin(struct ep *ep, struct rma_table **out);
 void rma_end(struct ep *ep, struct rma_table *t);
 /* Pointer to `len` bytes inside one window. -ENXIO, -EPERM. */
 int rma_at(struct rma_table *t, bool own, off_t off, size_t len, int prot, uint8_t **out);
+/* -EIO when a window of the peer in the range was lost while it was copied to or from (SCIF 3.7). After the
+ * copy; the whole range lies in windows. */
+int rma_intact(const struct rma_table *t, off_t roff, size_t len);
 void rma_forget(struct ep *ep);
 /* --- handover.c ------------------------------------------------------------------------------- */
 

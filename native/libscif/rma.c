@@ -15,6 +15,7 @@ struct win_map { /* pages of one window, contiguous here */
 	uint8_t *base;
 	size_t len;
 	uint32_t refs;
+	struct watch *watch; /* NULL: its node cannot be lost without us */
 };
 
 struct win {
@@ -34,6 +35,7 @@ static void map_put(struct win_map *m)
 {
 	if (!m || mic_fetch_add(&m->refs, -1) != 1)
 		return;
+	watch_remove(m->watch);
 	munmap(m->base, m->len);
 	free(m);
 }
@@ -47,7 +49,8 @@ static void table_put(struct rma_table *t)
 	free(t);
 }
 
-static struct win_map *map_window(const struct mic_scif_seg *seg, uint32_t n, size_t len, int fd)
+static struct win_map *map_window(const struct mic_scif_seg *seg, uint32_t n, size_t len, int fd,
+				  bool watched)
 {
 	struct win_map *m = malloc(sizeof *m);
 	size_t at = 0;
@@ -55,7 +58,7 @@ static struct win_map *map_window(const struct mic_scif_seg *seg, uint32_t n, si
 	if (!m)
 		return NULL;
 	*m = (struct win_map){mmap(NULL, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0),
-			      len, 1};
+			      len, 1, NULL};
 	if (m->base == MAP_FAILED)
 		goto no;
 	for (uint32_t i = 0; i < n && at < len; at += seg[i++].len)
@@ -65,6 +68,13 @@ static struct win_map *map_window(const struct mic_scif_seg *seg, uint32_t n, si
 			munmap(m->base, len);
 			goto no;
 		}
+	if (watched) {
+		m->watch = watch_add(m->base, len);
+		if (!m->watch) {
+			munmap(m->base, len);
+			goto no;
+		}
+	}
 	madvise(m->base, len, MADV_DONTDUMP);
 	return m;
 no:
@@ -85,9 +95,11 @@ static struct win_map *reuse(const struct rma_table *old, uint64_t id, bool own)
 }
 
 /* The lists in an answer; mappings of windows that were known before are kept. */
-static int build(const struct answer *ans, const struct rma_table *old, struct rma_table **out)
+static int build(const struct ep *ep, const struct answer *ans, const struct rma_table *old,
+		 struct rma_table **out)
 {
 	uint32_t own = (uint32_t)ans->head.v[1], peer = (uint32_t)ans->head.v[2], done = 0;
+	bool card = ep->peer_node && ep->peer_node != ep->node; /* the host outlives us all */
 	const uint8_t *p = ans->data, *end = p + ans->head.ndata;
 	struct rma_table *t = calloc(1, sizeof *t + (own + peer) * sizeof t->w[0]);
 
@@ -108,7 +120,8 @@ static int build(const struct answer *ans, const struct rma_table *old, struct r
 		*e = (struct win){w.id, w.offset, w.len, (int)w.prot,
 				  old ? reuse(old, w.id, done < own) : NULL};
 		if (!e->map)
-			e->map = map_window((const void *)p, w.nsegs, w.len, ans->fds[done < own ? 0 : 1]);
+			e->map = map_window((const void *)p, w.nsegs, w.len, ans->fds[done < own ? 0 : 1],
+					    card && done >= own);
 		if (!e->map)
 			goto no;
 		p += w.nsegs * sizeof(struct mic_scif_seg);
@@ -135,7 +148,7 @@ static int refresh(struct ep *ep)
 	if (rc == 0) {
 		pthread_mutex_lock(&ep->rma_lock);
 		old = ep->rma;
-		rc = build(&ans, old, &t);
+		rc = build(ep, &ans, old, &t);
 		if (rc == 0)
 			ep->rma = t;
 		pthread_mutex_unlock(&ep->rma_lock);
@@ -250,6 +263,16 @@ int rma_at(struct rma_table *t, bool own, off_t off, size_t len, int prot, uint8
 	return 0;
 }
 
+int rma_intact(const struct rma_table *t, off_t roff, size_t len)
+{
+	const struct win *w = find(t, false, (uint64_t)roff), *last = t->w + t->own + t->peer;
+
+	for (; w && w < last && w->offset < (uint64_t)roff + len; w++)
+		if (watch_lost(w->map->watch))
+			return -EIO;
+	return 0;
+}
+
 static void step(struct cursor *c, size_t n)
 {
 	c->p += n;
@@ -346,10 +369,13 @@ static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, in
 		rc = range(t, true, loff, len, write ? SCIF_PROT_READ : SCIF_PROT_WRITE, &local);
 	if (rc == 0)
 		rc = range(t, false, roff, len, write ? SCIF_PROT_WRITE : SCIF_PROT_READ, &remote);
-	if (rc == 0 && !addr && may_hand_over(ep, &r))
-		transfer_async(ep, write ? &remote : &local, write ? &local : &remote, &r);
-	else if (rc == 0)
-		transfer(write ? &remote : &local, write ? &local : &remote, len, flags);
+	if (rc == 0) {
+		if (!addr && may_hand_over(ep, &r))
+			transfer_async(ep, write ? &remote : &local, write ? &local : &remote, &r);
+		else
+			transfer(write ? &remote : &local, write ? &local : &remote, len, flags);
+		rc = rma_intact(t, roff, len);
+	}
 	rma_end(ep, t);
 	return rc;
 }

@@ -1,23 +1,28 @@
 /* A process's view of a card: attach, and register semantics (HW 2). */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "bus_internal.h"
 #include "mic/fault.h"
 
 static const struct mic_reg_row reg_table[MIC_REG_ROWS] = {MIC_REG_TABLE};
 
-static int map_fd(struct mic_map *m, int fd)
+static uint64_t object_size(int fd)
 {
 	struct stat st;
 
-	if (fstat(fd, &st) < 0)
-		return -1;
-	m->size = (uint64_t)st.st_size;
+	return fstat(fd, &st) < 0 ? 0 : (uint64_t)st.st_size;
+}
+
+static int map_bytes(struct mic_map *m, int fd, uint64_t size)
+{
+	m->size = size;
 	m->base = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
 	if (m->base == MAP_FAILED) {
 		m->base = NULL;
@@ -26,6 +31,11 @@ static int map_fd(struct mic_map *m, int fd)
 	/* A core dump of an 8 GiB aperture helps nobody. */
 	madvise(m->base, m->size, MADV_DONTDUMP);
 	return 0;
+}
+
+static int map_fd(struct mic_map *m, int fd)
+{
+	return map_bytes(m, fd, object_size(fd));
 }
 
 static void unmap(struct mic_map *m)
@@ -62,6 +72,7 @@ void mic_bus_detach(struct mic_bus *bus)
 	if (!bus)
 		return;
 	unmap(&bus->gddr);
+	unmap(&bus->bank);
 	unmap(&bus->mmio);
 	unmap(&bus->host);
 	unmap(&bus->config);
@@ -76,8 +87,9 @@ struct mic_bus *mic_bus_attach(const int *fds)
 	if (!bus)
 		return NULL;
 	memcpy(bus->fd, fds, sizeof bus->fd);
-	if (map_fd(&bus->gddr, fds[MIC_FD_GDDR]) < 0 || map_fd(&bus->mmio, fds[MIC_FD_MMIO]) < 0 ||
-	    map_fd(&bus->host, fds[MIC_FD_HOST]) < 0 || map_fd(&bus->config, fds[MIC_FD_CONFIG]) < 0)
+	if (map_bytes(&bus->gddr, fds[MIC_FD_GDDR], mic_gddr_size(object_size(fds[MIC_FD_GDDR]))) < 0 ||
+	    map_fd(&bus->mmio, fds[MIC_FD_MMIO]) < 0 || map_fd(&bus->host, fds[MIC_FD_HOST]) < 0 ||
+	    map_fd(&bus->config, fds[MIC_FD_CONFIG]) < 0)
 		goto fail;
 	if (bus->mmio.size < MIC_MMIO_SIZE || bus->config.size < MIC_CONFIG_SIZE) {
 		errno = EINVAL;
@@ -91,6 +103,48 @@ fail:;
 	mic_bus_detach(bus);
 	errno = saved;
 	return NULL;
+}
+
+int mic_bus_map_bank(struct mic_bus *bus)
+{
+	struct mic_map *m = &bus->bank;
+
+	if (m->base)
+		return 0;
+	m->size = bus->gddr.size;
+	m->base = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+		       bus->fd[MIC_FD_GDDR], (off_t)MIC_WINDOW_BANK);
+	if (m->base == MAP_FAILED) {
+		*m = (struct mic_map){0};
+		return -errno;
+	}
+	madvise(m->base, m->size, MADV_DONTDUMP);
+	return 0;
+}
+
+/* One step for every thread: an access meets either the old memory or the new. */
+static int remap(struct mic_map *m, int fd, uint64_t offset)
+{
+	if (!m->base)
+		return 0;
+	if (mmap(m->base, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd,
+		 (off_t)offset) == MAP_FAILED)
+		return -errno;
+	madvise(m->base, m->size, MADV_DONTDUMP);
+	return 0;
+}
+
+int mic_bus_replace_gddr(struct mic_bus *bus, int fd)
+{
+	if (mic_gddr_size(object_size(fd)) != bus->gddr.size)
+		return -EINVAL;
+	int rc = remap(&bus->gddr, fd, 0);
+
+	if (rc == 0)
+		rc = remap(&bus->bank, fd, MIC_WINDOW_BANK);
+	if (rc < 0)
+		return rc;
+	return dup3(fd, bus->fd[MIC_FD_GDDR], O_CLOEXEC) < 0 ? -errno : 0;
 }
 
 int mic_bus_fd(struct mic_bus *bus, unsigned which)

@@ -17,6 +17,7 @@ struct mic_map {
 struct mic_bus {
 	const uint32_t *armed; /* first word of `faults`: points where a filter may act, normally 0 */
 	struct mic_map gddr, mmio, host, config, faults;
+	struct mic_map bank; /* window bank of the card, where the DMA engine runs; any access may fault */
 	int fd[MIC_FD_COUNT];
 	bool over_pci;    /* this process is the host: register cycles pass the function */
 	uint64_t ignored; /* writes to registers that do not exist or are read-only */

@@ -1,52 +1,14 @@
 /* DMA descriptors: address decoding and what each type does (HW 5.3, HW-24, 25, 31). */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <pthread.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <string.h>
 
+#include "guard.h"
 #include "mic/barrier.h"
 #include "mic/dma.h"
 
 /* A reset waits for at most one chunk; small enough to be quick, large enough to cost nothing. */
 #define CHUNK (256u * 1024)
-
-/* --- accesses that may fail ---------------------------------------------------------------------- */
-
-static __thread sigjmp_buf *guard;
-static struct sigaction previous;
-static unsigned users;
-static pthread_mutex_t users_lock = PTHREAD_MUTEX_INITIALIZER;
-
-static void on_sigbus(int sig, siginfo_t *info, void *context)
-{
-	(void)info;
-	(void)context;
-	if (guard)
-		siglongjmp(*guard, 1);
-	/* Not ours: whoever was there before gets it when the access is repeated. */
-	sigaction(sig, &previous, NULL);
-}
-
-void mic_dma_guard_get(void)
-{
-	/* SA_NODEFER: leaving by siglongjmp must not leave the signal blocked. */
-	struct sigaction sa = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER};
-
-	pthread_mutex_lock(&users_lock);
-	if (users++ == 0)
-		sigaction(SIGBUS, &sa, &previous);
-	pthread_mutex_unlock(&users_lock);
-}
-
-void mic_dma_guard_put(void)
-{
-	pthread_mutex_lock(&users_lock);
-	if (--users == 0)
-		sigaction(SIGBUS, &previous, NULL);
-	pthread_mutex_unlock(&users_lock);
-}
 
 /* --- addresses ------------------------------------------------------------------------------------ */
 
@@ -84,7 +46,7 @@ static enum space space_of(struct mic_bus *bus, uint64_t addr, uint64_t len)
 		return MMIO;
 	if (addr >= MIC_SMPT_BASE)
 		return host_backed(bus, addr, len) ? HOST : NOWHERE;
-	return mic_gddr_at(bus, addr, len) ? GDDR : NOWHERE;
+	return mic_card_at(bus, addr, len) ? GDDR : NOWHERE;
 }
 
 static uint32_t load32(struct mic_bus *bus, enum space space, uint64_t addr)
@@ -186,18 +148,30 @@ static int do_store(struct mic_bus *bus, const uint64_t qw[2], unsigned size, st
 	return 0;
 }
 
-static int execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
-		   struct mic_dma_effect *effect)
+struct job { /* one guarded call */
+	struct mic_bus *bus;
+	uint64_t *out;
+	const uint64_t *qw;
+	uint64_t addr;
+	const uint32_t *abort;
+	struct mic_dma_effect *effect;
+	uint32_t at;
+	uint8_t mask;
+};
+
+static int execute(void *arg)
 {
-	switch (qw[1] >> MIC_DMA_TYPE_SHIFT) {
+	const struct job *j = arg;
+
+	switch (j->qw[1] >> MIC_DMA_TYPE_SHIFT) {
 	case MIC_DMA_DESC_NOP:
 		return 0;
 	case MIC_DMA_DESC_MEMCPY:
-		return do_memcpy(bus, qw, abort, effect);
+		return do_memcpy(j->bus, j->qw, j->abort, j->effect);
 	case MIC_DMA_DESC_STATUS:
-		return do_store(bus, qw, 8, effect);
+		return do_store(j->bus, j->qw, 8, j->effect);
 	case MIC_DMA_DESC_GENERAL:
-		return do_store(bus, qw, 4, effect);
+		return do_store(j->bus, j->qw, 4, j->effect);
 	default:
 		return MIC_DMA_ERR_TYPE; /* the key types 4 and 5 too */
 	}
@@ -206,75 +180,52 @@ static int execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *ab
 int mic_dma_execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
 		    struct mic_dma_effect *effect)
 {
-	sigjmp_buf env;
-	int rc;
+	struct job j = {.bus = bus, .qw = qw, .abort = abort, .effect = effect};
 
-	if (sigsetjmp(env, 0)) {
-		guard = NULL;
-		return MIC_DMA_ERR_MEMORY;
-	}
-	guard = &env;
-	mic_signal_fence();
-	rc = execute(bus, qw, abort, effect);
-	mic_signal_fence();
-	guard = NULL;
-	return rc;
+	return mic_guarded(execute, &j, MIC_DMA_ERR_MEMORY);
 }
 
-static int fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2])
+static int fetch(void *arg)
 {
+	const struct job *j = arg;
 	const uint64_t *p;
 
-	if (addr & (MIC_DMA_DESC_SIZE - 1) || (addr >= MIC_SMPT_BASE && !mic_bus_master(bus)))
+	if (j->addr & (MIC_DMA_DESC_SIZE - 1) || (j->addr >= MIC_SMPT_BASE && !mic_bus_master(j->bus)))
 		return MIC_DMA_ERR_RING;
-	p = mic_card_at(bus, addr, MIC_DMA_DESC_SIZE);
+	p = mic_card_at(j->bus, j->addr, MIC_DMA_DESC_SIZE);
 	if (!p)
 		return MIC_DMA_ERR_RING;
-	qw[0] = mic_load_acquire(&p[0]);
-	qw[1] = mic_load_acquire(&p[1]);
+	j->out[0] = mic_load_acquire(&p[0]);
+	j->out[1] = mic_load_acquire(&p[1]);
 	return 0;
 }
 
 int mic_dma_fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2])
 {
-	sigjmp_buf env;
-	int rc;
+	struct job j = {.bus = bus, .addr = addr, .out = qw};
 
-	if (sigsetjmp(env, 0)) {
-		guard = NULL;
-		return MIC_DMA_ERR_MEMORY;
-	}
-	guard = &env;
-	mic_signal_fence();
-	rc = fetch(bus, addr, qw);
-	mic_signal_fence();
-	guard = NULL;
-	return rc;
+	return mic_guarded(fetch, &j, MIC_DMA_ERR_MEMORY);
 }
 
-static void spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask)
+static int spoil(void *arg)
 {
-	uint64_t type = qw[1] >> MIC_DMA_TYPE_SHIFT, len = type == MIC_DMA_DESC_STATUS ? 8 : 4;
+	const struct job *j = arg;
+	uint64_t type = j->qw[1] >> MIC_DMA_TYPE_SHIFT, len = type == MIC_DMA_DESC_STATUS ? 8 : 4;
 
 	if (type == MIC_DMA_DESC_NOP)
-		return;
+		return 0;
 	if (type == MIC_DMA_DESC_MEMCPY)
-		len = (qw[0] >> MIC_DMA_MEMCPY_LEN_SHIFT & MIC_DMA_MEMCPY_LEN_MASK) * MIC_DMA_ALIGN;
-	uint8_t *p = mic_card_at(bus, (qw[1] & MIC_DMA_ADDR_MASK) + at % len, 1);
+		len = (j->qw[0] >> MIC_DMA_MEMCPY_LEN_SHIFT & MIC_DMA_MEMCPY_LEN_MASK) * MIC_DMA_ALIGN;
+	uint8_t *p = mic_card_at(j->bus, (j->qw[1] & MIC_DMA_ADDR_MASK) + j->at % len, 1);
 
 	if (p)
-		mic_store_relaxed(p, (uint8_t)(mic_load_relaxed(p) ^ mask));
+		mic_store_relaxed(p, (uint8_t)(mic_load_relaxed(p) ^ j->mask));
+	return 0;
 }
 
 void mic_dma_spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask)
 {
-	sigjmp_buf env;
+	struct job j = {.bus = bus, .qw = qw, .at = at, .mask = mask};
 
-	if (!sigsetjmp(env, 0)) {
-		guard = &env;
-		mic_signal_fence();
-		spoil(bus, qw, at, mask);
-		mic_signal_fence();
-	}
-	guard = NULL;
+	mic_guarded(spoil, &j, 0);
 }

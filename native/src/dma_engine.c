@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "fault.h"
+#include "guard.h"
 #include "mic/barrier.h"
 #include "mic/dma.h"
 #include "mic/vring.h"
@@ -349,7 +350,7 @@ void mic_dma_engine_stop(struct mic_dma_engine *e)
 	(void)!eventfd_write(e->wake_fd, 1);
 	for (unsigned c = 0; c < e->started; c++)
 		pthread_join(e->channel[c].thread, NULL);
-	mic_dma_guard_put();
+	mic_guard_put();
 	if (e->wake_fd >= 0)
 		close(e->wake_fd);
 	pthread_cond_destroy(&e->changed);
@@ -387,9 +388,11 @@ struct mic_dma_engine *mic_dma_engine_start(struct mic_bus *bus)
 	e->bus = bus;
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_cond_init(&e->changed, NULL);
-	mic_dma_guard_get();
+	mic_guard_get();
 	e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	rc = e->wake_fd < 0 ? errno : start_threads(e);
+	rc = e->wake_fd < 0 ? errno : -mic_bus_map_bank(bus);
+	if (!rc)
+		rc = start_threads(e);
 	if (rc) {
 		mic_dma_engine_stop(e);
 		errno = rc;

@@ -2,9 +2,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "bus_internal.h"
+#include "guard.h"
+
+#define PAGE 4096u
 
 uint8_t *mic_bus_gddr(struct mic_bus *bus)
 {
@@ -56,7 +63,8 @@ void *mic_gddr_at(struct mic_bus *bus, uint64_t addr, uint64_t len)
 void *mic_card_at(struct mic_bus *bus, uint64_t addr, uint64_t len)
 {
 	if (addr < MIC_SMPT_BASE)
-		return mic_gddr_at(bus, addr, len);
+		return addr < MIC_WINDOW_BANK ? mic_gddr_at(bus, addr, len)
+					      : within(&bus->bank, addr - MIC_WINDOW_BANK, len);
 	if (addr >= MIC_SMPT_END)
 		return NULL;
 	const uint64_t page = 1ull << MIC_SMPT_SHIFT;
@@ -114,7 +122,61 @@ int mic_punch(int fd, uint64_t off, uint64_t len)
 
 int mic_reserve(int fd, uint64_t off, uint64_t len)
 {
-	return fallocate(fd, 0, (off_t)off, (off_t)len) < 0 ? -errno : 0;
+	return fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno : 0;
+}
+
+uint64_t mic_gddr_size(uint64_t object_size)
+{
+	return object_size > MIC_WINDOW_BANK ? object_size - MIC_WINDOW_BANK : object_size;
+}
+
+int mic_gddr_revoke(int fd)
+{
+	struct stat st;
+
+	if (fstat(fd, &st) < 0)
+		return -errno;
+	return ftruncate(fd, (off_t)mic_gddr_size((uint64_t)st.st_size)) < 0 ? -errno : 0;
+}
+
+struct small_write {
+	uint8_t *to;
+	const void *data;
+	size_t len;
+};
+
+static int small_write(void *arg)
+{
+	const struct small_write *w = arg;
+	uint64_t value;
+
+	if (w->len == sizeof value && (uintptr_t)w->to % sizeof value == 0) {
+		memcpy(&value, w->data, sizeof value);
+		mic_store_release((uint64_t *)(void *)w->to, value);
+	} else {
+		memcpy(w->to, w->data, w->len);
+	}
+	return 0;
+}
+
+int mic_shm_write_at(int fd, uint64_t off, const void *data, size_t len)
+{
+	uint64_t first = off & ~(uint64_t)(PAGE - 1);
+	uint8_t *map;
+	int rc;
+
+	if (len > sizeof(uint64_t))
+		return -EINVAL;
+	map = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)first);
+	if (map == MAP_FAILED)
+		return -errno;
+	struct small_write w = {map + (off - first), data, len};
+
+	mic_guard_get();
+	rc = mic_guarded(small_write, &w, -EIO);
+	mic_guard_put();
+	munmap(map, 2 * PAGE);
+	return rc;
 }
 
 int mic_eventfd(int flags)

@@ -20,7 +20,7 @@ from mic_emu.clock import Clock
 from mic_emu.dma import DmaMemory
 from mic_emu.faults import FaultTable
 from mic_emu.mbus import CARD_CHANNELS, CARD_ID, HOST_CHANNELS, DmaDevice, Line, host_id
-from mic_emu.memory import PageAllocator, View, create_shm
+from mic_emu.memory import PageAllocator, View, create_shm, window_allocator
 from mic_emu.scif.engine import RmaEngine
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
@@ -122,6 +122,7 @@ def host_ports(bus: Bus, page: Page) -> LinkPorts:
         fetch=lambda: page.card_addr,
         peer_memory=bus.gddr,
         peer_fd=bus.fds[0],
+        peer_bank=True,
     )
 
 
@@ -151,9 +152,10 @@ def connect_irq(bus: Bus) -> None:
 
 
 def node_over(node_id: int, fd: int, view: View, clock: Clock) -> Node:
-    """A node with half of a memory as its pages."""
+    """A node over a memory without its first MiB; a card's has its windows in the window bank."""
     allocator = PageAllocator(fd, 1 * MIB, view.size)
-    return Node(node_id, allocator, view, clock, logging.getLogger(f"scif{node_id}"))
+    bank = window_allocator(allocator, view.size) if node_id else None
+    return Node(node_id, allocator, view, clock, logging.getLogger(f"scif{node_id}"), bank)
 
 
 @contextlib.asynccontextmanager

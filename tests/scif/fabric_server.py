@@ -1,10 +1,11 @@
 """A fabric as a process of its own: node 0 and its cards, each with its socket for programs.
 
 usage: fabric_server.py DIR CARDS. Prints one line when it is ready, then answers commands, one JSON
-line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N``; of card N's DMA
-engine: ``stats N``, ``fault N KIND WORD=VALUE ...`` (as ``micemu fault``), ``heal N`` (take the faults out), ``pause N CHANNEL``,
-``resume N CHANNEL``, ``reset N`` (the drivers stop, the engine is reset, they start). Ends with its standard
-input.
+line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N [bank]`` (it is back,
+with an empty window bank or without one), ``cut N`` (its windows' pages go, and no node has heard of it); of card N's DMA
+engine: ``stats N``, ``fault N KIND WORD=VALUE ...`` (as ``micemu fault``), ``heal N`` (take the faults out),
+``pause N CHANNEL``, ``resume N CHANNEL``, ``reset N`` (the drivers stop, the engine is reset, they start).
+Ends with its standard input.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fabric import Dma, Fabric, card_ports, eventually, fabric, host_ports
 
 from mic_emu.clock import Clock
 from mic_emu.faults import parse
+from mic_emu.memory import WINDOW_BANK, revoke_windows
 from mic_emu.scif.service import ScifService, listen_at
 
 
@@ -37,7 +39,7 @@ def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
             "endpoints": len(n.endpoints),
             "ports": len(n.ports),
             "sessions": len(s.sessions),
-            "used": n.allocator.used_bytes,
+            "used": n.used_bytes,
         }
         for n, s in zip(fab.nodes, services, strict=True)
     ]
@@ -58,7 +60,11 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
         if card.dma is not None:  # a card that comes back was reset
             card.dma.stop()
             card.dma.engine.reset()
+    elif words[0] == "cut":
+        revoke_windows(card.bus.fds[0])
     elif words[0] == "up":
+        if words[2:] == ["bank"]:  # a real card would have another object now
+            os.ftruncate(card.bus.fds[0], WINDOW_BANK + card.bus.gddr.size)
         card.host_link = fab.host.add_link(index + 1, host_ports(card.bus, card.page))
         card.card_link = card.node.add_link(0, card_ports(card.bus, card.page))
         card.host_link.start()

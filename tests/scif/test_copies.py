@@ -201,7 +201,7 @@ def test_scif_129_a_card_that_goes_away_under_copies(
         lab.ask("heal 1")
         assert p.fence() == (104, "disconnected" if what == "down" else "not copied")
         if what == "down":
-            lab.ask("up 1")
+            lab.ask("up 1 bank")
     eventually(lambda: memory(lab) == 0, 10, "every page is free")
     with client(program, lab, route) as p:
         p.copy()

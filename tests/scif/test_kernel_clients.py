@@ -26,12 +26,12 @@ from mic_emu.scif.state import State
 def run(body: Callable[[Fabric], Awaitable[None]], cards: int = 1, clock: Clock | None = None) -> None:
     async def main() -> None:
         async with fabric(cards, clock=clock) as fab:
-            before = [n.allocator.used_bytes for n in fab.nodes]
+            before = [n.used_bytes for n in fab.nodes]
             await asyncio.wait_for(body(fab), 20)
             if clock is None and len(fab.cards) == cards:
                 for n in fab.nodes:
                     n.free_retired()
-                after = [n.allocator.used_bytes for n in fab.nodes]
+                after = [n.used_bytes for n in fab.nodes]
                 assert after <= before or any(n.endpoints for n in fab.nodes), "endpoint memory leaked"
 
     asyncio.run(main())

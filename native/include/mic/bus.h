@@ -16,7 +16,7 @@
 /* cffi-begin */
 /* Order of the descriptors that mic_bus_attach() takes. */
 enum mic_bus_fd {
-	MIC_FD_GDDR,            /* BAR 0: offset = card physical address */
+	MIC_FD_GDDR,            /* BAR 0: offset = card physical address; see mic_gddr_size() */
 	MIC_FD_MMIO,            /* BAR 4 */
 	MIC_FD_HOST,            /* host memory: offset = host bus address */
 	MIC_FD_CONFIG,          /* PCI configuration space */
@@ -38,6 +38,13 @@ struct mic_bus;
  * Returns NULL with errno set when a mapping fails. */
 struct mic_bus *mic_bus_attach(const int *fds);
 void mic_bus_detach(struct mic_bus *bus);
+
+/* The card's memory is another object from now on: a new generation after a reset. It takes the place of
+ * the old one in this process's mapping and descriptor; `fd` stays the caller's. 0, -EINVAL (another
+ * size), -errno: nothing has changed. */
+int mic_bus_replace_gddr(struct mic_bus *bus, int fd);
+/* Let mic_card_at() reach the window bank (the DMA engine); its accesses must be guarded. 0 or -errno. */
+int mic_bus_map_bank(struct mic_bus *bus);
 
 /* Register access; `off` is in bytes from the start of BAR 4. Unknown registers read 0 and ignore
  * writes, which are counted (HW-4). A write does what the hardware does: cause bits, doorbells,
@@ -101,13 +108,24 @@ void *mic_gddr_at(struct mic_bus *bus, uint64_t addr, uint64_t len);
  * NULL when the range is outside or crosses an SMPT entry boundary. */
 void *mic_card_at(struct mic_bus *bus, uint64_t addr, uint64_t len);
 
+/* A GDDR object has the card's memory at [0, size), then nothing, then the window bank at
+ * [MIC_WINDOW_BANK, MIC_WINDOW_BANK + size), which no bus maps. Bytes of card memory in an object of
+ * `object_size` bytes, with or without its bank. */
+uint64_t mic_gddr_size(uint64_t object_size);
+/* Cut the bank off a GDDR object, for ever: every mapping of it faults with SIGBUS from now on. 0, -errno. */
+int mic_gddr_revoke(int fd);
+/* Write `len` bytes, at most 8, at offset `off` of a memory object; 8 aligned ones are never torn. 0, -EIO
+ * (there is no memory any more), -errno. */
+int mic_shm_write_at(int fd, uint64_t off, const void *data, size_t len);
+
 /* Single accesses to shared memory; size is 1, 2, 4 or 8 bytes. Loads acquire, stores release. */
 uint64_t mic_shm_load(const void *p, unsigned size);
 void mic_shm_store(void *p, unsigned size, uint64_t value);
 void mic_shm_fence(void);
 /* 0 or -errno: give the pages of [off, off + len) back to the system. */
 int mic_punch(int fd, uint64_t off, uint64_t len);
-/* 0 or -errno: reserve them, so that a later store cannot fault (ENOSPC: /dev/shm is full). */
+/* 0 or -errno: reserve them, so that a later store cannot fault (ENOSPC: /dev/shm is full). Never makes the
+ * object larger: what was cut off stays cut off. */
 int mic_reserve(int fd, uint64_t off, uint64_t len);
 /* A new eventfd at 0: descriptor or -errno. */
 int mic_eventfd(int flags);

@@ -120,10 +120,7 @@ void mic_dma_count(struct mic_dma_chan *ch, struct mic_dma_counters *out);
 /* --- descriptors, for the engine and its fuzzer (dma_desc.c) --------------------------------------
  *
  * Memory that fails under an access (a full /dev/shm, a file cut short) is the channel's error, not
- * the process's death: both calls below run guarded once mic_dma_guard_get() installed the handler.
- * Calls of get and put are counted. */
-void mic_dma_guard_get(void);
-void mic_dma_guard_put(void);
+ * the process's death: both calls below run guarded (src/guard.h), the engine installs the handler. */
 
 /* What a descriptor did, and what it asks for after it retired. */
 struct mic_dma_effect {

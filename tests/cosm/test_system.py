@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from drill import signal_tree
 
 from mic_emu.testing.machine import Machine, eventually
 
@@ -83,16 +84,6 @@ def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
     machine.micemu("reset")
     assert seen(machine) == ("ready", "nop")
     assert machine.boot(*QUICK)["cards"][0]["state"] == "online"
-
-
-def signal_tree(pid: int, number: int) -> None:
-    """Signal a process and its descendants: all stopped is what a hung kernel looks like."""
-    try:
-        os.kill(pid, number)
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            signal_tree(int(child), number)
-    except (ProcessLookupError, FileNotFoundError):
-        pass  # a program ended meanwhile
 
 
 def test_cosm_51_heartbeat_off_keeps_a_hung_card_online(machine: Machine, tmp_path: Path) -> None:

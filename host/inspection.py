@@ -32,7 +32,11 @@ def dump(card: Card, what: str, device: str | None) -> Any:
         raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
     rows = views[what](card)
     if what == "vring" and device:
-        rows = [r for r in rows if device in (r["device"], str(r["slot"]))]
+        found = [r for r in rows if device in (r["name"], r["device"], str(r["slot"]))]
+        if not found:
+            there = ", ".join(sorted({r["name"] or r["device"] for r in rows})) or "no device"
+            raise UsageError(f"{card.name} has no device {device!r}: there is {there}")
+        return found
     return rows
 
 
@@ -85,6 +89,8 @@ def _features(kind: int, bits: bytes) -> list[str]:
 def vrings(card: Card) -> list[dict[str, Any]]:
     """Indices of every ring of every live device, and the chains that wait in it."""
     rows: list[dict[str, Any]] = []
+    backends = card.supervisor.backends if card.supervisor else []
+    names = {id(b.device): b.name for b in backends if b.device is not None}
     for dev in card.vop.devices if card.vop else []:
         num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
         for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
@@ -97,7 +103,7 @@ def vrings(card: Card) -> list[dict[str, Any]]:
                 for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))
             ]
             rows.append({
-                "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
+                "name": names.get(id(dev), ""), "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
                 "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
                 "used_flags": gddr.load(used, 2) if ready else 0, "pending": [_chain(card.bus, block, num, h) for h in pending],
             })  # fmt: skip

@@ -18,7 +18,7 @@ WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "deb
 @click.command()
 @click.argument("what", type=click.Choice(WHAT))
 @click.argument("card", default="mic0", metavar="[CARD]", shell_complete=client.complete_cards)
-@click.option("--device", metavar="NAME", help="Only this device (vring).")
+@click.option("--device", metavar="NAME", help="Only this device (vring): block, net, virtio2@128, ...")
 @click.option("--all", "everything", is_flag=True, help="Also what is 0 or unused, and every waiting chain.")
 @client.json_option
 def command(what: str, card: str, device: str | None, everything: bool, as_json: bool) -> None:
@@ -79,8 +79,9 @@ def page(data: dict[str, Any], everything: bool) -> None:
 def vrings(rows: list[dict[str, Any]], everything: bool) -> None:
     """Indices and pending chains."""
     for r in rows:
+        name = f"{r['name']} ({r['device']})" if r["name"] else r["device"]
         click.echo(
-            f"{r['device']} ring {r['ring']}: num {r['num']}, avail {r['avail_idx']}, used {r['used_idx']}, "
+            f"{name} ring {r['ring']}: num {r['num']}, avail {r['avail_idx']}, used {r['used_idx']}, "
             f"{len(r['pending'])} pending"
         )
         for chain in r["pending"] if everything else r["pending"][:SHOWN]:

@@ -38,7 +38,7 @@ check: build ## fast tests: no whole machine
 check-all: lint test asan tsan ## what CI runs, and the sanitizers
 
 layout: | $(BIN)/python ## regenerate the C header from mic_emu/layout.py
-	$(BIN)/python -m mic_emu.layout > $(GENERATED).new && mv $(GENERATED).new $(GENERATED)
+	$(BIN)/python -m mic_emu.layout_c > $(GENERATED).new && mv $(GENERATED).new $(GENERATED)
 
 lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layering, generated header
 	$(BIN)/ruff check $(PY)
@@ -47,7 +47,7 @@ lint: build $(VENV)/.dev ## ruff, mypy --strict, clang-format, cppcheck, layerin
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p mic_emu
 	cd build/tree && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
-	$(BIN)/python -m mic_emu.layout | diff -u $(GENERATED) - || { echo 'stale: make layout'; exit 1; }
+	$(BIN)/python -m mic_emu.layout_c | diff -u $(GENERATED) - || { echo 'stale: make layout'; exit 1; }
 	sh native/lint.sh
 
 fmt: build $(VENV)/.dev ## format everything

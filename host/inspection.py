@@ -103,9 +103,11 @@ def vrings(card: Card) -> list[dict[str, Any]]:
                 for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))
             ]
             rows.append({
-                "name": names.get(id(dev), ""), "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num, "block": block, "used": used,
+                "name": names.get(id(dev), ""), "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num,
+                "block": block, "used": used,
                 "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
-                "used_flags": gddr.load(used, 2) if ready else 0, "pending": [_chain(card.bus, block, num, h) for h in pending],
+                "used_flags": gddr.load(used, 2) if ready else 0,
+                "pending": [_chain(card.bus, block, num, h) for h in pending],
             })  # fmt: skip
     return rows
 

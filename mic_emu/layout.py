@@ -1,8 +1,8 @@
 """The one table of registers, shared structs and constants.
 
 Everything that two processes, or C and Python, must agree on is written here and nowhere else.
-``python -m mic_emu.layout`` prints the C header that is generated from it
-(``native/include/mic/layout_gen.h``; ``make lint`` fails when that file is stale).
+The C header ``native/include/mic/layout_gen.h`` is generated from it (``layout_c.py``; ``make lint`` fails when
+that file is stale).
 
 Offsets are bytes; registers are 32-bit little-endian words. The clause in each row names the
 paragraph of the specification that defines it.
@@ -10,46 +10,11 @@ paragraph of the specification that defines it.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+
+from mic_emu.layout_types import Field, Reg, Struct
 
 # --- Registers of BAR 4 ------------------------------------------------------------------------
-
-Access = Literal[
-    "rw",  # stored as written
-    "ro",  # hardware writes, software's stores are ignored
-    "cause",  # SICR0: write 1 to clear
-    "enable",  # SICE0: writing 1 sets, 0 leaves; a pending cause fires when it is enabled
-    "disable",  # SICC0: writing 1 clears the enable bit
-    "sdbic",  # card -> host doorbell: bit 31 requests
-    "apicicr",  # host -> card doorbell: bit 13 of the low word sends
-    "rdmasr",  # host -> card doorbell: any write fires
-    "rgcr",  # reset control
-    "dcar",  # DMA channel attributes: interrupt masks
-    "dhpr",  # DMA head: starts work
-    "dcr",  # DMA owner and enable bits
-    "msixtbl",  # MSI-X table: belongs to the PCI function, so a card reset leaves it alone
-    "msixctl",  # vector control in that table: clearing bit 0 sends what is pending
-    "msixpba",  # pending bits: set by hardware
-    "pbacr",  # writing 1 clears the pending bits
-]
-
-
-@dataclass(frozen=True)
-class Reg:
-    """``count`` registers that lie ``stride`` bytes apart, the first at ``off`` (bytes into BAR 4)."""
-
-    name: str
-    off: int
-    access: Access
-    clause: str
-    doc: str
-    count: int = 1
-    stride: int = 4
-    reset: int = 0
-
 
 MMIO_SIZE = 0x20000
 SBOX_BASE = 0x10000
@@ -377,85 +342,6 @@ CONSTANTS: dict[str, int] = {
 
 # --- Shared structs ----------------------------------------------------------------------------
 
-_C_TYPES = {
-    "B": "uint8_t",
-    "b": "int8_t",
-    "H": "uint16_t",
-    "h": "int16_t",
-    "I": "uint32_t",
-    "i": "int32_t",
-    "Q": "uint64_t",
-    "q": "int64_t",
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field at byte ``off``; ``fmt`` is a ``struct`` code, or ``"20s"`` for bytes."""
-
-    name: str
-    off: int
-    fmt: str
-    doc: str = ""
-
-    @property
-    def size(self) -> int:
-        return struct.calcsize("<" + self.fmt)
-
-
-class Memory(Protocol):
-    """What struct accessors need: bytes of shared memory by offset."""
-
-    def load(self, off: int, size: int) -> int: ...
-    def store(self, off: int, size: int, value: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Struct:
-    """A struct whose bytes the specification fixes: little-endian, no implied padding."""
-
-    name: str
-    size: int
-    clause: str
-    fields: tuple[Field, ...]
-    packed: bool = False
-
-    def __getitem__(self, name: str) -> Field:
-        for f in self.fields:
-            if f.name == name:
-                return f
-        raise KeyError(f"struct {self.name} has no field {name}")
-
-    def off(self, name: str) -> int:
-        """Byte offset of a field."""
-        return self[name].off
-
-    def get(self, mem: Memory, base: int, name: str) -> int:
-        """Load one field with a single access (acquire); signed fields are sign-extended."""
-        f = self[name]
-        value = mem.load(base + f.off, f.size)
-        if f.fmt in "bhiq" and value >> (8 * f.size - 1):
-            value -= 1 << (8 * f.size)
-        return value
-
-    def put(self, mem: Memory, base: int, name: str, value: int) -> None:
-        """Store one field with a single access (release)."""
-        f = self[name]
-        mem.store(base + f.off, f.size, value & ((1 << (8 * f.size)) - 1))
-
-    def pack(self, **values: int | bytes) -> bytes:
-        """The struct's bytes with the named fields set, all others 0."""
-        out = bytearray(self.size)
-        for name, value in values.items():
-            f = self[name]
-            struct.pack_into("<" + f.fmt, out, f.off, value)
-        return bytes(out)
-
-    def unpack(self, data: bytes | bytearray | memoryview, base: int = 0) -> dict[str, int]:
-        """All fields of a private copy, by name."""
-        return {f.name: struct.unpack_from("<" + f.fmt, data, base + f.off)[0] for f in self.fields}
-
-
 BOOTPARAM = Struct(
     "bootparam",
     24,
@@ -706,98 +592,3 @@ def register_words() -> Iterator[tuple[int, str, Reg]]:
         for i in range(row.count):
             words.append((row.off + i * row.stride, row.name if row.count == 1 else f"{row.name}[{i}]", row))
     return iter(sorted(words, key=lambda w: w[0]))
-
-
-def check() -> None:
-    """Raise AssertionError when the table contradicts itself (run by the generator and by tests)."""
-    end = -1
-    for off, name, _ in register_words():
-        assert off % 4 == 0, f"{name}: not aligned"
-        assert off >= end, f"{name}: overlaps its neighbour"
-        end = off + 4
-    assert end <= MMIO_SIZE
-    for s in STRUCTS:
-        end = 0
-        for f in s.fields:
-            assert f.off >= end, f"{s.name}.{f.name}: overlaps its neighbour"
-            end = f.off + f.size
-        assert end <= s.size, f"{s.name}: fields beyond its size"
-
-
-# --- C header ----------------------------------------------------------------------------------
-
-
-def _c_struct(s: Struct) -> Iterator[str]:
-    yield f"/* {s.clause} */"
-    yield f"struct mic_{s.name} {{"
-    end = pads = 0
-    for f in s.fields:
-        if f.off > end:
-            yield f"\tuint8_t reserved{pads}[{f.off - end}];"
-            pads += 1
-        doc = f" /* {f.doc} */" if f.doc else ""
-        if f.fmt.endswith("s"):
-            yield f"\tuint8_t {f.name}[{f.size}];{doc}"
-        else:
-            yield f"\t{_C_TYPES[f.fmt]} {f.name};{doc}"
-        end = f.off + f.size
-    if end < s.size:
-        yield f"\tuint8_t reserved{pads}[{s.size - end}];"
-    yield "} __attribute__((packed));" if s.packed else "};"
-    yield f'_Static_assert(sizeof(struct mic_{s.name}) == {s.size}, "{s.name}: size");'
-    for f in s.fields:
-        yield f'_Static_assert(offsetof(struct mic_{s.name}, {f.name}) == {f.off}, "{s.name}.{f.name}");'
-    yield ""
-
-
-def c_header() -> str:
-    """The text of ``layout_gen.h``."""
-    check()
-    out = [
-        "/* Generated by `make layout` from mic_emu/layout.py. Do not edit. */",
-        "#ifndef MIC_LAYOUT_GEN_H",
-        "#define MIC_LAYOUT_GEN_H",
-        "#include <stddef.h>",
-        "#include <stdint.h>",
-        "",
-        "/* clang-format off */",
-        "#if defined(__cplusplus) && !defined(_Static_assert)",
-        "#define _Static_assert static_assert /* mic_vop.h is for C++ programs, too */",
-        "#endif",
-    ]
-    for name, value in CONSTANTS.items():
-        suffix = "ull" if value > 0xFFFFFFFF else "u"
-        out.append(f"#define MIC_{name.removeprefix('MIC_')} {value:#x}{suffix}")
-    out.append("")
-    for r in MMIO:
-        macro = f"MIC_REG_{r.name.upper()}"
-        if r.count > 1:
-            out.append(f"#define {macro}(n) ({r.off:#x}u + {r.stride:#x}u * (n)) /* {r.doc} ({r.clause}) */")
-        else:
-            out.append(f"#define {macro} {r.off:#x}u /* {r.doc} ({r.clause}) */")
-    out += ["", "enum mic_reg_access {"]
-    kinds = list(dict.fromkeys(r.access for r in MMIO))
-    out += [f"\tMIC_ACCESS_{k.upper()}," for k in kinds]
-    out += [
-        "};",
-        "",
-        "struct mic_reg_row {",
-        "\tuint32_t off, count, stride, reset;",
-        "\tenum mic_reg_access access;",
-        "};",
-    ]
-    out += ["", f"#define MIC_REG_ROWS {len(MMIO)}", "#define MIC_REG_TABLE \\"]
-    rows = [
-        f"\t{{ {r.off:#x}u, {r.count}u, {r.stride:#x}u, {r.reset:#x}u, MIC_ACCESS_{r.access.upper()} }}"
-        for r in MMIO
-    ]
-    out += [f"{row}, \\" for row in rows[:-1]] + [rows[-1]]
-    out.append("")
-    for s in STRUCTS:
-        out += _c_struct(s)
-    out += ["/* clang-format on */", "#endif", ""]
-    return "\n".join(out)
-
-
-if __name__ == "__main__":
-    print(c_header(), end="")

@@ -113,9 +113,17 @@ def _choice(value: Any, allowed: tuple[str, ...], what: str) -> str:
     return str(value)
 
 
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    str: "a string: write it in quotes",
+    list: "a list: write it in brackets",
+}
+
+
 def _typed(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{what}: {value!r} is not a {kind.__name__}")
+        raise UsageError(f"{what}: {value!r} is not {_KINDS.get(kind, f'a {kind.__name__}')}")
     return value
 
 
@@ -138,8 +146,9 @@ def _set(target: Any, table: dict[str, Any], where: str, base: Path, also: tuple
         if key in also:
             continue
         if key not in kinds or key == "cards":
-            near = difflib.get_close_matches(key, [*kinds, *also], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(kinds))}"
+            known = sorted({*kinds, *also} - {"cards"})
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise UsageError(f"{where}: unknown key {key!r}{hint}")
         what = f"{where}: {key}"
         if key == "fault":

@@ -51,7 +51,7 @@ def parse_hex(name: str, text: str) -> int:
 async def _store_state(cosm: CosmDevice, text: str) -> None:
     requests = {"boot": cosm.boot, "reset": cosm.reset, "shutdown": cosm.shutdown}
     if text not in requests:
-        raise _invalid("state", text)
+        raise Refused(f"state: {text[:40]!r} is not accepted; write {', '.join(requests)}", errno.EINVAL)
     await requests[text]()
 
 

@@ -285,14 +285,20 @@ class Card:
     async def add_device(self, kind: str, options: dict[str, Any]) -> Backend:
         """Hot-plug a device and wait until the card drives it."""
         if self.supervisor is None or self.cosm.state is not State.ONLINE:
-            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+            raise StateError(
+                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
+                errno.EINVAL,
+            )
         return await self._bring_up_device(extra_device(self, kind, options))
 
     async def swap_device(self, name: str, options: dict[str, Any]) -> Backend:
         """Another image for a disk: the card sees it go and a new one come (VOP-62). An image that
         cannot be opened changes nothing."""
         if not self.is_online or self.supervisor is None:
-            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+            raise StateError(
+                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
+                errno.EINVAL,
+            )
         old = self.backend(name)
         fresh = swapped_block(self, old, options)
         await self.supervisor.remove(old)
@@ -301,7 +307,10 @@ class Card:
     async def _bring_up_device(self, backend: Backend) -> Backend:
         if self.supervisor is None:  # the card was stopped meanwhile
             backend.release()
-            raise StateError(f"{self.name} is {self.cosm.state.word}: boot it first", errno.EINVAL)
+            raise StateError(
+                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
+                errno.EINVAL,
+            )
         supervisor = self.supervisor
         supervisor.add(backend)
         try:

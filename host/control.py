@@ -282,7 +282,8 @@ class Control:
         (card,) = self.instance.select([msg["card"]])
         if card.cosm.state is not State.ONLINE:
             raise StateError(
-                f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot)", errno.EINVAL
+                f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot {card.name})",
+                errno.EINVAL,
             )
         return {"socket": str(card.dir / "run.sock"), "node": card.index + 1}
 

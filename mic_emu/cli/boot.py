@@ -94,7 +94,8 @@ def command(
 ) -> None:  # fmt: skip
     """Boot cards by the real protocol and wait until they are online.
 
-    Starts the emulator when it does not run. CARD names (mic0, mic1, ...) boot only these.
+    Starts the emulator when it does not run. CARD names (mic0, mic1, ...) boot only these;
+    one beyond the present cards makes those below it, too, and leaves them ready.
 
     \b
     Examples:

@@ -36,8 +36,10 @@ def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
     if info is None:
         client.ask("run", card=card)  # raises with the names that exist
         return
-    if info["state"] != "online" or info["net"] == "none":
-        raise StateError(f"{card} is {info['state']} with network {info['net']}: nothing to ping")
+    if info["state"] != "online":
+        raise StateError(f"{card} is {info['state']}: boot it first (micemu boot {card})")
+    if info["net"] == "none":
+        raise StateError(f"{card} has no network: boot it without --net none")
     target = info["addresses"]["host" if from_card else "card"]
     if from_card:
         rtts = from_the_card(info, target, count)

@@ -36,6 +36,11 @@ def _tables(node: str) -> dict[str, Any]:
     try:
         return ask_tables(_socket(node))
     except OSError as e:
+        if not os.environ.get("MICEMU_SCIF_SOCKET"):
+            if node == "host":
+                client.connect().close()  # raises when nothing runs
+            else:
+                client.ask("run", card=node)  # raises with the names that exist, or the card's state
         raise MicemuError(f"the SCIF node of {node} does not answer: {e.strerror or e}", e.errno or 0) from e
 
 
@@ -127,7 +132,16 @@ def _open(listen: bool, node: int, port: int) -> Endpoint:
             return ep.accept()[0]
     except scif.ScifError as e:
         what = f"listen on port {port}" if listen else f"connect to {node}:{port}"
-        raise MicemuError(f"cannot {what}: {os.strerror(e.errno or 0)}", e.errno or 0) from e
+        why = os.strerror(e.errno or 0)
+        if listen and e.errno == errno.EINVAL:
+            why = "somebody listens there (micemu scif endpoints)"
+        elif listen and e.errno == errno.EACCES:
+            why += "; ports below 1024 are root's"
+        elif e.errno == errno.ECONNREFUSED:
+            why += ": nobody listens there"
+        elif e.errno == errno.ENODEV:
+            why += ": the node is not online (micemu scif nodes)"
+        raise MicemuError(f"cannot {what}: {why}", e.errno or 0) from e
 
 
 def _pump(ep: Endpoint) -> None:

@@ -298,7 +298,9 @@ def mount_at(target: str, source: str, fstype: str) -> int:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
-        raise OSError(e.errno, f"/dev/fuse cannot be opened: {e.strerror}") from e
+        raise OSError(
+            e.errno, f"/dev/fuse cannot be opened: {e.strerror}; micemu sysfs ls, cat and write need no FUSE"
+        ) from e
     options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
     for extra in (",allow_other", ""):
         try:

@@ -99,7 +99,7 @@ def test_run_on_a_card_that_is_down_says_so(machine: Machine) -> None:
     machine.micemu("shutdown")
     failed = machine.on_card("true", check=False)
     assert failed.returncode == 4
-    assert failed.stderr == "micemu: mic0 is ready: boot it first (micemu boot)\n"
+    assert failed.stderr == "micemu: mic0 is ready: boot it first (micemu boot mic0)\n"
 
 
 def test_the_installation_is_on_the_card_wherever_it_lies(machine: Machine) -> None:

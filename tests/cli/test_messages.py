@@ -1,0 +1,86 @@
+"""What commands say when they refuse: one sentence, the object, the way out, the documented exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mic_emu import config
+from mic_emu.errors import UsageError
+from mic_emu.testing.machine import MICEMU, Machine
+
+
+def said(machine: Machine, *args: str) -> tuple[int, str]:
+    """Exit status and stderr of a command that fails."""
+    done = machine.micemu(*args, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1", "unknown key 'colour'; known keys: card, group, host_memory, timing"),
+        ('[[cards]]\nmemory = "1G"', "unknown key 'cards'; did you mean 'card'?"),
+        ('[[card]]\nheartbeat = "yes"', "[[card]] number 1 (mic0): heartbeat: 'yes' is not true or false"),
+        ("[[card]]\ndisk = 7", "[[card]] number 1 (mic0): disk: 7 is not a string: write it in quotes"),
+        (
+            '[[card]]\ndevices = "rng"',
+            "[[card]] number 1 (mic0): devices: 'rng' is not a list: write it in brackets",
+        ),
+    ],
+)
+def test_configuration_names_keys_and_types_as_one_writes_them(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    """The keys that exist in the file, and types in words."""
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        config.load(path)
+    assert str(refused.value) == f"{path}: {message}"
+
+
+def test_no_emulator(machine: Machine) -> None:
+    """SCIF tables are of an emulator, too."""
+    assert said(machine, "scif", "endpoints")[0] == 3
+    assert said(machine, "scif", "windows", "mic0")[0] == 3
+
+
+def test_card_that_does_not_run_or_exist(machine: Machine) -> None:
+    """The fix names the card; a node that is no card is exit status 6."""
+    machine.boot("--disk", "none", "--net", "none")
+    assert said(machine, "ping", "mic0") == (4, "micemu: mic0 has no network: boot it without --net none\n")
+    assert said(machine, "scif", "endpoints", "mic7") == (6, "micemu: there is no card mic7; cards: mic0\n")
+    machine.micemu("shutdown")
+    for command in (
+        ["ping", "mic0"],
+        ["scif", "endpoints", "mic0"],
+        ["run", "mic0", "--", "true"],
+        ["vop", "add", "mic0", "rng"],
+    ):
+        assert said(machine, *command) == (4, "micemu: mic0 is ready: boot it first (micemu boot mic0)\n")
+    status, text = said(machine, "sysfs", "write", "mic0/state", "fly")
+    assert (status, text) == (1, "micemu: state: 'fly' is not accepted; write boot, reset, shutdown\n")
+
+
+def test_scif_ports(machine: Machine) -> None:
+    """A port that is taken, a port where nobody listens, a node that is not there."""
+    machine.boot("--disk", "none", "--net", "none")
+    assert said(machine, "scif", "cat", "1", "3000") == (
+        1, "micemu: cannot connect to 1:3000: Connection refused: nobody listens there\n"
+    )  # fmt: skip
+    assert "the node is not online (micemu scif nodes)" in said(machine, "scif", "cat", "9", "3000")[1]
+    taken = machine.micemu("run", "mic0", "--", *MICEMU, "scif", "cat", "-l", "130", check=False)
+    assert "somebody listens there (micemu scif endpoints)" in taken.stderr
+
+
+def test_rings_of_a_device_by_its_name(machine: Machine) -> None:
+    """``dump vring --device`` takes the names of ``status``; one that is none is refused."""
+    machine.boot("--net", "none")
+    (ring,) = machine.json("dump", "vring", "mic0", "--device", "block")
+    assert ring["device"].startswith("virtio2@")
+    assert machine.json("dump", "vring", "mic0", "--device", ring["device"]) == [ring]
+    assert said(machine, "dump", "vring", "mic0", "--device", "tape") == (
+        2, "micemu: mic0 has no device 'tape': there is block, console\n"
+    )  # fmt: skip

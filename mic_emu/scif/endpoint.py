@@ -227,6 +227,11 @@ class Endpoint:
         return self.state is State.CONNECTED
 
     @property
+    def leaving(self) -> bool:
+        """Is its owner done with it?"""
+        return self.windows.released
+
+    @property
     def copiers_died(self) -> bool:
         """Is no process left that could be in the middle of a copy?"""
         return False

@@ -64,9 +64,9 @@ class Records:
             if not 0 < msg.p1 <= MAX_SEGMENTS or path is None:
                 raise ScifError(errno.EINVAL, "bad record size")
             offset = self.node.allocator.alloc(nbytes)
-        except OSError:
+        except OSError as e:
             if path is not None:
-                path.send(msg.answer(Op.ALLOC_REJ, p2=msg.p2))
+                path.send(msg.refuse(Op.ALLOC_REJ, e))
             return
         record = self.node.new_id()
         self._granted[record] = (offset, windows, nbytes)

@@ -44,10 +44,10 @@ class WindowTable:
         on(Op.MUNMAP, self._on_munmap)
 
     def of(self, ep_id: int, msg: Msg) -> Windows:
-        """The windows of the endpoint that ``msg`` names. Raises ScifError EINVAL."""
+        """The windows of the endpoint that ``msg`` names. Raises ScifError ENOTCONN."""
         ep = self.node.endpoints.get(ep_id)
         if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
-            raise ScifError(errno.EINVAL, "no such endpoint")
+            raise ScifError(errno.ENOTCONN, "no such endpoint")
         return ep.windows
 
     def _on_register(self, msg: Msg, link: object) -> None:
@@ -55,10 +55,10 @@ class WindowTable:
         try:
             windows = self.of(msg.p0, msg)
             windows.add_remote(msg.p1, msg.p2, self.node.records.take(msg.p1, windows))
-        except (OSError, KeyError, IndexError):
+        except (OSError, KeyError, IndexError) as e:
             self.node.records.drop(msg.p1)
             if path is not None:
-                path.send(msg.answer(Op.REGISTER_NACK))
+                path.send(msg.refuse(Op.REGISTER_NACK, e))
             raise
         if path is not None:
             path.send(msg.answer(Op.REGISTER_ACK))

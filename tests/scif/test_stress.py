@@ -98,7 +98,7 @@ def test_scif_17_114_134_processes_killed_at_random(server: Server, program: Pat
 @pytest.mark.timeout(900)
 def test_scif_17_long_storm(program: Path, tmp_path: Path) -> None:
     """64 processes x 16 endpoints for five minutes; the node process grows by no more than its peak needs."""
-    server = Server(tmp_path, 2, SCIF_TEST_MEMORY_MIB="512")
+    server = Server(tmp_path, 2, SCIF_TEST_MIB="768")
     seed = int(os.environ.get("SCIF_STRESS_SEED", random.randrange(1 << 30)))
     print("seed", seed)
     try:

@@ -8,6 +8,7 @@
 
 #define DATA   (15 * PG)
 #define WIN    (DATA + PG) /* the last page holds the fences' flag */
+#define LARGE  (576 * PG) /* enough for a DMA channel; a large window has no flag */
 #define RW     (SCIF_PROT_READ | SCIF_PROT_WRITE)
 #define ROUNDS 60
 
@@ -19,6 +20,7 @@ struct client {
 	int ep;
 	char *mine; /* our window */
 	off_t own, win; /* its offset, that of the peer's */
+	size_t size; /* of the peer's */
 	char *held; /* a mapping that outlives the connection */
 	char copy[DATA];
 };
@@ -41,15 +43,22 @@ static bool lost(const char *what)
 	return false;
 }
 
+/* What the accepting end says first. */
+struct offer {
+	off_t off;
+	size_t size;
+};
+
 static void *serve(void *arg)
 {
 	int ep = (int)(intptr_t)arg, n, rounds = 0;
-	char *p = pages(16), buf[3000];
-	off_t off = scif_register(ep, p, WIN, 0, RW, 0);
+	size_t size = now_us() % 8 ? WIN : LARGE;
+	char *p = pages((int)(size / PG)), buf[3000];
+	struct offer offer = { scif_register(ep, p, size, 0, RW, 0), size };
 
-	if (off < 0)
+	if (offer.off < 0)
 		lost("register (accepted)");
-	else if (scif_send(ep, &off, sizeof off, SCIF_SEND_BLOCK) == sizeof off)
+	else if (scif_send(ep, &offer, sizeof offer, SCIF_SEND_BLOCK) == sizeof offer)
 		for (;;) {
 			struct scif_pollepd e = { ep, SCIF_POLLIN, 0 };
 
@@ -62,7 +71,7 @@ static void *serve(void *arg)
 				break;
 		}
 	scif_close(ep);
-	munmap(p, WIN);
+	munmap(p, size);
 	return NULL;
 }
 
@@ -212,17 +221,49 @@ static bool register_round(struct client *c)
 	return ok;
 }
 
+/* Copies that a DMA channel makes, if one reaches the peer; the fence waits for them. */
+static bool large_round(struct client *c)
+{
+	size_t n = LARGE - 2 * PG - draw(c, PG), at = draw(c, PG), l = at % 64;
+	char *p = pages(LARGE / PG), first = (char)draw(c, 256);
+	off_t off = scif_register(c->ep, p, LARGE, 0, RW, 0);
+	int mark;
+	bool ok = off >= 0 || lost("register (large)");
+
+	for (size_t i = 0; i < n; i++)
+		p[l + i] = (char)((char)i + first);
+	ok = ok && (scif_writeto(c->ep, off + (off_t)l, n, c->win + (off_t)at, draw(c, 2) ? SCIF_RMA_ORDERED : 0) == 0 ||
+		    lost("write (large)"));
+	ok = ok && (scif_fence_mark(c->ep, SCIF_FENCE_INIT_SELF, &mark) == 0 || lost("mark (large)"));
+	ok = ok && (scif_fence_wait(c->ep, mark) == 0 || lost("wait (large)"));
+	if (ok)
+		memset(p, 0, LARGE);
+	ok = ok && (scif_readfrom(c->ep, off + (off_t)l, n, c->win + (off_t)at, 0) == 0 || lost("read (large)"));
+	ok = ok && (scif_fence_mark(c->ep, SCIF_FENCE_INIT_SELF, &mark) == 0 || lost("mark (large read)"));
+	ok = ok && (scif_fence_wait(c->ep, mark) == 0 || lost("wait (large read)"));
+	for (size_t i = 0; ok && i < n; i++)
+		if (p[l + i] != (char)((char)i + first))
+			wrong("large RMA");
+	if (ok)
+		ok = scif_unregister(c->ep, off, LARGE) == 0 || lost("unregister (large)");
+	munmap(p, LARGE);
+	return ok;
+}
+
 static void connected(struct client *c)
 {
 	bool (*const all[])(struct client *) = { echo_round, rma_round, map_round, register_round };
+	struct offer offer;
 	bool ok;
 
 	c->mine = pages(16);
 	c->own = scif_register(c->ep, c->mine, WIN, 0, RW, 0);
 	ok = c->own >= 0 || lost("register (connected)");
-	ok = ok && scif_recv(c->ep, &c->win, sizeof c->win, SCIF_RECV_BLOCK) == sizeof c->win;
+	ok = ok && scif_recv(c->ep, &offer, sizeof offer, SCIF_RECV_BLOCK) == sizeof offer;
+	if (ok)
+		c->win = offer.off, c->size = offer.size;
 	for (int i = 0; ok && i < ROUNDS; i++) {
-		ok = all[draw(c, 4)](c);
+		ok = c->size == LARGE && i % 8 == 0 ? large_round(c) : all[draw(c, 4)](c);
 		if (ok)
 			__atomic_fetch_add(c->rounds, 1, __ATOMIC_RELAXED);
 	}

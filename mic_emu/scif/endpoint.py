@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mic_emu.scif import qp as queue
 from mic_emu.scif.connector import Attempt, Done, check_connect
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.proto import Msg, Op
@@ -161,7 +161,7 @@ class Endpoint:
     def on_grant(self, msg: Msg) -> None:
         """CNCT_GNT: attach to the acceptor's queue pair and confirm."""
         if self.attempt is None or msg.src[0] != self.peer[0]:
-            raise ScifError(errno.EINVAL, "grant without request")
+            raise Late(errno.EINVAL, "grant without request")
         self.attempt.granted(msg)
 
     def on_reject(self, msg: Msg) -> None:

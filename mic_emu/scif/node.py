@@ -19,7 +19,7 @@ from mic_emu.clock import Alarm, Clock
 from mic_emu.memory import PAGE, OutOfNodeMemory, PageAllocator, View
 from mic_emu.scif import qp as queue
 from mic_emu.scif.endpoint import Endpoint
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.fences import Fences
 from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.scif.link import Link, LinkPorts
@@ -226,7 +226,7 @@ class Node:
         try:
             return self.endpoints[ep_id]
         except KeyError:
-            raise ScifError(errno.EINVAL, f"no endpoint {ep_id:#x}") from None
+            raise Late(errno.EINVAL, f"no endpoint {ep_id:#x}") from None
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -241,6 +241,11 @@ class Node:
         if handler is None:
             raise ScifError(errno.EINVAL, f"unknown opcode {msg.op}")
         handler(msg, link)
+
+    def log_dropped(self, msg: Msg, sender: str, error: Exception) -> None:
+        """``handle`` has raised ``error``."""
+        log = self.log.debug if isinstance(error, Late) else self.log.warning
+        log("node %d: dropped %s from %s: %s", self.id, msg, sender, error)
 
     def _plausible(self, msg: Msg, link: Link) -> bool:
         """Does the source match the link it came from? On a card the host relays for other cards."""
@@ -268,7 +273,7 @@ class Node:
         ep = self.endpoints.get(msg.p0)
         try:
             if ep is None:
-                raise ScifError(errno.EINVAL, "grant for nobody")
+                raise Late(errno.EINVAL, "grant for nobody")
             ep.on_grant(msg)
         except ScifError:
             # The request was withdrawn: the acceptor must not wait for us (SCIF-37).

@@ -16,7 +16,7 @@ from mic_emu.memory import PAGE
 from mic_emu.scif import records
 from mic_emu.scif.announce import Announcement
 from mic_emu.scif.connector import Done
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.link import Link
 from mic_emu.scif.lists import Grace, Lists
 from mic_emu.scif.proto import Msg, Op
@@ -47,7 +47,7 @@ class WindowTable:
         """The windows of the endpoint that ``msg`` names. Raises ScifError ENOTCONN."""
         ep = self.node.endpoints.get(ep_id)
         if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
-            raise ScifError(errno.ENOTCONN, "no such endpoint")
+            raise Late(errno.ENOTCONN, "no such endpoint")
         return ep.windows
 
     def _on_register(self, msg: Msg, link: object) -> None:

@@ -32,7 +32,7 @@ from mic_emu.scif.service import ScifService, listen_at
 
 def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
     for node in fab.nodes:
-        node.free_retired()
+        node.queue_pairs.free_retired()
     return [
         {
             "node": n.id,
@@ -47,6 +47,7 @@ def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
             "records": len(n.records._granted),
             "questions": len(n.questions._open),
             "draining": len(n.draining),
+            "queue_pairs": len(n.queue_pairs),
             "slots": len(n.notifier._owners),
             "runs": len(n.pages._runs),
             "holders": len(n.pages._holders),

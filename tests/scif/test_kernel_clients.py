@@ -30,7 +30,7 @@ def run(body: Callable[[Fabric], Awaitable[None]], cards: int = 1, clock: Clock 
             await asyncio.wait_for(body(fab), 20)
             if clock is None and len(fab.cards) == cards:
                 for n in fab.nodes:
-                    n.free_retired()
+                    n.queue_pairs.free_retired()
                 after = [n.used_bytes for n in fab.nodes]
                 assert after <= before or any(n.endpoints for n in fab.nodes), "endpoint memory leaked"
 

@@ -8,6 +8,7 @@ import socket
 import struct
 from pathlib import Path
 
+import pytest
 from fabric import eventually, fabric
 from scif_server import Server, settled
 
@@ -145,3 +146,51 @@ def test_scif_17_a_registration_that_was_begun_leaves_nothing(server: Server) ->
 
     asyncio.run(main())
     assert settled(server) == server.idle
+
+
+@pytest.mark.parametrize(("src", "dst"), [(0, 0), (0, 1), (1, 0), (1, 2)])
+def test_scif_132_a_queue_pair_stays_while_the_peer_can_write_into_it(src: int, dst: int) -> None:
+    """The survivor goes on reading, and tells its read index to the pages of the one that closed."""
+
+    async def main() -> None:
+        async with fabric(2) as fab:
+            here, there = fab.nodes[src], fab.nodes[dst]
+            listener = there.open()
+            listener.bind(700)
+            listener.listen()
+            dying = here.open()
+            _, survivor = await asyncio.gather(dying.connect((dst, 700)), listener.accept())
+            await dying.send(b"last words")
+            qp = dying.qp
+            assert qp is not None
+            await dying.close()
+            here.queue_pairs.free_retired()
+            assert qp.offset in dict(here.allocator.used_areas())
+            assert await survivor.recv(10) == b"last words"
+            await survivor.close()
+            held = lambda: here.queue_pairs.free_retired() or len(here.queue_pairs)  # noqa: E731
+            await eventually(lambda: not held(), "the survivor's close")
+            assert qp.offset not in dict(here.allocator.used_areas())
+            await listener.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_scif_132_a_lost_node_keeps_no_queue_pair() -> None:
+    """Nobody can write any more once the peer's node is lost."""
+
+    async def main() -> None:
+        async with fabric(1) as fab:
+            listener = fab.cards[0].node.open()
+            listener.bind(700)
+            listener.listen()
+            ep = fab.host.open()
+            await asyncio.gather(ep.connect((1, 700)), listener.accept())
+            await ep.close()
+            fab.host.queue_pairs.free_retired()
+            assert len(fab.host.queue_pairs) == 1
+            fab.cards[0].host_link.down()
+            fab.host.queue_pairs.free_retired()
+            assert len(fab.host.queue_pairs) == 0
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -251,11 +251,7 @@ class ScifService:
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(control, sid)
         if op == lib.MIC_SCIF_TABLES:
-            return Reply(
-                data=json.dumps(tables(self.node, self.sessions.values())).encode()[
-                    : lib.MIC_SCIF_PACKET - 256
-                ]
-            )
+            return self._tables(control)
         if op == lib.MIC_SCIF_DROP:
             return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:
@@ -269,6 +265,16 @@ class ScifService:
         if session is None or session.released:
             raise ScifError(errno.EBADF, "no such endpoint")
         return handler(control, session, args, data)
+
+    def _tables(self, control: Control) -> None:
+        """Live tables in a file of their own: they grow beyond any packet."""
+        fd = os.memfd_create("scif-tables", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as f:
+                f.write(json.dumps(tables(self.node, self.sessions.values())).encode())
+            _taken(control).done(Reply(fds=[fd]))
+        finally:
+            os.close(fd)
 
     def _find(self, cookie: int) -> Reply:
         if cookie not in self._by_cookie:

@@ -56,7 +56,7 @@ class WindowTable:
             windows = self.of(msg.p0, msg)
             windows.add_remote(msg.p1, msg.p2, self.node.records.take(msg.p1, windows))
         except (OSError, KeyError, IndexError) as e:
-            self.node.records.drop(msg.p1)
+            self.node.records.drop(msg.p1, msg.src[0])
             if path is not None:
                 path.send(msg.refuse(Op.REGISTER_NACK, e))
             raise
@@ -303,7 +303,6 @@ class Windows:
     def _idle(self, done: Callable[[], None]) -> None:
         for window in self.remote:
             window.when_idle(lambda w=window: self._forget_remote(w))  # type: ignore[misc]
-        self.node.records.drop_of(self)
         done()
 
     def forget_peer(self) -> Grace:

@@ -13,6 +13,7 @@ from fabric import eventually, fabric
 from scif_server import Server, settled
 
 from mic_emu._native import lib
+from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.service import ScifService, listen_at
 from mic_emu.scif.state import State
 
@@ -192,5 +193,33 @@ def test_scif_132_a_lost_node_keeps_no_queue_pair() -> None:
             fab.cards[0].host_link.down()
             fab.host.queue_pairs.free_retired()
             assert len(fab.host.queue_pairs) == 0
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> None:
+    """It may be writing its window record there when our endpoint closes."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with fabric(1) as fab:
+            card, records = fab.cards[0], fab.host.records
+            listener = fab.host.open()
+            listener.bind(700)
+            listener.listen()
+            client = card.node.open()
+            _, server = await asyncio.gather(client.connect((0, 700)), listener.accept())
+            loop.remove_reader(card.bus.irq_fd(1))  # the card sleeps before it can use the grant
+            card.card_link.send(Msg(Op.ALLOC_REQ, (1, client.port), (0, 700), server.id, 1, 77))
+            await eventually(lambda: records._granted, "the grant")
+            closing = asyncio.ensure_future(server.close())
+            await eventually(lambda: server.state is State.CLOSING, "the release")
+            assert records._granted
+            loop.add_reader(card.bus.irq_fd(1), card.card_link._on_doorbell)
+            card.card_link._on_doorbell()
+            await closing
+            await eventually(lambda: not records._granted, "the card's answer")
+            await client.close()
+            await listener.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))

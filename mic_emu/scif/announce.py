@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from mic_emu.scif.windows import Windows
 
 
+def _refusal(answer: Msg) -> ScifError:
+    """Rows 11 and 12 of SCIF 2.10: the peer has no room for its record, or is closing."""
+    if answer.p3 == errno.ENOTCONN:
+        return ScifError(errno.ENOTCONN, "the peer closes")
+    return ScifError(errno.ENOMEM, "the peer refused the window")
+
+
 class Announcement:
     """One window on its way to the peer; ``done`` hears how it ended, once. Until then it is not usable."""
 
@@ -40,7 +47,7 @@ class Announcement:
             self._done(error or ScifError(errno.ENOTCONN))
             return
         if grant.op != Op.ALLOC_GNT:
-            self._done(ScifError(errno.ENOMEM, "the peer has no room for its record"))
+            self._done(_refusal(grant))
             return
         record = records.pack(window, path)
         try:
@@ -51,12 +58,13 @@ class Announcement:
         window.peer_id = grant.p0
         src = (ep.node.id, ep.port)
         msg = Msg(Op.REGISTER, src, ep.peer, ep.remote_id, grant.p0, window.id)
-        ep.node.questions.put(ep, msg, window.id, self._registered)
+        # From here on the peer may know it: an answer comes, and only that says that it does not.
+        ep.node.questions.put(ep, msg, window.id, self._registered, patient=True)
 
     def _registered(self, answer: Msg | None, error: ScifError | None) -> None:
         if answer is None:
             self._done(error)
         elif answer.op != Op.REGISTER_ACK:
-            self._done(ScifError(errno.ENOMEM, "the peer refused the window"))
+            self._done(_refusal(answer))
         else:
             self._windows.announced(self._window, self._done)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mic_emu.scif import qp as queue
 from mic_emu.scif.connector import Attempt, Done, check_connect
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.proto import Msg, Op
@@ -66,6 +66,7 @@ class Endpoint:
         self._gone: Callable[[], None] | None = None  # the peer's DISCNCT_ACK
         self._limit: Alarm | None = None
         self._serving = False
+        self._was_connected = self._was_closed = self._peer_closed = False
         node.endpoints[self.id] = self
 
     def __repr__(self) -> str:
@@ -81,6 +82,7 @@ class Endpoint:
     def set_state(self, state: State) -> None:
         """A new state."""
         self.state = state
+        self._was_connected |= state is State.CONNECTED
         self.changed()
 
     # --- bind, listen -------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class Endpoint:
     def on_grant(self, msg: Msg) -> None:
         """CNCT_GNT: attach to the acceptor's queue pair and confirm."""
         if self.attempt is None or msg.src[0] != self.peer[0]:
-            raise ScifError(errno.EINVAL, "grant without request")
+            raise Late(errno.EINVAL, "grant without request")
         self.attempt.granted(msg)
 
     def on_reject(self, msg: Msg) -> None:
@@ -180,11 +182,11 @@ class Endpoint:
 
         Raises OSError ENOMEM.
         """
-        qp = self.node.new_qp(path)
+        qp = self.node.queue_pairs.create(path)
         try:
             self.slot = self.node.notifier.take(self)
         except ScifError:
-            self.node.retire_qp(qp)
+            self.node.queue_pairs.retire(qp)
             raise
         self.qp = qp
         qp.announce(path.own_addr(self.node.notifier.offset), self.slot)
@@ -206,7 +208,10 @@ class Endpoint:
         self.link = None
         if self.qp is not None:
             self.node.notifier.give_back(self.slot)
-            self.node.retire_qp(self.qp)
+            if self._peer_is_open:
+                self.node.queue_pairs.hold(self.id, self.qp, self.peer[0])
+            else:
+                self.node.queue_pairs.retire(self.qp)
             self.qp = None
             self.slot = -1
             self.windows.lists.look()
@@ -225,6 +230,11 @@ class Endpoint:
     def is_connected(self) -> bool:
         """Connected now."""
         return self.state is State.CONNECTED
+
+    @property
+    def leaving(self) -> bool:
+        """Is its owner done with it?"""
+        return self.windows.released
 
     @property
     def copiers_died(self) -> bool:
@@ -249,6 +259,7 @@ class Endpoint:
         """DISCNCT: the peer closed."""
         if self.remote_id != msg.p0 or self.peer[0] != msg.src[0]:
             raise ScifError(errno.EINVAL, "disconnect from a stranger")
+        self._peer_closed = True
         if self.state is State.CONNECTED:
             self.disconnected()
 
@@ -303,7 +314,19 @@ class Endpoint:
         self._gone = done
         self.set_state(State.CLOSING)
         self._limit = self.node.clock.alarm(self.node.clock.api(NODE_ALIVE_S), self.on_disconnect_ack)
-        self.path.send(Msg(Op.DISCNCT, (self.node.id, self.port), self.peer, self.id, self.remote_id))
+        self._say_closed()
+
+    @property
+    def _peer_is_open(self) -> bool:
+        """Have programs of the peer been able to reach our queue pair, and can they still?"""
+        reachable = self.path is not None and self.node.path(self.peer[0]) is self.path
+        return self._was_connected and not self._peer_closed and reachable
+
+    def _say_closed(self) -> None:
+        """DISCNCT: to a peer that is connected, and to one that closed before us and keeps its queue pair."""
+        if self._was_connected and self.path is not None and self.node.path(self.peer[0]) is self.path:
+            self._was_closed = True
+            self.path.send(Msg(Op.DISCNCT, (self.node.id, self.port), self.peer, self.id, self.remote_id))
 
     def on_disconnect_ack(self) -> None:
         """DISCNCT_ACK: the peer has let go."""
@@ -318,6 +341,8 @@ class Endpoint:
             self.node.ports.drop(self.port)
         if self.attempt is not None:
             self.attempt.forget()
+        if not self._was_closed:
+            self._say_closed()
         self.drop_qp()
         self.state = State.CLOSING
         self.changed()

@@ -13,5 +13,9 @@ class ScifError(OSError):
         super().__init__(code, f"{what}: {text}" if what else text)
 
 
+class Late(ScifError):
+    """A message for something that is gone: it crossed the one that ended it. Nothing is wrong."""
+
+
 class LinkStuck(Exception):
     """A node queue stayed full for the whole limit (SCIF 3.5)."""

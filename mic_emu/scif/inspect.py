@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -79,9 +80,13 @@ def ask_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
         sock.connect(os.fspath(path))
         for op in (lib.MIC_SCIF_HELLO, lib.MIC_SCIF_TABLES):
             sock.send(_REQUEST.pack(op, 0, 0, os.getpid(), 0, 0, 0, 0, 0))
-            packet = sock.recv(1 << 17)
+            packet, fds, _, _ = socket.recv_fds(sock, 4096, 1)
             status = _REPLY.unpack_from(packet)[0]
             if status < 0:
                 raise ScifError(-status, "the node does not answer")
-        result: dict[str, Any] = json.loads(packet[_REPLY.size :])
+        if not fds:
+            raise ScifError(errno.EPROTO, "the node sent no tables")
+        with os.fdopen(fds[0], "rb") as f:
+            f.seek(0)
+            result: dict[str, Any] = json.load(f)
         return result

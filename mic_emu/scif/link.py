@@ -240,7 +240,7 @@ class Link:
             self.node.handle(msg, self)
         except (ScifError, KeyError, ValueError, IndexError, OSError) as e:
             self.dropped += 1
-            self.log.warning("node %d: dropped %s from node %d: %s", self.node.id, msg, self.peer_id, e)
+            self.node.log_dropped(msg, f"node {self.peer_id}", e)
 
     # --- path to the peer ---------------------------------------------------------------------
 

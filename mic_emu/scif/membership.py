@@ -221,6 +221,7 @@ class Membership:
         path = self.online.pop(node_id)
         for ep in list(self.node.endpoints.values()):
             ep.node_lost(node_id)
+        self.node.queue_pairs.node_lost(node_id)
         copies = self.node.windows.node_lost(node_id)
         if not alive and (fd := path.dup_bank()) >= 0:
             revoke_after(copies, fd)

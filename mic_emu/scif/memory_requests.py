@@ -32,6 +32,7 @@ def signed(value: int) -> int:
 class Ticket:
     """A registration between BEGIN and COMMIT."""
 
+    windows: Windows
     window: Window
     run: int | None
     pid: int
@@ -62,20 +63,26 @@ class MemoryRequests:
 
     def _begin(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
         offset, length, prot, flags, nbytes, _ = args
-        window = session.ep.windows.reserve(signed(offset), length, prot, bool(flags))
+        windows = session.ep.windows
+        window = windows.reserve(signed(offset), length, prot, bool(flags))
         try:
             run = self.node.pages.allocate(control.pid, nbytes) if nbytes else None
         except BaseException:
-            session.ep.windows.abandon(window)
+            windows.abandon(window)
             raise
-        self._tickets[window.id] = Ticket(window, run, control.pid, session.sid)
+        self._tickets[window.id] = Ticket(windows, window, run, control.pid, session.sid)
         return Reply([window.id, run or 0], [self.node.memory_fd])
 
-    def _commit(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
-        ticket = self._tickets.pop(args[0], None)
-        if ticket is None or ticket.pid != control.pid:
+    def _ticket(self, control: Control, session: Session, key: int) -> Ticket:
+        """Take the ticket; it is of no use to anybody else. Raises ScifError EINVAL."""
+        ticket = self._tickets.get(key)
+        if ticket is None or (ticket.pid, ticket.sid) != (control.pid, session.sid):
             raise ScifError(errno.EINVAL, "no such registration")
-        windows, window = session.ep.windows, ticket.window
+        return self._tickets.pop(key)
+
+    def _commit(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
+        ticket = self._ticket(control, session, args[0])
+        windows, window = ticket.windows, ticket.window
         held: list[Segment] = []
         try:
             segments = list(_SEG.iter_unpack(data[: len(data) & -16]))
@@ -108,15 +115,15 @@ class MemoryRequests:
 
     def forget(self, sid: int) -> None:
         """The endpoint is released: its unfinished registrations are over."""
-        for key in [k for k, t in self._tickets.items() if t.sid == sid]:
-            del self._tickets[key]
+        for ticket in [t for t in self._tickets.values() if t.sid == sid]:
+            del self._tickets[ticket.window.id]
+            ticket.windows.abandon(ticket.window)
 
     def _abort(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        ticket = self._tickets.pop(args[0], None)
-        if ticket is not None:
-            session.ep.windows.abandon(ticket.window)
-            if ticket.run is not None and not args[1]:  # else part of it is already in use
-                self.node.pages.drop(ticket.pid, ticket.run)
+        ticket = self._ticket(control, session, args[0])
+        ticket.windows.abandon(ticket.window)
+        if ticket.run is not None and not args[1]:  # else part of it is already in use
+            self.node.pages.drop(ticket.pid, ticket.run)
         return Reply()
 
     def _unregister(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:

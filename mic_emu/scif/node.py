@@ -11,15 +11,13 @@ import errno
 import itertools
 import logging
 import secrets
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from mic_emu.clock import Alarm, Clock
-from mic_emu.memory import PAGE, OutOfNodeMemory, PageAllocator, View
-from mic_emu.scif import qp as queue
+from mic_emu.clock import Clock
+from mic_emu.memory import PageAllocator, View
 from mic_emu.scif.endpoint import Endpoint
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.fences import Fences
 from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.scif.link import Link, LinkPorts
@@ -31,11 +29,10 @@ from mic_emu.scif.paths import Path, SelfPath
 from mic_emu.scif.ports import Ports
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.questions import Questions
+from mic_emu.scif.queue_pairs import QueuePairs
 from mic_emu.scif.records import Records
 from mic_emu.scif.rma import Rma
 from mic_emu.scif.windows import WindowTable
-
-RETIRE_S = 0.5
 
 
 class Logger(Protocol):
@@ -77,8 +74,7 @@ class Node:
         self.listeners: dict[int, Endpoint] = {}
         self.links: dict[int, Link] = {}
         self.notifier = Notifier(self)
-        self._reaper: Alarm | None = None
-        self._retired: deque[tuple[float, queue.QueuePair]] = deque()
+        self.queue_pairs = QueuePairs(self)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ids = itertools.count(secrets.randbits(24) << 32 | 1)
         self._handlers: dict[int, Callable[[Msg, Link | None], None]] = {
@@ -151,9 +147,7 @@ class Node:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._reaper is not None:
-            self._reaper.cancel()
-        self.free_retired()
+        self.queue_pairs.close()
         self.pages.close()
         self.members.close()
         self.notifier.stop()
@@ -167,42 +161,6 @@ class Node:
     def path(self, node_id: int) -> Path | None:
         """The way to an online node, None when it is not."""
         return self.members.online.get(node_id)
-
-    def new_qp(self, path: Path) -> queue.QueuePair:
-        """Queue pair, ring and control page of one endpoint. Raises OutOfNodeMemory."""
-        self.notifier.start()
-        self._reap(self.clock.monotonic() - RETIRE_S)
-        try:
-            return self._new_qp(path)
-        except OutOfNodeMemory:
-            self.free_retired()
-            return self._new_qp(path)
-
-    def retire_qp(self, qp: queue.QueuePair) -> None:
-        """Free a queue pair after a while: a program in the middle of a copy may still write into it."""
-        qp.invalidate()
-        qp.control.sid = 0
-        now = self.clock.monotonic()
-        self._retired.append((now, qp))
-        if self._reaper is None:
-            self._reaper = self.clock.alarm(RETIRE_S, self._reap_tick)
-
-    def free_retired(self) -> None:
-        """Free what waits for that now."""
-        self._reap(float("inf"))
-
-    def _reap_tick(self) -> None:
-        self._reaper = None
-        self._reap(self.clock.monotonic() - RETIRE_S)
-        if self._retired:
-            self._reaper = self.clock.alarm(RETIRE_S, self._reap_tick)
-
-    def _reap(self, before: float) -> None:
-        while self._retired and self._retired[0][0] <= before:
-            self._retired.popleft()[1].free()
-
-    def _new_qp(self, path: Path) -> queue.QueuePair:
-        return queue.QueuePair.create(self.memory, self.allocator, queue.EP_RING, path.own_addr, PAGE)
 
     def look_at_copies(self) -> None:
         """A copy of a program has ended, or a process."""
@@ -226,7 +184,7 @@ class Node:
         try:
             return self.endpoints[ep_id]
         except KeyError:
-            raise ScifError(errno.EINVAL, f"no endpoint {ep_id:#x}") from None
+            raise Late(errno.EINVAL, f"no endpoint {ep_id:#x}") from None
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -241,6 +199,11 @@ class Node:
         if handler is None:
             raise ScifError(errno.EINVAL, f"unknown opcode {msg.op}")
         handler(msg, link)
+
+    def log_dropped(self, msg: Msg, sender: str, error: Exception) -> None:
+        """``handle`` has raised ``error``."""
+        log = self.log.debug if isinstance(error, Late) else self.log.warning
+        log("node %d: dropped %s from %s: %s", self.id, msg, sender, error)
 
     def _plausible(self, msg: Msg, link: Link) -> bool:
         """Does the source match the link it came from? On a card the host relays for other cards."""
@@ -268,7 +231,7 @@ class Node:
         ep = self.endpoints.get(msg.p0)
         try:
             if ep is None:
-                raise ScifError(errno.EINVAL, "grant for nobody")
+                raise Late(errno.EINVAL, "grant for nobody")
             ep.on_grant(msg)
         except ScifError:
             # The request was withdrawn: the acceptor must not wait for us (SCIF-37).
@@ -281,7 +244,8 @@ class Node:
         path = self.members.online.get(msg.src[0])
         try:
             if msg.p1:
-                self._endpoint(msg.p1).on_disconnect(msg)
+                if not self.queue_pairs.peer_closed(msg.p1, msg.src[0]):
+                    self._endpoint(msg.p1).on_disconnect(msg)
             else:
                 listener = self.listeners.get(msg.dst[1])
                 if listener is not None:

@@ -39,7 +39,7 @@ class SelfPath:
         try:
             self.node.handle(msg, None)
         except (ScifError, KeyError, ValueError) as e:
-            self.node.log.warning("node %d: dropped %s from itself: %s", self.node.id, msg, e)
+            self.node.log_dropped(msg, "itself", e)
 
     def own_addr(self, offset: int) -> int:
         """Our offsets are the addresses."""

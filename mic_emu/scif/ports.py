@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import heapq
+from collections.abc import Callable
 
 from mic_emu import layout
 from mic_emu.scif.errors import ScifError
@@ -23,6 +24,7 @@ class Ports:
         self._refs: dict[int, int] = {}
         self._next = FIRST_EPHEMERAL  # nothing at or above it was ever given out
         self._returned: list[int] = []  # heap of numbers below _next; may hold taken ones
+        self._waiting: dict[int, list[Callable[[], None]]] = {}
 
     def __len__(self) -> int:
         return len(self._refs)
@@ -67,3 +69,12 @@ class Ports:
             del self._refs[port]
             if FIRST_EPHEMERAL <= port < self._next:
                 heapq.heappush(self._returned, port)
+            for callback in self._waiting.pop(port, ()):
+                callback()
+
+    def when_free(self, port: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when nobody uses ``port``: now, or with the last ``drop``."""
+        if port in self._refs:
+            self._waiting.setdefault(port, []).append(callback)
+        else:
+            callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import struct
 from typing import NamedTuple
 
@@ -79,6 +80,10 @@ class Msg(NamedTuple):
         """The message in 44 bytes; any bytes are a message."""
         sn, sp, dn, dp, op, p0, p1, p2, p3 = _FRAME.unpack(data)
         return cls(op, (sn, sp), (dn, dp), p0, p1, p2, p3)
+
+    def refuse(self, op: int, error: Exception) -> Msg:
+        """``answer`` to a request about a window; p3 says why (a field that the original leaves unused)."""
+        return self.answer(op)._replace(p3=getattr(error, "errno", None) or errno.EINVAL)
 
     def answer(self, op: int, p0: int | None = None, p1: int | None = None, p2: int | None = None) -> Msg:
         """Back to the sender with another opcode; the payload is the same where nothing else is given."""

@@ -70,6 +70,11 @@ class QueuePair:
         """Nobody may attach any more."""
         lib.mic_scif_qp_invalid(self.page)
 
+    def end(self) -> None:
+        """Its endpoint is closed: nobody may attach, and its programs look no further."""
+        self.invalidate()
+        self.control.sid = 0
+
     def free(self) -> None:
         """Give the pages back."""
         self.invalidate()

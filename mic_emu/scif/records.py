@@ -54,7 +54,7 @@ class Records:
         node.add_handler(Op.ALLOC_REQ, self._on_alloc)
         node.add_handler(Op.ALLOC_GNT, self._on_grant)
         node.add_handler(Op.ALLOC_REJ, lambda msg, link: node.questions.answer(msg.p2, msg))
-        node.add_handler(Op.FREE_VIRT, lambda msg, link: self.drop(msg.p1))
+        node.add_handler(Op.FREE_VIRT, lambda msg, link: self.drop(msg.p1, msg.src[0]))
 
     def _on_alloc(self, msg: Msg, link: object) -> None:
         path = self.node.path(msg.src[0])
@@ -64,9 +64,9 @@ class Records:
             if not 0 < msg.p1 <= MAX_SEGMENTS or path is None:
                 raise ScifError(errno.EINVAL, "bad record size")
             offset = self.node.allocator.alloc(nbytes)
-        except OSError:
+        except OSError as e:
             if path is not None:
-                path.send(msg.answer(Op.ALLOC_REJ, p2=msg.p2))
+                path.send(msg.refuse(Op.ALLOC_REJ, e))
             return
         record = self.node.new_id()
         self._granted[record] = (offset, windows, nbytes)
@@ -80,27 +80,27 @@ class Records:
         if path is not None:  # who asked has gone meanwhile
             path.send(msg.answer(Op.FREE_VIRT, p0=0, p1=msg.p0))
 
-    def drop(self, record: int) -> None:
-        """Nobody will fill it in; nothing when it is not there."""
-        known = self._granted.pop(record, None)
-        if known is not None:
-            self.node.allocator.free(known[0])
+    def drop(self, record: int, node_id: int) -> None:
+        """Node ``node_id`` says that it is done with it; nothing when it is not there, or another's.
 
-    def drop_of(self, windows: Windows) -> None:
-        """The endpoint is released: nobody will fill in its records."""
-        for record in [r for r, (_, owner, _) in self._granted.items() if owner is windows]:
-            self.drop(record)
+        Before that, or the loss of the node, the room is not ours again: it may just be filling it in,
+        whatever has become of our endpoint.
+        """
+        known = self._granted.get(record)
+        if known is not None and known[1].ep.peer[0] == node_id:
+            del self._granted[record]
+            self.node.allocator.free(known[0])
 
     def drop_node(self, node_id: int) -> None:
         """The node is lost: it will not fill in its records."""
         for record in [r for r, (_, w, _) in self._granted.items() if w.ep.peer[0] == node_id]:
-            self.drop(record)
+            self.drop(record, node_id)
 
     def take(self, record: int, windows: Windows) -> bytes:
         """The bytes of a filled record, which is gone now. Raises KeyError, ScifError EINVAL (not theirs)."""
         offset, owner, nbytes = self._granted[record]
         data = self.node.memory.read(offset, nbytes)
-        self.drop(record)
+        self.drop(record, owner.ep.peer[0])
         if owner is not windows:
             raise ScifError(errno.EINVAL, "somebody else's record")
         return data

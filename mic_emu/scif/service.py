@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mic_emu.scif.node import Node
 
 BACKLOG = 512
+REQUESTS = 256  # served before the loop goes on with something else
 _WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
 _WATCH_INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -76,7 +77,8 @@ class ScifService:
         self.node = node
         self.listener = listener
         self._privileged = privileged
-        self._epoll = select.epoll()
+        self._epoll = select.epoll()  # endpoints, and connections that said nothing yet
+        self._requests = select.epoll()  # control connections
         self._fresh: dict[int, tuple[int, int]] = {}  # connected, said nothing yet: pid, uid
         self._controls: dict[int, Control] = {}
         self._by_fd: dict[int, Session] = {}
@@ -107,13 +109,15 @@ class ScifService:
         loop = asyncio.get_running_loop()
         self.node.notifier.start()
         loop.add_reader(self.listener.fileno(), self._on_connection)
-        loop.add_reader(self._epoll.fileno(), self.dispatch)
+        loop.add_reader(self._epoll.fileno(), self.look)
+        loop.add_reader(self._requests.fileno(), self._dispatch)
 
     async def close(self) -> None:
         """Stop serving: every endpoint of a program is released, the socket is closed."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.listener.fileno())
         loop.remove_reader(self._epoll.fileno())
+        loop.remove_reader(self._requests.fileno())
         self.listener.close()
         for control in list(self._controls.values()):
             control.close()
@@ -125,12 +129,13 @@ class ScifService:
             self._when_empty = lambda: settle(empty)
             await empty
         self._epoll.close()
+        self._requests.close()
 
     # --- events -----------------------------------------------------------------------------------
 
     def _on_connection(self) -> None:
         """Take new connections, at most as many as the socket queues."""
-        for _ in range(BACKLOG):
+        for _ in range(BACKLOG + 1):
             fd = lib.mic_scif_accept(self.listener.fileno(), self._caller)
             if fd == -errno.ECONNABORTED:
                 continue
@@ -144,21 +149,27 @@ class ScifService:
             if not self._on_first(fd):  # it has usually spoken already
                 self._epoll.register(fd, _WATCH_INPUT)
 
-    def dispatch(self) -> None:
-        """Handle what happened on connections; also called before a request that depends on a close."""
-        for fd, events in self._epoll.poll(0, 256):
+    def look(self) -> None:
+        """Handle whatever happened to endpoints up to now; also before a request that depends on it.
+
+        A process that was waited for has closed its endpoints. Nothing in here takes connections or
+        serves requests: a descriptor number of this round cannot become another's.
+        """
+        known = len(self._by_fd) + len(self._fresh)
+        for fd, _ in self._epoll.poll(0, known) if known else ():
             if fd in self._by_fd:
                 session = self._by_fd[fd]
                 if not session.released and session.gone():
                     session.release()
-            elif fd in self._controls:
-                self._on_control(fd, self._controls[fd])
             elif fd in self._fresh:
                 self._epoll.unregister(fd)
                 if not self._on_first(fd):
                     self._epoll.register(fd, _WATCH_INPUT)
-            else:
-                self.node.log.warning("node %d: event %#x on a closed descriptor", self.node.id, events)
+
+    def _dispatch(self) -> None:
+        """One request from each control connection that has one."""
+        for fd, _ in self._requests.poll(0, REQUESTS):
+            self._on_control(fd, self._controls[fd])
 
     def _on_first(self, fd: int) -> bool:
         """The first packet of a connection says what it is; False when there is none yet."""
@@ -174,7 +185,7 @@ class ScifService:
             self._epoll.register(fd, _WATCH_SESSION)
         elif op == lib.MIC_SCIF_HELLO:
             control = self._controls[fd] = Control(self, fd, pid, uid, a0)
-            self._epoll.register(fd, _WATCH_INPUT)
+            self._requests.register(fd, _WATCH_INPUT)
             control.answer(0)
         else:
             if op == lib.MIC_SCIF_MEMORY and passed >= 0:
@@ -201,17 +212,20 @@ class ScifService:
         if length > 0 and control.on_packet(self._packet, length):
             return
         del self._controls[fd]
-        self._epoll.unregister(fd)
+        self._requests.unregister(fd)
         control.close()
         self.node.look_at_copies()  # its process may have died in the middle of one
 
     def session(self, sid: int) -> Session | None:
-        """By its name; its connection may still wait to be accepted."""
-        session = self.sessions.get(sid)
-        if session is None:
-            self._on_connection()
-            session = self.sessions.get(sid)
-        return session
+        """By its name."""
+        if sid not in self.sessions:
+            self._take_connections()
+        return self.sessions.get(sid)
+
+    def _take_connections(self) -> None:
+        """What a program opened before it asked is known after this."""
+        self._on_connection()
+        self.look()
 
     def living(self) -> set[int]:
         """Processes that are connected."""
@@ -237,11 +251,7 @@ class ScifService:
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(control, sid)
         if op == lib.MIC_SCIF_TABLES:
-            return Reply(
-                data=json.dumps(tables(self.node, self.sessions.values())).encode()[
-                    : lib.MIC_SCIF_PACKET - 256
-                ]
-            )
+            return self._tables(control)
         if op == lib.MIC_SCIF_DROP:
             return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:
@@ -256,9 +266,19 @@ class ScifService:
             raise ScifError(errno.EBADF, "no such endpoint")
         return handler(control, session, args, data)
 
+    def _tables(self, control: Control) -> None:
+        """Live tables in a file of their own: they grow beyond any packet."""
+        fd = os.memfd_create("scif-tables", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as f:
+                f.write(json.dumps(tables(self.node, self.sessions.values())).encode())
+            _taken(control).done(Reply(fds=[fd]))
+        finally:
+            os.close(fd)
+
     def _find(self, cookie: int) -> Reply:
         if cookie not in self._by_cookie:
-            self._on_connection()
+            self._take_connections()
         session = self._by_cookie.get(cookie)
         if session is None:
             raise ScifError(errno.ENOTTY, "not an endpoint")
@@ -267,7 +287,7 @@ class ScifService:
     def _sync(self, control: Control, sid: int) -> Answer:
         session = self.session(sid)
         call = _taken(control)
-        self.dispatch()  # it may see the end of the asking program too
+        self.look()
         if session is None or not session.released or self.sessions.get(sid) is not session:
             return Reply()
         session.on_released.append(lambda: call.done(Reply()))
@@ -286,17 +306,16 @@ class ScifService:
         except ScifError as e:
             if e.errno != errno.EINVAL or session.ep.state is not State.UNBOUND:
                 raise
-        # Taken, perhaps by one that the same program has just closed: let that release end first.
-        self.dispatch()
+        # Taken, perhaps by one that the same program has just closed, or a program that has just died.
+        self.look()
         return self._bind_after(session, port, privileged)
 
     async def _bind_after(self, session: Session, port: int, privileged: bool) -> Reply:
-        loop = asyncio.get_running_loop()
-        for leaving in [s for s in self.sessions.values() if s.released and s.ep.port == port]:
-            gone: asyncio.Future[None] = loop.create_future()
-            leaving.on_released.append(lambda gone=gone: settle(gone))  # type: ignore[misc]
-            if self.sessions.get(leaving.sid) is leaving:
-                await gone
+        """Bind when every endpoint that has the port, and is on its way out, has let go of it."""
+        if all(ep.leaving for ep in self.node.endpoints.values() if ep.port == port):
+            freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.node.ports.when_free(port, lambda: settle(freed))
+            await freed
         if session.released:  # its process has died meanwhile
             raise ScifError(errno.EBADF, "no such endpoint")
         return Reply([session.ep.bind(port, privileged=privileged)])

@@ -45,6 +45,10 @@ class UserEndpoint(Endpoint):
         return qp
 
     @property
+    def leaving(self) -> bool:
+        return super().leaving or self.session is None or self.session.released
+
+    @property
     def copiers_died(self) -> bool:
         return self.session is not None and self.session.copiers_died()
 

@@ -16,7 +16,7 @@ from mic_emu.memory import PAGE
 from mic_emu.scif import records
 from mic_emu.scif.announce import Announcement
 from mic_emu.scif.connector import Done
-from mic_emu.scif.errors import ScifError
+from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.link import Link
 from mic_emu.scif.lists import Grace, Lists
 from mic_emu.scif.proto import Msg, Op
@@ -44,10 +44,10 @@ class WindowTable:
         on(Op.MUNMAP, self._on_munmap)
 
     def of(self, ep_id: int, msg: Msg) -> Windows:
-        """The windows of the endpoint that ``msg`` names. Raises ScifError EINVAL."""
+        """The windows of the endpoint that ``msg`` names. Raises ScifError ENOTCONN."""
         ep = self.node.endpoints.get(ep_id)
         if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
-            raise ScifError(errno.EINVAL, "no such endpoint")
+            raise Late(errno.ENOTCONN, "no such endpoint")
         return ep.windows
 
     def _on_register(self, msg: Msg, link: object) -> None:
@@ -55,10 +55,10 @@ class WindowTable:
         try:
             windows = self.of(msg.p0, msg)
             windows.add_remote(msg.p1, msg.p2, self.node.records.take(msg.p1, windows))
-        except (OSError, KeyError, IndexError):
-            self.node.records.drop(msg.p1)
+        except (OSError, KeyError, IndexError) as e:
+            self.node.records.drop(msg.p1, msg.src[0])
             if path is not None:
-                path.send(msg.answer(Op.REGISTER_NACK))
+                path.send(msg.refuse(Op.REGISTER_NACK, e))
             raise
         if path is not None:
             path.send(msg.answer(Op.REGISTER_ACK))
@@ -303,7 +303,6 @@ class Windows:
     def _idle(self, done: Callable[[], None]) -> None:
         for window in self.remote:
             window.when_idle(lambda w=window: self._forget_remote(w))  # type: ignore[misc]
-        self.node.records.drop_of(self)
         done()
 
     def forget_peer(self) -> Grace:

@@ -1,7 +1,8 @@
 """A fabric as a process of its own: node 0 and its cards, each with its socket for programs.
 
 usage: fabric_server.py DIR CARDS. Prints one line when it is ready, then answers commands, one JSON
-line each: ``state`` (what the nodes still hold), ``down N`` (card N vanishes), ``up N [bank]`` (it is back,
+line each: ``state`` (what the nodes still hold), ``private`` (KiB of memory that only this process has),
+``down N`` (card N vanishes), ``up N [bank]`` (it is back,
 with an empty window bank or without one), ``cut N`` (its windows' pages go, and no node has heard of it); of card N's DMA
 engine: ``stats N``, ``fault N KIND WORD=VALUE ...`` (as ``micemu fault``), ``heal N`` (take the faults out),
 ``pause N CHANNEL``, ``resume N CHANNEL``, ``reset N`` (the drivers stop, the engine is reset, they start).
@@ -31,7 +32,7 @@ from mic_emu.scif.service import ScifService, listen_at
 
 def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
     for node in fab.nodes:
-        node.free_retired()
+        node.queue_pairs.free_retired()
     return [
         {
             "node": n.id,
@@ -39,7 +40,19 @@ def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
             "endpoints": len(n.endpoints),
             "ports": len(n.ports),
             "sessions": len(s.sessions),
+            "controls": len(s._controls),
+            "fresh": len(s._fresh),
+            "tickets": len(s._memory._tickets),
+            "windows": len(n.windows.own) + len(n.windows.remote),
+            "records": len(n.records._granted),
+            "questions": len(n.questions._open),
+            "draining": len(n.draining),
+            "queue_pairs": len(n.queue_pairs),
+            "slots": len(n.notifier._owners),
+            "runs": len(n.pages._runs),
+            "holders": len(n.pages._holders),
             "used": n.used_bytes,
+            "descriptors": len(os.listdir("/proc/self/fd")),
         }
         for n, s in zip(fab.nodes, services, strict=True)
     ]
@@ -48,6 +61,8 @@ def state(fab: Fabric, services: list[ScifService]) -> list[dict[str, Any]]:
 async def command(fab: Fabric, services: list[ScifService], words: list[str]) -> Any:
     if words[0] == "state":
         return state(fab, services)
+    if words[0] == "private":
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
     index = int(words[1]) - 1
     card = fab.cards[index]
     if words[0] in ("stats", "fault", "heal", "pause", "resume", "reset"):

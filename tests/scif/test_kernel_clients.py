@@ -8,6 +8,7 @@ import errno
 import os
 import select
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from fabric import Fabric, eventually, fabric
@@ -17,9 +18,11 @@ from mic_emu.clock import Clock, ManualClock
 from mic_emu.layout import SCIF_QP
 from mic_emu.scif import ScifError
 from mic_emu.scif import qp as queue
+from mic_emu.scif.inspect import ask_tables
 from mic_emu.scif.kernel import KernelEndpoint as Endpoint
 from mic_emu.scif.node import Node
 from mic_emu.scif.proto import Msg, Op
+from mic_emu.scif.service import ScifService, listen_at
 from mic_emu.scif.state import State
 
 
@@ -30,7 +33,7 @@ def run(body: Callable[[Fabric], Awaitable[None]], cards: int = 1, clock: Clock 
             await asyncio.wait_for(body(fab), 20)
             if clock is None and len(fab.cards) == cards:
                 for n in fab.nodes:
-                    n.free_retired()
+                    n.queue_pairs.free_retired()
                 after = [n.used_bytes for n in fab.nodes]
                 assert after <= before or any(n.endpoints for n in fab.nodes), "endpoint memory leaked"
 
@@ -490,3 +493,19 @@ def test_scif_135_a_stuck_queue_fails_connects_with_enodev() -> None:
         assert card.host_link.stuck
 
     run(body, clock=Clock("fast", program=0.1))
+
+
+def test_scif_tables_of_any_length_are_shown(tmp_path: Path) -> None:
+    """SCIF 3.8: two thousand endpoints do not fit into a packet."""
+
+    async def body(fab: Fabric) -> None:
+        service = ScifService(fab.host, listen_at(tmp_path / "node0.sock"))
+        service.start()
+        endpoints = [fab.host.open() for _ in range(2000)]
+        shown = await asyncio.to_thread(ask_tables, tmp_path / "node0.sock")
+        assert len(shown["endpoints"]) == len(endpoints)
+        for ep in endpoints:
+            await ep.close()
+        await service.close()
+
+    run(body, cards=0)

@@ -190,7 +190,7 @@ enum mic_scif_op {
 	MIC_SCIF_DROP,         /* data: struct mic_scif_seg: pages that this process no longer maps */
 	MIC_SCIF_FENCE_MARK,   /* peer's mark -> v0 */
 	MIC_SCIF_FENCE_WAIT,   /* a0 mark, own or peer's */
-	MIC_SCIF_TABLES,       /* -> data: JSON of endpoints and windows, for people */
+	MIC_SCIF_TABLES,       /* -> a file: JSON of endpoints and windows, for people */
 	MIC_SCIF_FENCE_SIGNAL, /* a0 loff, a1 lval, a2 roff, a3 rval, a4 flags */
 	MIC_SCIF_COPY,         /* a DMA channel copies window to window: a0 loff, a1 roff, a2 length (all
 				* multiples of 64), a3 enum mic_scif_copy. -EOPNOTSUPP: none reaches that

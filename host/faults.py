@@ -24,6 +24,7 @@ from mic_emu.log import Log
 
 QUIET_S = 0.25  # at most one event per filter in this time
 SCIF = "scif"
+SPENT = "has reached its count"  # what it did is final
 
 
 def configured(config: CardConfig, name: str) -> list[Fault]:
@@ -65,6 +66,7 @@ class CardFaults:
         is_online: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._card = card
+        self._bus = bus
         self._table = FaultTable(bus.faults)
         self._log = log
         self._backends = backends
@@ -113,6 +115,8 @@ class CardFaults:
         fault = self.get(number)
         self._tell(number, fault)
         counts = self._table.remove(number)
+        if fault.kind.name == "doorbell-drop" and why != SPENT:
+            lib.mic_fault_ring_lost(self._bus.ptr)
         self._from_file.discard(number)
         self._told.pop(number)
         for handle in (self._quiet.pop(number, None), self._alarms.pop(number, (0, None))[1]):
@@ -268,7 +272,7 @@ class CardFaults:
         """Remove a filter that has reached its count; one that holds a card OS stays until that ends."""
         if not self._spent(number, fault) or number in self._hung:
             return False
-        self.remove(number, "has reached its count")
+        self.remove(number, SPENT)
         return True
 
 

@@ -305,6 +305,8 @@ CONSTANTS: dict[str, int] = {
     "COSM_MSG_SHUTDOWN_STATUS": 3,
     # Fault filters (docs/faults.md): one memory object per card, which every process of the card maps
     "FAULT_SIZE": 8192,
+    "FAULT_LOST_TO_CARD": 8,  # offset of a word: doorbells that were dropped, a bit each
+    "FAULT_LOST_TO_HOST": 12,
     "FAULT_FIRST": 128,  # offset of the first filter; the word before them all says which points are armed
     "FAULT_SLOTS": 31,
     "FAULT_LATE_FIRST": 4096,  # offset of the doorbells on their way

@@ -28,6 +28,7 @@ class BlockDriver(LoopDriver):
         self._drv = ffi.NULL
         self._nbd = ffi.NULL
         self._path = ""
+        self._removing = False
 
     def create(self, dev: VirtioDevice) -> None:
         capacity = int.from_bytes(dev.read_config(L.BLK_CONFIG.off("capacity"), 8), "little")
@@ -50,7 +51,7 @@ class BlockDriver(LoopDriver):
         assert self.dev
         while (rc := int(lib.mic_nbd_run(self._nbd, self.dev.stop_fd))) == -errno.EINTR:
             pass
-        return rc
+        return 0 if self._removing and rc == -errno.ESHUTDOWN else rc
 
     def bench(
         self, block: int, depth: int, seconds: float, random: bool, write: bool, spin_us: int
@@ -65,6 +66,7 @@ class BlockDriver(LoopDriver):
         return {"iops": b.iops, "mb_per_s": b.mb_per_s, "p50_us": b.p50_us, "p99_us": b.p99_us}
 
     def remove(self) -> bool:
+        self._removing = True
         if self._drv != ffi.NULL:
             lib.mic_blk_drv_stop(self._drv)  # what is outstanding ends with ESHUTDOWN
         return super().remove()

@@ -85,6 +85,8 @@ static void apply(struct mic_fault_filter *live, const struct mic_fault_filter *
 	switch (f->effect) {
 	case MIC_FAULT_DROP:
 		v->drop = true;
+		v->dropped_by = &live->id;
+		v->dropped_id = f->id;
 		break;
 	case MIC_FAULT_DELAY:
 		v->delay_ns += wait_of(f, dice);
@@ -222,6 +224,36 @@ static void stop_here(bool for_good)
 	nanosleep(&until_stopped, NULL);
 }
 
+static uint32_t *lost_word(struct mic_bus *bus, bool to_host)
+{
+	return (uint32_t *)(void *)(bus->faults.base +
+				    (to_host ? MIC_FAULT_LOST_TO_HOST : MIC_FAULT_LOST_TO_CARD));
+}
+
+/* False: the filter was removed meanwhile, so it must ring after all. */
+static bool note_lost(struct mic_bus *bus, int db, bool to_host, const struct mic_fault_verdict *v)
+{
+	if (db >= 0 && db < 32)
+		(void)mic_fetch_or(lost_word(bus, to_host), 1u << db);
+	/* Noted before the last look: pairs with the fence in mic_fault_ring_lost(). */
+	mic_full_fence();
+	return mic_load_relaxed(v->dropped_by) == v->dropped_id;
+}
+
+void mic_fault_ring_lost(struct mic_bus *bus)
+{
+	mic_full_fence();
+	uint32_t to_card = mic_exchange(lost_word(bus, false), 0u),
+		 to_host = mic_exchange(lost_word(bus, true), 0u);
+
+	for (int db = 0; db < 32; db++) {
+		if (to_card & 1u << db)
+			mic_ring_card_now(bus, db);
+		if (to_host & 1u << db)
+			mic_ring_host_now(bus, db);
+	}
+}
+
 bool mic_fault_ring(struct mic_bus *bus, int db, uint32_t source, bool to_host)
 {
 	const struct mic_fault_event event = {.point = MIC_FAULT_AT_DOORBELL,
@@ -234,7 +266,7 @@ bool mic_fault_ring(struct mic_bus *bus, int db, uint32_t source, bool to_host)
 	if (to_host && (v.kill || v.hang))
 		stop_here(v.kill);
 	if (v.drop)
-		return false;
+		return !note_lost(bus, db, to_host, &v);
 	if (v.duplicate)
 		mic_fault_late_add(bus, db, to_host, v.delay_ns + v.again_ns);
 	return !v.delay_ns || !mic_fault_late_add(bus, db, to_host, v.delay_ns);

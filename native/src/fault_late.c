@@ -51,6 +51,8 @@ void mic_fault_forget_late(struct mic_bus *bus)
 {
 	for (unsigned i = 0; i < MIC_FAULT_LATE_SLOTS; i++)
 		mic_store_release(&late_at(bus, i)->state, FREE);
+	mic_store_relaxed((uint32_t *)(void *)(bus->faults.base + MIC_FAULT_LOST_TO_CARD), 0u);
+	mic_store_relaxed((uint32_t *)(void *)(bus->faults.base + MIC_FAULT_LOST_TO_HOST), 0u);
 }
 
 /* Ring what is due. Returns when the next one is, 0: there is none. */

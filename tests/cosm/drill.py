@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from mic_emu.testing.machine import Machine
 from mic_emu.wire import Channel, connect_unix
 
 PACKAGE = Path(mic_emu.__file__).parent
+GROWTH = 16 << 20  # bytes that a process may grow over a long run: the events kept, fragmentation
 QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -92,3 +94,54 @@ def signal_tree(pid: int, number: int) -> None:
             signal_tree(int(child), number)
     except (ProcessLookupError, FileNotFoundError):
         pass  # a program ended meanwhile
+
+
+class Holdings:
+    """What an instance holds, looked at in the same situation: the card online and idle."""
+
+    def __init__(self, machine: Machine, status: dict[str, Any], *, everybody: bool = False) -> None:
+        """``everybody``: also card OSs and backends, when none of them may have been replaced meanwhile."""
+        pids = {"host": status["host"]["pid"], "init": status["host"]["init"]}
+        for card in status["cards"]:
+            found = (
+                {**card["pids"], **{d["type"]: d["pid"] for d in card["devices"]}}
+                if everybody
+                else card["pids"]
+            )
+            pids |= {f"{card['name']} {who}": pid for who, pid in found.items() if everybody or who != "os"}
+        self.descriptors = {who: self._descriptors(pid) for who, pid in pids.items()}
+        self.resident = {who: self._resident(pid) for who, pid in pids.items()}
+        self.processes = sorted(machine.processes())
+        self.tasks = len(os.listdir(f"/proc/{pids['host']}/task"))
+        # Backends and board share the host's objects: GDDR, registers, configuration space, host memory.
+        self.shared = self._shared(pids["host"])
+
+    @staticmethod
+    def _descriptors(pid: int) -> Counter[str]:
+        """How many of each sort: file names, or what stands before the number of a socket or pipe."""
+        return Counter(os.readlink(fd).partition(":[")[0] for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+    @staticmethod
+    def _resident(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
+
+    @staticmethod
+    def _shared(pid: int) -> int:
+        """Bytes in use of all shared memory objects that the process holds."""
+        objects = {}
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(fd).startswith("/dev/shm/"):
+                found = fd.stat()
+                objects[found.st_ino] = found.st_blocks * 512
+        return sum(objects.values())
+
+    def check(self, before: Holdings) -> None:
+        for who, found in self.descriptors.items():
+            more, less = found - before.descriptors[who], before.descriptors[who] - found
+            assert found.total() <= before.descriptors[who].total(), f"{who}: more: {more}, less: {less}"
+        assert len(self.processes) == len(before.processes), "\n".join(self.processes)
+        assert self.tasks == before.tasks
+        assert self.shared <= before.shared + (4 << 20), (self.shared, before.shared)
+        for who, size in self.resident.items():
+            assert size <= before.resident[who] + GROWTH, f"{who} grew from {before.resident[who]} to {size}"

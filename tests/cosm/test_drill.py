@@ -11,53 +11,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from drill import Control, build, load, signal_tree
+from drill import Control, Holdings, build, load, signal_tree
 
 from mic_emu.testing.machine import Machine
 
 pytestmark = pytest.mark.system
 ROUNDS = int(os.environ.get("MICEMU_DRILL_ROUNDS", "1000"))
-GROWTH = 16 << 20  # bytes that host and init may grow over a long run: the events kept, fragmentation
-
-
-class Holdings:
-    """What an instance holds, looked at in the same situation: the card online and idle."""
-
-    def __init__(self, machine: Machine, status: dict[str, Any]) -> None:
-        pids = {"host": status["host"]["pid"], "init": status["host"]["init"], **status["cards"][0]["pids"]}
-        del pids["os"]
-        self.descriptors = {who: len(os.listdir(f"/proc/{pid}/fd")) for who, pid in pids.items()}
-        self.resident = {who: self._resident(pid) for who, pid in pids.items()}
-        self.processes = sorted(machine.processes())
-        self.tasks = len(os.listdir(f"/proc/{pids['host']}/task"))
-        # Backends and board share the host's objects: GDDR, registers, configuration space, host memory.
-        self.shared = self._shared(pids["host"])
-
-    @staticmethod
-    def _resident(pid: int) -> int:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
-
-    @staticmethod
-    def _shared(pid: int) -> int:
-        """Bytes in use of all shared memory objects that the process holds."""
-        objects = {}
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            if os.readlink(fd).startswith("/dev/shm/"):
-                found = fd.stat()
-                objects[found.st_ino] = found.st_blocks * 512
-        return sum(objects.values())
-
-    def check(self, before: Holdings) -> None:
-        assert self.descriptors == before.descriptors
-        assert len(self.processes) == len(before.processes), "\n".join(self.processes)
-        assert self.tasks == before.tasks
-        assert self.shared <= before.shared + (4 << 20), (self.shared, before.shared)
-        for who, size in self.resident.items():
-            assert size <= before.resident[who] + GROWTH, f"{who} grew from {before.resident[who]} to {size}"
 
 
 def drill(machine: Machine, rounds: int) -> None:

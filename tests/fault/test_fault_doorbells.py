@@ -209,3 +209,29 @@ def test_a_card_without_filters_works(bus: Bus) -> None:
     for fd in fds:
         if fd >= 0:
             os.close(fd)
+
+
+def test_removal_rings_what_was_lost_once(bus: Bus) -> None:
+    """Each doorbell that was dropped rings once when the host says so; a reset forgets them."""
+    table, number = add(bus, kind="doorbell-drop")
+    for _ in range(3):
+        bus.ring_card(3)
+        bus.ring_card(9)
+        bus.ring_host(0)
+    table.remove(number)
+    assert [rang(fd) for fd in (bus.irq_fd(3), bus.irq_fd(9), bus.vector_fd(0))] == [0, 0, 0]
+    lib.mic_fault_ring_lost(bus.ptr)
+    assert [rang(fd) for fd in (bus.irq_fd(3), bus.irq_fd(9), bus.irq_fd(4), bus.vector_fd(0))] == [
+        1,
+        1,
+        0,
+        1,
+    ]
+    lib.mic_fault_ring_lost(bus.ptr)
+    assert rang(bus.irq_fd(3)) == 0
+    table, number = add(bus, kind="doorbell-drop")
+    bus.ring_card(3)
+    bus.hw_reset()
+    table.remove(number)
+    lib.mic_fault_ring_lost(bus.ptr)
+    assert rang(bus.irq_fd(3)) == 0

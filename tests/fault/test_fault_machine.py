@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -223,6 +224,25 @@ def test_ping_over_lost_late_and_double_doorbells(machine: Machine) -> None:
         assert lost.seen > 0
     assert ping(machine, 3) == 3
     assert machine.card()["state"] == "online"
+
+
+@pytest.mark.parametrize("direction", ["to-host", "to-card"])
+def test_a_disk_that_lost_a_doorbell_goes_on_when_the_filter_is_removed(
+    machine: Machine, direction: str
+) -> None:
+    """EVENT_IDX asks for one notification at a time: the request whose doorbell is lost waits, those behind it too,
+    until the filter is removed; then all are answered."""
+    machine.boot("--net", "none")
+    with NbdClient(f"{machine.card()['run_dir']}/vda.nbd") as nbd:
+        nbd.go(b"vda")
+        with machine.fault("doorbell-drop", device="vda", direction=direction) as lost:
+            waiting = nbd.request(READ, 0, 4096)
+            while select.select([nbd.sock], [], [], 0.5)[0]:  # whoever still polls needs no doorbell
+                assert nbd.simple(4096)[:2] == (0, waiting)
+                waiting = nbd.request(READ, 0, 4096)
+            assert lost.hits > 0
+        assert nbd.simple(4096)[:2] == (0, waiting)
+        assert nbd.call(READ, 0, 4096)[0] == 0
 
 
 def test_scif_takes_double_and_late_doorbells(machine: Machine) -> None:

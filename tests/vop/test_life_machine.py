@@ -43,6 +43,16 @@ def test_vop_62_disk_swapped_at_run_time(machine: Machine) -> None:
     )
 
 
+def test_a_disk_that_is_removed_in_order_logs_no_error(machine: Machine) -> None:
+    """vop add, use, remove: an orderly end is no error in the log."""
+    machine.boot("--net", "none")
+    machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / 'hot.img'}", "size=1M")
+    machine.micemu("vop", "remove", "mic0", "block1")
+    records = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
+    assert any(r.get("event") == "device_gone" for r in records)
+    assert [r["message"] for r in records if r["level"] == "error"] == []
+
+
 def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     """VOP-65: shutting_down to ready ends every backend without a zombie; restart boots with new ones."""
     machine.boot("--net", "none")

@@ -38,7 +38,9 @@ struct mic_fault_verdict {
 	uint64_t due_ns;   /* link: the bytes are there at this time (mic_now_ns()), 0 = no link filter */
 	uint64_t keep;     /* torn: sectors that persist; UINT64_MAX: dice modulo the sectors of the write */
 	uint64_t dice;
-	uint32_t gap; /* reorder: frames that overtake, 0 = none */
+	uint32_t gap;               /* reorder: frames that overtake, 0 = none */
+	const uint32_t *dropped_by; /* drop: the live id of the filter, ... */
+	uint32_t dropped_id;        /* ... which was this */
 };
 
 /* Judge an event. Filters act in the order of their ids; one that drops ends the walk. Returns how many
@@ -47,7 +49,10 @@ unsigned mic_fault_judge(struct mic_bus *bus, const struct mic_fault_event *even
 			 struct mic_fault_verdict *v);
 /* Is the next heartbeat of the card to be left out? For the card OS. */
 bool mic_fault_drops_heartbeat(struct mic_bus *bus);
-/* Drop the doorbells that are on their way (reset). */
+/* Ring each doorbell that filters have dropped once. A filter was removed before: a ring that asked for one
+ * notification and lost it asks for no other (EVENT_IDX), and would stand still for ever. */
+void mic_fault_ring_lost(struct mic_bus *bus);
+/* Drop the doorbells that are on their way, forget those that were lost (reset). */
 void mic_fault_forget_late(struct mic_bus *bus);
 
 /* Rings late doorbells when they are due: one thread, in the board process. NULL with errno. */

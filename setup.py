@@ -36,13 +36,13 @@ class Library:
     folder: str  # its own sources, and its version script
     sources: tuple[str, ...] = ()  # of native/src, which it shares with the cffi module
 
-    def command(self, target: Path) -> list[str]:
-        """Compile and link; what is not reached from a public call is left out."""
+    def command(self, target: Path, *more: str) -> list[str]:
+        """Compile and link, with ``more`` flags; what is not reached from a public call is left out."""
         own = sorted(str(p) for p in (NATIVE / self.folder).glob("*.c"))
         shared = [str(NATIVE / "src" / f"{name}.c") for name in self.sources]
         script = NATIVE / self.folder / f"lib{self.name}.map"
         return [
-            "cc", *CFLAGS, "-shared", f"-I{NATIVE / 'include'}", f"-Wl,-soname,lib{self.name}.so.0",
+            "cc", *CFLAGS, *more, "-shared", f"-I{NATIVE / 'include'}", f"-Wl,-soname,lib{self.name}.so.0",
             f"-Wl,--version-script={script}", "-Wl,-z,defs,-z,now,-z,nodelete,--gc-sections", "-o", str(target),
             *own, *shared, "-pthread",
         ]  # fmt: skip
@@ -97,4 +97,5 @@ class BuildExt(build_ext):
             (lib / (name + ".new")).replace(lib / name)
 
 
-setup(cffi_modules=["native/build_native.py:ffi"], cmdclass={"build_ext": BuildExt})
+if __name__ == "__main__":  # tests build a library with flags of their own
+    setup(cffi_modules=["native/build_native.py:ffi"], cmdclass={"build_ext": BuildExt})

@@ -214,7 +214,7 @@ class VopHost:
             self._expect_ack(dev)
             CTRL.put(self.page, ctrl, "config_change", C["PARAM_CONFIG_CHANGED"])
             self.ring_config()
-            acked = await self._await_ack(dev, lambda: dev.ack_seen or self.guest_acked(dev), CONFIG_LIMIT)
+            acked = await self._await_ack(dev, lambda: self._ack_came(dev), CONFIG_LIMIT)
             CTRL.put(self.page, ctrl, "config_change", 0)
             CTRL.put(self.page, ctrl, "guest_ack", 0)
             return acked
@@ -239,6 +239,11 @@ class VopHost:
         except TimeoutError:
             pass
         return done()
+
+    def _ack_came(self, dev: VopDevice) -> bool:
+        """Noted once seen: whoever serves the doorbell takes the byte back before its own word reaches us."""
+        dev.ack_seen = dev.ack_seen or self.guest_acked(dev)
+        return dev.ack_seen
 
     def guest_acked(self, dev: VopDevice) -> bool:
         """Has the card handled the pending config_change?"""

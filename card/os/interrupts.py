@@ -9,6 +9,7 @@ from mic_emu import layout as L
 from mic_emu.bar import Bus, drain
 
 C = L.CONSTANTS
+BOOT_LINE = 7  # its register still holds the bootstrap's vector (HW 4.1)
 
 
 @dataclass
@@ -37,6 +38,8 @@ class CardInterrupts:
         for db, user in enumerate(self._users):
             if user is None:
                 fd = self._bus.irq_fd(db)
+                if db == BOOT_LINE:
+                    self._bus.write("apicicr", 0, db)  # ours, or each ring would be a boot interrupt, too
                 drain(fd)  # a ring for the last owner is not ours
                 line = self._users[db] = Line(self, db, fd, name)
                 return line

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mic_emu import layout, layout_c, pciconfig
 from mic_emu._native import lib
 from mic_emu.bar import Bus
+from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.layout import CONSTANTS as C
 
 
@@ -141,6 +142,18 @@ def test_hw_42_boot_interrupt_is_the_low_write(bus: Bus) -> None:
     bus.write("apicicr", 0x2000 | 200, 7)  # the card's kernel has its own vector: an ordinary doorbell
     assert rang(boot) == 0
     assert rang(bus.irq_fd(7)) >= 1
+
+
+def test_hw_42_line_7_of_a_running_card_is_a_doorbell_like_others(bus: Bus) -> None:
+    """HW-42, 4.1: APICICR7 keeps the bootstrap's vector until the card's kernel gives the line to a device."""
+    bus.write("apicicr", 0x20E5, 7)
+    boot = bus.fds[lib.MIC_FD_BOOT]
+    rang(boot)
+    lines = CardInterrupts(bus)
+    line = [lines.request(f"device {n}") for n in range(8)][7]
+    bus.ring_card(line.doorbell)
+    assert rang(line.fd) == 1
+    assert rang(boot) == 0
 
 
 def test_hw_36_reset_register_wakes_the_board(bus: Bus) -> None:

@@ -145,6 +145,31 @@ async def test_vop_15_config_change_is_acknowledged() -> None:
 
 
 @in_loop
+async def test_vop_15_acknowledgement_that_is_taken_back_at_once() -> None:
+    """VOP-15: a backend clears guest_ack when it has seen it, and may do so before its word reaches the host."""
+    with Life() as life:
+        dev = await life.add(config=b"old!")
+        await life.card.start()
+        await life.up(dev)
+        asyncio.get_running_loop().remove_reader(dev.irq.fd)  # a backend process serves the doorbell
+        seen = life.host.guest_acked
+
+        def look(device: VopDevice) -> bool:
+            acked = seen(device)
+            if acked:  # the host has looked; now the backend does
+                for name in ("config_change", "guest_ack"):
+                    CTRL.put(life.bus.host, device.slot.ctrl, name, 0)
+            return acked
+
+        life.host.guest_acked = look  # type: ignore[method-assign]
+        change = asyncio.ensure_future(life.host.config_change(dev, b"new!"))
+        await until(lambda: life.ctrl(dev, "guest_ack") == 1, "the card's acknowledgement")
+        dev.acked.set()
+        assert await change is True
+        await life.host.close()
+
+
+@in_loop
 async def test_vop_15_bytes_before_the_flag() -> None:
     """VOP-15: config_change becomes 2 only when the bytes are in the page."""
     with Life() as life:

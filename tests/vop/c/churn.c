@@ -1,5 +1,4 @@
 /* Adds, reconfigures and removes a device of type 42, argv[2] times; a file of its own each time. */
-#include <errno.h>
 #include <mic_vop.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,22 +10,30 @@ static int once(const char *path, char *config)
 	struct mic_vop *f = mic_vop_open(path);
 	int rc = -1, news = 1;
 
-	errno = 0;
-	if (!f || mic_vop_add(f, &device) < 0)
-		goto out;
-	while (news > 0 && !mic_vop_driver_ok(f))
-		news = mic_vop_wait(f, 20000, -1);
-	if (news <= 0) {
-		fprintf(stderr, "the card's driver does not come up\n");
+	if (!f || mic_vop_add(f, &device) < 0) {
+		perror("churn: the device is not announced");
 		goto out;
 	}
+	while (news > 0 && !mic_vop_driver_ok(f))
+		news = mic_vop_wait(f, 20000, -1);
+	if (news < 0)
+		perror("churn: waiting for the card's driver");
+	if (news == 0)
+		fprintf(stderr, "churn: the card's driver does not come up within 20 s\n");
+	if (news <= 0)
+		goto out;
 	config[0]++;
-	rc = mic_vop_set_config(f, config) - 1;
-	if (rc == -1)
-		fprintf(stderr, "the card does not acknowledge the configuration\n");
+	switch (mic_vop_set_config(f, config)) {
+	case 1:
+		rc = 0;
+		break;
+	case 0:
+		fprintf(stderr, "churn: the card does not acknowledge the configuration\n");
+		break;
+	default:
+		perror("churn: the configuration");
+	}
 out:
-	if (rc < 0)
-		perror("churn");
 	mic_vop_close(f);
 	return rc;
 }

@@ -251,7 +251,8 @@ class ScifService:
         if op == lib.MIC_SCIF_SYNC:
             return self._sync(control, sid)
         if op == lib.MIC_SCIF_TABLES:
-            return self._tables(control)
+            self._tables(control)
+            return None
         if op == lib.MIC_SCIF_DROP:
             return self._memory.drop(control, data)
         if op == lib.MIC_SCIF_FIND:

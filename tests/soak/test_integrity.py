@@ -159,6 +159,8 @@ class Soak:
 def idle(machine: Machine, control: Control, before: Holdings | None = None) -> Holdings:
     """What the instance holds without load; the ends of programs and devices take a moment."""
     deadline = time.monotonic() + STUCK_S
+    last: Holdings | None = None
+    calm = 0
     while True:
         try:
             now = Holdings(machine, control.ask("status")["status"], everybody=True)
@@ -166,7 +168,14 @@ def idle(machine: Machine, control: Control, before: Holdings | None = None) -> 
             assert shells == CARDS, f"{shells} shells on the consoles"  # the load took one's place
             if before:
                 now.check(before)
-            return now
+                return now
+            same = last and (now.processes, now.descriptors) == (last.processes, last.descriptors)
+            calm = calm + 1 if same else 0
+            if calm == 10:
+                return now
+            last = now
+            # The soak's own pace: ten equal looks in a row, one second.
+            time.sleep(0.1)
         except (AssertionError, FileNotFoundError):  # a descriptor may go while we look at it
             if time.monotonic() > deadline:
                 raise
@@ -214,7 +223,7 @@ def integrity(machine: Machine, seed: int, seconds: float, each_s: float) -> Non
     assert seconds == 0 or all(soak.hits.values()), "a fault that never acted proves nothing"
     assert sorted(p.name for p in machine.run_dir.rglob("*")) == files
     machine.micemu("reset", "mic1")
-    machine.boot()
+    machine.micemu("boot", "mic1")
     after = Soak(machine, seed + 1)  # the channel that halted works again
     try:
         after.everybody_moves()

@@ -19,7 +19,7 @@ from mic_emu.vop.backend import RING_FEATURES, Backend, Chain
 
 C = L.CONSTANTS
 RX, TX, EVENT = range(3)
-BUFFER = 512 << 10  # bytes kept for each connection at most
+BUFFER = 2 << 20  # bytes kept for each connection at most: a sleeping peer is not waited for
 BUFFER_MAX = 1 << 30
 SOCKET = "vsock.sock"
 
@@ -49,7 +49,8 @@ class RxPacket:
 
 
 class Vsock(Backend):
-    """``buffer=SIZE``: what is kept for each connection whose reader is slow (default 512K)."""
+    """``buffer=SIZE``: what is kept for each connection whose reader is slow (default 2M), less when there are more
+    than 128 of them."""
 
     device_type = C["VIRTIO_ID_VSOCK"]
     num_vq = 3

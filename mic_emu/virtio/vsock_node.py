@@ -36,6 +36,8 @@ from mic_emu.virtio.vsock_conn import (
 from mic_emu.wire import listen_unix
 
 MAX_CONNECTIONS = 4096
+WHOLE_BUFFERS = 128  # so many connections have the whole buffer, later ones their share of as much
+MIN_BUFFER = 4096
 GREETING_S = 10.0  # a program has this long to write its CONNECT line
 REQUEST_S = 10.0  # the peer answers a REQUEST within this time
 CLOSE_S = 8.0  # and a SHUTDOWN of both directions
@@ -60,7 +62,7 @@ class Link(Protocol[P]):
 
 
 class Node:
-    """``cid`` is ours, ``peer_cid`` the other end's; ``buffer`` bytes are kept for each connection at most."""
+    """``cid`` is ours, ``peer_cid`` the other end's; ``buffer`` bytes are kept for a connection at most."""
 
     def __init__(self, cid: int, peer_cid: int, path: Path, link: Link[Any], buffer: int) -> None:
         self.cids, self.path, self.link, self.buffer = (cid, peer_cid), path, link, buffer
@@ -132,10 +134,15 @@ class Node:
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        conn = Connection(sock, self.buffer)
+        conn = Connection(sock, self._share())
         self._by_fd[sock.fileno()] = conn
         self._epoll.register(sock.fileno(), _EDGES)
         return conn
+
+    def _share(self) -> int:
+        """Bytes that a new connection may keep. The n-th oldest of those that live came to at least n - 1 others, so
+        all together keep WHOLE_BUFFERS * (1 + ln(MAX_CONNECTIONS / WHOLE_BUFFERS)) buffers at most: 1.1 GiB of 2M."""
+        return max(MIN_BUFFER, min(self.buffer, self.buffer * WHOLE_BUFFERS // (len(self._by_fd) + 1)))
 
     def _greet(self, conn: Connection, mask: int) -> None:
         """``CONNECT <port>\\n``, not one byte more: what follows is the peer's."""

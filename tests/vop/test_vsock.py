@@ -208,6 +208,21 @@ def test_vsock_packets_fit_the_drivers_buffers(tmp_path: Path) -> None:
         assert got == data
 
 
+def test_vsock_many_connections_share_buffers(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card can make the host keep does not grow with its connections; one that goes makes room again."""
+    monkeypatch.setattr(vsock_node, "WHOLE_BUFFERS", 2)
+    with peer.listen(5, backlog=16):
+        offers = []
+        for n in range(9):
+            peer.send(Op.REQUEST, local=n + 1, peer=5)
+            offers.append(peer.expect(Op.RESPONSE)["buf_alloc"])
+        assert offers == [BUFFER, BUFFER, *(max(4096, BUFFER * 2 // n) for n in range(3, 10))]
+        for n in range(9):
+            peer.send(Op.RST, local=n + 1, peer=5)
+        peer.send(Op.REQUEST, local=99, peer=5)
+        assert peer.expect(Op.RESPONSE)["buf_alloc"] == BUFFER
+
+
 def test_vsock_header_over_several_segments(peer: Peer) -> None:
     """Neither side may count on a header in one piece."""
     rig = peer.rig

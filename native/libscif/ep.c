@@ -32,7 +32,8 @@ static void register_fence(void)
 static void after_fork(void)
 {
 	register_fence();
-	move_after_fork_child();
+	pieces_after_fork_child();
+	window_after_fork_child();
 	wire_after_fork();
 	map_after_fork_child();
 	ep_after_fork();
@@ -43,7 +44,7 @@ static void first_use(void)
 	int saved = errno;
 
 	register_fence();
-	pthread_atfork(move_before_fork, move_after_fork_parent, after_fork);
+	pthread_atfork(pieces_before_fork, pieces_after_fork_parent, after_fork);
 	errno = saved;
 }
 

@@ -2,8 +2,6 @@
 #include "memory.h"
 
 #include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/sysmacros.h>
@@ -17,12 +15,33 @@ struct map_query {
 #define QUERY _IOWR('f', 17, struct map_query)
 enum { Q_READ = 1, Q_WRITE = 2, Q_EXEC = 4, Q_SHARED = 8, Q_COVERING_OR_NEXT = 16 };
 
+int maps_open(struct maps *m)
+{
+	int saved = errno, fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC), rc = fd < 0 ? -errno : 0;
+
+	errno = saved;
+	m->fd = fd;
+	m->text = false;
+	m->at = m->have = 0;
+	m->past = 0;
+	return rc;
+}
+
+void maps_close(struct maps *m)
+{
+	int saved = errno;
+
+	if (m->fd >= 0)
+		close(m->fd);
+	errno = saved;
+}
+
 static int by_query(int fd, uintptr_t addr, struct vma *v)
 {
 	struct map_query q = {.size = sizeof q, .flags = Q_COVERING_OR_NEXT, .addr = addr};
 
 	if (ioctl(fd, QUERY, &q) < 0)
-		return errno == ENOENT ? -ENOENT : -ENOSYS;
+		return errno == ENOENT || errno == ENOTTY || errno == EINVAL ? -errno : -EIO;
 	*v = (struct vma){.start = q.start,
 			  .end = q.end,
 			  .read = q.vma_flags & Q_READ,
@@ -35,52 +54,102 @@ static int by_query(int fd, uintptr_t addr, struct vma *v)
 	return 0;
 }
 
-static int by_text(int fd, uintptr_t addr, struct vma *v)
+/* --- the text: without stdio, because a signal handler looks, too ---------------------------------- */
+
+/* The next character of the text; -ENOENT at its end, -EIO. */
+static int next_char(struct maps *m)
 {
-	FILE *f = fdopen(dup(fd), "re");
-	char *line = NULL;
-	size_t size = 0;
-	int rc = -ENOENT;
+	if (m->at == m->have) {
+		ssize_t n;
 
-	if (!f)
-		return -ENOMEM;
-	while (rc < 0 && getline(&line, &size, f) > 0) {
-		unsigned long start, end, off, ino;
-		unsigned maj, min;
-		char perm[5];
-
-		if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &start, &end, perm, &off, &maj, &min, &ino) !=
-			    7 ||
-		    end <= addr)
-			continue;
-		*v = (struct vma){.start = start,
-				  .end = end,
-				  .read = perm[0] == 'r',
-				  .write = perm[1] == 'w',
-				  .exec = perm[2] == 'x',
-				  .shared = perm[3] == 's',
-				  .ino = ino,
-				  .dev = makedev(maj, min),
-				  .off = off};
-		rc = 0;
+		do
+			n = read(m->fd, m->buf, sizeof m->buf);
+		while (n < 0 && errno == EINTR);
+		if (n <= 0)
+			return n < 0 ? -EIO : -ENOENT;
+		m->have = (uint32_t)n;
+		m->at = 0;
 	}
-	free(line);
-	fclose(f);
+	return (unsigned char)m->buf[m->at++];
+}
+
+/* A number up to the character behind it, which is taken, too. */
+static int number(struct maps *m, unsigned base, uint64_t *out)
+{
+	int c;
+
+	for (*out = 0; (c = next_char(m)) >= 0; *out = *out * base + (unsigned)c) {
+		c = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : 16;
+		if ((unsigned)c >= base)
+			return 0;
+	}
+	return c;
+}
+
+static int line(struct maps *m, struct vma *v)
+{
+	uint64_t start, end, major, minor;
+	int rc = number(m, 16, &start), c = 0;
+	char perm[5];
+
+	if (rc < 0)
+		return rc; /* this may be the end, anywhere else is too early */
+	*v = (struct vma){.start = start};
+	rc = number(m, 16, &end);
+	for (int i = 0; i < 5 && rc == 0; i++) {
+		c = next_char(m);
+		perm[i] = (char)c;
+		rc = c < 0 ? c : 0;
+	}
+	if (rc < 0 || number(m, 16, &v->off) < 0 || number(m, 16, &major) < 0 || number(m, 16, &minor) < 0 ||
+	    number(m, 10, &v->ino) < 0)
+		return -EIO;
+	for (c = ' '; c >= 0 && c != '\n';) /* the name, and the space before it, which number() took */
+		c = next_char(m);
+	v->end = end;
+	v->read = perm[0] == 'r';
+	v->write = perm[1] == 'w';
+	v->exec = perm[2] == 'x';
+	v->shared = perm[3] == 's';
+	v->dev = makedev((unsigned)major, (unsigned)minor);
+	return c < 0 ? -EIO : 0;
+}
+
+static int by_text(struct maps *m, uintptr_t addr, struct vma *v)
+{
+	int rc = 0;
+
+	if (!m->text || addr < m->past) {
+		if (lseek(m->fd, 0, SEEK_SET) < 0)
+			return -EIO;
+		m->text = true;
+		m->at = m->have = 0;
+	}
+	do
+		rc = line(m, v);
+	while (rc == 0 && v->end <= addr);
+	m->past = rc == 0 ? v->end : UINTPTR_MAX;
+	return rc;
+}
+
+int maps_from(struct maps *m, uintptr_t addr, struct vma *v)
+{
+	int saved = errno, rc = m->text ? -ENOTTY : by_query(m->fd, addr, v);
+
+	if (rc == -ENOTTY || rc == -EINVAL)
+		rc = by_text(m, addr, v);
+	errno = saved;
 	return rc;
 }
 
 int vma_from(uintptr_t addr, struct vma *v)
 {
-	int saved = errno, fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC), rc;
+	struct maps m;
+	int rc = maps_open(&m);
 
-	if (fd < 0) {
-		errno = saved;
-		return -ENOENT;
-	}
-	rc = by_query(fd, addr, v);
-	if (rc == -ENOSYS)
-		rc = by_text(fd, addr, v);
-	close(fd);
-	errno = saved;
+	if (rc < 0)
+		return rc;
+	rc = maps_from(&m, addr, v);
+	maps_close(&m);
 	return rc;
 }

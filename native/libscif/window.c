@@ -30,20 +30,29 @@ static int check_args(uintptr_t addr, size_t len, off_t offset, int prot, int fl
 	return 0;
 }
 
-/* Tell the node about memory that the program has freed since. */
-static void give_back(struct ep *ep)
+void window_after_fork_child(void)
 {
+	pthread_mutex_init(&register_lock, NULL); /* another thread of the parent may have held it */
+}
+
+/* Tell the node about memory that the program has freed since, now or when it is time to look. True: some. */
+static bool give_back(struct ep *ep, bool now)
+{
+	const uint32_t at_once = (MIC_SCIF_PACKET - 256) / sizeof(struct mic_scif_seg);
 	struct seglist gone = {0};
 
-	if (move_sweep(ep->mem_dev, ep->mem_ino, &gone) == 0 && gone.n) {
+	pieces_gone(ep->mem_dev, ep->mem_ino, now, &gone);
+	for (uint32_t i = 0; i < gone.n; i += at_once) {
+		uint32_t n = gone.n - i < at_once ? gone.n - i : at_once;
 		const struct mic_scif_request rq = {
-			.op = MIC_SCIF_DROP, .sid = ep->sid, .ndata = (uint32_t)(gone.n * sizeof *gone.seg)};
+			.op = MIC_SCIF_DROP, .sid = ep->sid, .ndata = (uint32_t)(n * sizeof *gone.seg)};
 		struct answer ans = {0};
 
-		node_call(&rq, gone.seg, &ans, false);
+		node_call(&rq, gone.seg + i, &ans, false);
 		answer_close(&ans);
 	}
 	free(gone.seg);
+	return gone.n;
 }
 
 static int commit(struct ep *ep, uint64_t ticket, const struct seglist *segs, uint64_t *offset)
@@ -76,11 +85,15 @@ static int do_register(struct ep *ep, uintptr_t addr, size_t len, off_t offset, 
 	bool moved = false;
 	int rc = node_call(&rq, NULL, &ans, false);
 
+	if (rc == -ENOMEM && give_back(ep, true))
+		rc = node_call(&rq, NULL, &ans, false);
 	if (rc < 0)
 		return rc; /* the place in the address space is checked before the memory */
-	rc = bytes < 0 || ans.nfds != 1 ? -EFAULT
-					: move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino,
-						     ans.head.v[1], &segs, &moved);
+	if (bytes < 0 || ans.nfds != 1)
+		rc = bytes < 0 ? (int)bytes : -EFAULT;
+	else
+		rc = move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino, ans.head.v[1], &segs,
+				&moved);
 	if (rc == 0)
 		rc = commit(ep, ans.head.v[0], &segs, out);
 	else
@@ -103,7 +116,7 @@ API off_t scif_register(scif_epd_t epd, void *addr, size_t len, off_t offset, in
 		rc = check_connected(ep);
 	if (rc == 0) {
 		pthread_mutex_lock(&register_lock);
-		give_back(ep);
+		give_back(ep, false);
 		rc = do_register(ep, (uintptr_t)addr, len, offset, prot_flags, map_flags, &at);
 		pthread_mutex_unlock(&register_lock);
 	}

@@ -28,8 +28,8 @@ OPS = (
     "shutdown status stop suspend sysfs_list sysfs_read sysfs_watch sysfs_write vop vop_add vop_remove vop_swap wait"
 )
 CARD = (
-    "autoboot cmdline device_id disk disk_size fault heartbeat image interrupts max_reboots memory namespaces net on_crash "
-    "personality ramdisk read_only restart stepping"
+    "autoboot cmdline device_id devices disk disk_size fault heartbeat image interrupts max_reboots memory namespaces net "
+    "on_crash personality ramdisk read_only restart stepping"
 )
 CONFIG = "cards group host_memory timing"
 

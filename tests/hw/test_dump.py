@@ -94,7 +94,7 @@ def test_vop_44_dump_of_chains_and_tables(bar: Bus, capsys: pytest.CaptureFixtur
     put(bar, 0x3010, 0x6000, 9, WRITE, 0, host=False)
     (chain,) = _chain(bar, block, num, 1)
     assert [(d["addr"], d["len"]) for d in chain["table"]] == [(0x5000, 8), (0x6000, 9)]
-    row = {"device": "virtio2@24", "ring": 0, "num": 8, "avail_idx": 2, "used_idx": 0,
+    row = {"name": "block", "device": "virtio2@24", "ring": 0, "num": 8, "avail_idx": 2, "used_idx": 0,
            "pending": [_chain(bar, block, num, head) for head in (0, 1)]}  # fmt: skip
     text.vrings([row] * 1, False)
     assert capsys.readouterr().out.splitlines()[1:] == [

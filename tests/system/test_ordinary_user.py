@@ -74,7 +74,7 @@ def test_an_ordinary_user_boots_runs_and_leaves_nothing(person: Person) -> None:
     locked.mkdir(0o700)
     person.env["PATH"] = f"{locked}:/usr/bin:/bin"
     done = person.micemu("run", "mic0", "--", "no-such-program", check=False)
-    assert (done.returncode, done.stderr) == (127, "mic0: no-such-program: not found on the card\n")
+    assert (done.returncode, done.stderr) == (127, "micemu: mic0: no-such-program: not found on the card\n")
     assert person.micemu("run", "mic0", "--", "true").returncode == 0
     assert person.micemu("run", "host", "--", "id", "-u").returncode == 0
     person.micemu("shutdown")

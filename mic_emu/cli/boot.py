@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import shutil
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
-from mic_emu.rundir import RunDir
-from mic_emu.wire import Channel
+from mic_emu.rundir import ProcessId, RunDir
 
 START_LIMIT_S = 20.0
 
@@ -41,14 +42,34 @@ def connect_or_start(where: RunDir, config: Config) -> Channel:
     if where.read_pids():
         with suppress(NotRunning):
             return client.connect(where)  # also for those who may use it, but not start it
-    with where.locked():
-        where.check_owner()
-        if not where.read_pids():
-            from mic_emu.cli.clean import sweep
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        with where.locked():
+            where.check_owner()
+            pids = where.read_pids()
+            if not pids:
+                from mic_emu.cli.clean import sweep
 
-            sweep(where)
-            start_host(where, config)
-        return client.connect(where)
+                sweep(where)
+                start_host(where, config)
+                return client.connect(where)
+            try:
+                return client.connect(where)
+            except NotRunning:
+                if time.monotonic() >= deadline:
+                    raise
+        # The host process was killed a moment ago. Its init cleans up, for which it needs the lock.
+        with suppress(ProcessLookupError):
+            await_end(pids.get("init") or pids["host"], deadline - time.monotonic())
+
+
+def await_end(process: ProcessId, limit_s: float) -> None:
+    """Until it has ended or the time is over. Raises ProcessLookupError when it ended before."""
+    watch = os.pidfd_open(process.pid)
+    try:
+        select.select([watch], [], [], max(limit_s, 0))
+    finally:
+        os.close(watch)
 
 
 def show_progress(msg: client.Message) -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,11 @@ class Holdings:
     @staticmethod
     def _descriptors(pid: int) -> Counter[str]:
         """How many of each sort: file names, or what stands before the number of a socket or pipe."""
-        return Counter(os.readlink(fd).partition(":[")[0] for fd in Path(f"/proc/{pid}/fd").iterdir())
+        found: Counter[str] = Counter()
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since it was listed
+                found[os.readlink(fd).partition(":[")[0]] += 1
+        return found
 
     @staticmethod
     def _resident(pid: int) -> int:

@@ -19,6 +19,7 @@ from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import ProcessId, RunDir
+from mic_emu.wire import Channel
 
 START_LIMIT_S = 20.0
 

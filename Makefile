@@ -79,7 +79,8 @@ pictures: build ## draw docs/pictures from a running card
 	$(BIN)/python docs/pictures.py
 
 clean: ## remove what was built
-	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build mic_emu/lib mic_emu/include *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis \
+		docs/_build docs/cli-help.md docs/man.md
 	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -f mic_emu/*.so mic_emu/_native.c
 
 help: ## this list

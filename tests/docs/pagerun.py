@@ -143,7 +143,9 @@ class Shell:
         return int(match[1]), output[: match.start()].decode(errors="replace")
 
     def close(self) -> None:
-        micemu = [sys.executable, "-m", "mic_emu.cli"]
-        subprocess.run([*micemu, "stop", "--force"], env=self.env, capture_output=True, timeout=60)
+        """End every emulator of the page, also when it failed before it stopped them, and the shell."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for instance in sorted((self.home / "run/micemu").glob("[!.]*")):
+            micemu = [sys.executable, "-m", "mic_emu.cli", "--instance", instance.name]
+            subprocess.run([*micemu, "stop", "--force"], env=self.env, capture_output=True, timeout=60)

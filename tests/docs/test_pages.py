@@ -32,14 +32,19 @@ PEERS = {"vsock": "socat"}
 
 
 @pytest.fixture
-def shell() -> Iterator[Shell]:
+def home() -> Iterator[Path]:
     home = Path(tempfile.mkdtemp(prefix="md-", dir="/tmp"))  # short: sockets have at most 107 characters
+    yield home
+    shutil.rmtree(home)
+
+
+@pytest.fixture
+def shell(home: Path) -> Iterator[Shell]:
     shell = Shell(home)
     try:
         yield shell
     finally:
         shell.close()
-        shutil.rmtree(home)
 
 
 @pytest.mark.system
@@ -99,3 +104,13 @@ def test_promises_are_compared():
     assert missing(["mic0 online", "...", "end 17"], "mic0  online\nx\nend 4\n") is None
     assert missing(["mic0 online"], "mic0 booting\n") == "mic0 online"
     assert missing(["b", "a"], "a\nb\n") == "a"
+
+
+@pytest.mark.system
+@pytest.mark.timeout(120)
+def test_a_page_that_fails_half_way_leaves_no_emulator(home: Path):
+    shell = Shell(home)
+    assert shell.run("micemu boot && micemu --instance other boot")[0] == 0
+    shell.close()
+    for name in ("default", "other"):
+        assert not (shell.home / "run/micemu" / name).exists()

@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import mic_emu
 from mic_emu.testing.machine import Machine
-from mic_emu.wire import Channel, connect_unix
+from mic_emu.wire import Channel, PeerClosed, connect_unix
 
 PACKAGE = Path(mic_emu.__file__).parent
 GROWTH = 16 << 20  # bytes that a process may grow over a long run: the events kept, fragmentation
@@ -80,7 +82,11 @@ class Control:
                 msg, _ = channel.recv(60, f"the answer to {op}")
                 assert "error" not in msg, msg["error"]
                 if msg.get("done"):
-                    return msg
+                    break
+            # The host has closed its end: a look at the host's descriptors does not find it.
+            with pytest.raises(PeerClosed):
+                channel.recv(60, f"the end of {op}")
+            return msg
 
     def card(self) -> dict[str, Any]:
         return self.ask("status")["status"]["cards"][0]  # type: ignore[no-any-return]

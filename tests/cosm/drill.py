@@ -50,7 +50,7 @@ class Load:
     def ends(self, limit_s: float) -> dict[str, str]:
         """Every call has returned with an errno of the specification: thread -> errno."""
         out, err = self.host.communicate(timeout=limit_s)
-        assert self.host.returncode == 0, out + err
+        assert self.host.returncode == 0, f"status {self.host.returncode}: {out}{err}"
         assert self.card.wait(timeout=limit_s) != 0  # its program died with the card
         return {line.split()[0]: line.split()[1] for line in out.splitlines()}
 

@@ -11,6 +11,8 @@
 #include <poll.h>
 #include <pthread.h>
 #include <scif.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -146,14 +148,27 @@ static int fence(struct worker *w)
 					SCIF_FENCE_INIT_SELF | SCIF_SIGNAL_LOCAL | SCIF_SIGNAL_REMOTE) < 0);
 }
 
+/* A store to a mapping whose card has gone is a SIGBUS (SCIF-102); the mapping goes like any other. */
+static _Thread_local sigjmp_buf on_loss;
+
+static void lost(int sig)
+{
+	(void)sig;
+	siglongjmp(on_loss, 1);
+}
+
 static int remap(struct worker *w)
 {
 	volatile char *p = scif_mmap(NULL, WINDOW, SCIF_PROT_READ | SCIF_PROT_WRITE, 0, w->ep, w->there);
+	int error = 0;
 
 	if (p == SCIF_MMAP_FAILED)
 		return errno;
-	p[0] = 1;
-	return failed(scif_munmap((void *)p, WINDOW) < 0);
+	if (sigsetjmp(on_loss, 1))
+		error = ECONNRESET;
+	else
+		p[0] = 1;
+	return scif_munmap((void *)p, WINDOW) < 0 ? errno : error;
 }
 
 static int blocked_recv(struct worker *w)
@@ -305,6 +320,7 @@ static int host(void)
 {
 	int status = 0;
 
+	signal(SIGBUS, lost);
 	for (struct worker *w = workers; w < workers + WORKERS; w++) {
 		w->mine = pages(WINDOW);
 		if (w->kind)

@@ -1,4 +1,4 @@
-"""What a DMA channel is doing and has done, from registers, ring and counters (for ``micemu dump dma``)."""
+"""What a DMA channel is doing and has done, from registers, ring and counters (for ``micemu dma`` and ``micemu dump dma``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 /* One-sided copies: the server exposes a window and watches a flag in its own memory; the client
  * writes the window, then signals with a fence. A copy of this size is made by a DMA channel while
- * the client goes on (`micemu dump dma mic0`); the fence keeps the order all the same.
+ * the client goes on (`micemu dma mic0`); the fence keeps the order all the same.
  *   rma server PORT | rma client NODE PORT */
 #include <scif.h>
 #include <sched.h>

@@ -37,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sysfs": ("sysfs", "The cards' sysfs files: read, write, mount."),
     "vop": ("vop", "List, add and remove virtio devices."),
     "fault": ("fault", "Make a card's hardware, OS, disk or network misbehave."),
+    "lspci": ("lspci", "Print PCI configuration space for the real lspci."),
+    "dma": ("dma", "Show what each DMA channel has done."),
     "scif": ("scif", "Build SCIF programs, look at SCIF nodes."),
     "ping": ("ping", "Ping a card, or the host from a card."),
     "pcap": ("pcap", "Capture a card's network traffic."),

@@ -13,7 +13,7 @@ from mic_emu.cli import client
 from mic_emu.cli.ping import from_the_card
 from mic_emu.cli.ras import ras, systools
 from mic_emu.cosm import tools_proto as P
-from mic_emu.errors import MicemuError, NoSuchCard, NotRunning
+from mic_emu.errors import MicemuError, NotRunning
 
 X100_IDS = range(0x2250, 0x225F)
 Card = dict[str, Any]
@@ -187,9 +187,7 @@ def command(device: str, with_ping: bool, verbose: bool, as_json: bool) -> None:
         cards, names = [], []
         report.run(0, HOST_TESTS[0][0], "", lambda: _not_running(why), as_json)
     else:
-        unknown = [n for n in names if n not in [c["name"] for c in cards]]
-        if unknown:
-            raise NoSuchCard(f"there is no card {unknown[0]}")
+        client.select(cards, names)
         _run(report, cards, names, with_ping, as_json)
     if as_json:
         client.emit({"ok": not report.failures, "tests": report.rows})

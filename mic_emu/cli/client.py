@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mic_emu.errors import BY_NAME, MicemuError, NotRunning
+from mic_emu.errors import BY_NAME, MicemuError, NoSuchCard, NotRunning
 from mic_emu.rundir import RunDir
 from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import Channel, PeerClosed, connect_unix
@@ -74,6 +74,20 @@ def ask(op: str, fds: Sequence[int] = (), **fields: Any) -> Message:
         for msg, _ in converse(channel, op, fds, **fields):
             pass
     return msg
+
+
+def select(cards: Sequence[Message], names: Sequence[str], strict: bool = True) -> list[Message]:
+    """The rows of ``status`` that are named; no name or ``all``: every one. Raises NoSuchCard if ``strict``."""
+    known = [card["name"] for card in cards]
+    for name in names if strict else ():
+        if name not in (*known, "all"):
+            raise NoSuchCard(f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}")
+    return [card for card in cards if not names or "all" in names or card["name"] in names]
+
+
+def cards(names: Sequence[str]) -> list[Message]:
+    """The rows of the cards that are named, as ``select``. Raises MicemuError."""
+    return select(ask("status")["status"]["cards"], names)
 
 
 def ask_card(card: Message, op: str, limit_s: float = 60.0, **fields: Any) -> Message:

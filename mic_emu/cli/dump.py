@@ -12,7 +12,7 @@ from mic_emu.fields import words
 from mic_emu.layout import CONSTANTS as C
 
 SHOWN = 4  # waiting chains of a ring, without --all
-WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "debugfs", "log", "pci")
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "debugfs", "log")
 
 
 @click.command()
@@ -23,7 +23,7 @@ WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "deb
 @client.json_option
 def command(what: str, card: str, device: str | None, everything: bool, as_json: bool) -> None:
     """Look into a card: registers, device page, vrings, address map, interrupt vectors to the host and lines to
-    the card, DMA channels, the real drivers' debug files, kernel log, PCI configuration.
+    the card, DMA channels, the real drivers' debug files, kernel log.
 
     Works in every state; the log of a dead card stays readable until its reset.
 
@@ -32,7 +32,6 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
       micemu dump registers
       micemu dump page mic1 --json
       micemu dump log mic0
-      micemu dump pci > mic0.txt && lspci -F mic0.txt -vvv
     """
     data = client.ask("dump", card=card, what=what, device=device)["dump"]
     if as_json:

@@ -150,13 +150,8 @@ def command(cards: tuple[str, ...], groups: tuple[str, ...], as_json: bool) -> N
       micemu info
       micemu info mic0 -g board -g core
     """
-    status = client.ask("status")["status"]
-    wanted = [c for c in status["cards"] if not cards or cards == ("all",) or c["name"] in cards]
-    missing = set(cards) - {c["name"] for c in status["cards"]} - {"all"}
-    if missing:
-        client.ask("scif_ask", card=min(missing))  # the host's error names the cards there are
+    facts = [CardFacts(c) for c in client.cards(cards)]
     chosen = [g for g in GROUPS if g in groups] if groups else list(GROUPS)
-    facts = [CardFacts(c) for c in wanted]
     if as_json:
         client.emit({f.card["name"]: {g: SECTIONS[g][1](f) for g in chosen} for f in facts})
         return

@@ -12,7 +12,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.cli.ras import set_systools, systools
 from mic_emu.cosm import tools_proto as P
-from mic_emu.errors import MicemuError, NoSuchCard, UsageError
+from mic_emu.errors import MicemuError, UsageError
 
 NA = "Not Available"
 SAMPLE_MS = 100  # between the two looks at the cores' counters
@@ -112,16 +112,6 @@ def settings(names: str) -> list[str]:
     return chosen
 
 
-def selected(names: tuple[str, ...]) -> list[Card]:
-    """Cards by name, none: all. Raises NoSuchCard."""
-    rows: list[Card] = client.ask("status")["status"]["cards"]
-    known = {c["name"]: c for c in rows}
-    for name in names:
-        if name not in (*known, "all"):
-            raise NoSuchCard(f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}")
-    return [c for c in rows if not names or "all" in names or c["name"] in names]
-
-
 def each(cards: list[Card], show: Callable[[str], None]) -> None:
     """``show`` every card that is online; one that is not, or fails, is an error, and the next one follows."""
     failed = False
@@ -176,7 +166,7 @@ def show_data(cards: tuple[str, ...], chosen: tuple[str, ...], online: bool, off
       micemu smc show-data --freq
       micemu smc show-data --online
     """
-    rows = selected(cards)
+    rows = client.cards(cards)
     for wanted, title in ((online, "Online"), (offline, "Offline")):
         if wanted:
             names = [c["name"] for c in rows if (c["state"] == "online") == (title == "Online")]
@@ -211,7 +201,7 @@ def show_settings(names: str, cards: tuple[str, ...]) -> None:
             on = answer(card, s.kind)[s.at]
             click.echo(f"   {s.title:<25}: {'enabled' if on else 'disabled'}")
 
-    each(selected(cards), show)
+    each(client.cards(cards), show)
 
 
 def change(names: str, cards: tuple[str, ...], value: int) -> None:
@@ -225,7 +215,7 @@ def change(names: str, cards: tuple[str, ...], value: int) -> None:
             set_systools(card, s.change, value)
             click.echo(f"   {s.title:<25}: Successful")
 
-    each(selected(cards), act)
+    each(client.cards(cards), act)
 
 
 @command.command()

@@ -8,7 +8,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.config import format_size
-from mic_emu.errors import NoSuchCard, NotRunning
+from mic_emu.errors import NotRunning
 from mic_emu.version import VERSION
 
 
@@ -64,14 +64,7 @@ def command(cards: tuple[str, ...], as_json: bool) -> None:
             client.emit({"schema": 1, "host": {"pid": None}, "cards": []})
             raise click.exceptions.Exit(3) from None
         raise
-    if cards and "all" not in cards:
-        known = {c["name"]: c for c in status["cards"]}
-        for name in cards:
-            if name not in known:
-                raise NoSuchCard(
-                    f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}"
-                )
-        status["cards"] = [known[name] for name in cards]
+    status["cards"] = client.select(status["cards"], cards)
     if as_json:
         client.emit(status)
     else:

@@ -16,7 +16,7 @@ import click
 
 from mic_emu.cli import client, terminal
 from mic_emu.cli.top_view import Look, Painter, add_rates, plain
-from mic_emu.errors import NoSuchCard, NotRunning, WaitTimeout
+from mic_emu.errors import NotRunning, WaitTimeout
 from mic_emu.wire import PeerClosed
 
 ANSWER_S = 5.0
@@ -129,14 +129,8 @@ def looks(ends: Ends, interval: float, names: tuple[str, ...]) -> Iterator[Look]
             raise NotRunning(f"the emulator has stopped (instance {before['instance']})") from None
         if look is None:
             return
-        known = [c["name"] for c in look["cards"]]
-        for name in names:
-            if before is None and name != "all" and name not in known:
-                raise NoSuchCard(
-                    f"there is no card {name}; cards: {', '.join(known) or 'none is plugged in'}"
-                )
-        if names and "all" not in names:
-            look["cards"] = [c for c in look["cards"] if c["name"] in names]
+        # A card may be unplugged while we watch.
+        look["cards"] = client.select(look["cards"], names, strict=before is None)
         yield add_rates(look, before)
         before = look
         due = max(due + interval, time.monotonic())

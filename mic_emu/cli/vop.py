@@ -9,7 +9,7 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.cli.flags import compiler_flags
-from mic_emu.errors import MicemuError, NoSuchCard, UsageError
+from mic_emu.errors import MicemuError, UsageError
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,10 +109,7 @@ def add(
 
 def load_driver(card: str, driver: str) -> None:
     """Have the card OS load a driver; it serves devices that come from now on."""
-    rows = {row["name"]: row for row in client.ask("status")["status"]["cards"]}
-    if card not in rows:
-        raise NoSuchCard(f"there is no card {card}; cards: {', '.join(rows) or 'none is plugged in'}")
-    answer = client.ask_card(rows[card], "driver", driver=driver, folder=os.getcwd())
+    answer = client.ask_card(client.cards([card])[0], "driver", driver=driver, folder=os.getcwd())
     if "error" in answer:
         raise MicemuError(f"{card}: {answer['error']}", answer["errno"] or 0)
 

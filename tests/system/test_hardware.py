@@ -59,11 +59,24 @@ def test_hw_01_lspci_of_a_running_card(machine: Machine) -> None:
         pytest.skip("lspci (pciutils) is not installed")
     machine.micemu("boot", "--net", "none", "--disk", "none")
     dump = machine.home / "mic0.txt"
-    dump.write_text(machine.micemu("dump", "pci").stdout)
+    dump.write_text(machine.micemu("lspci").stdout)
     out = subprocess.run(["lspci", "-F", dump, "-vv"], capture_output=True, text=True, timeout=20).stdout
     assert "BusMaster+" in out
     assert "DisINTx+" in out
     assert "MSI-X: Enable+ Count=16 Masked-" in out
+
+
+def test_dma_counts_of_both_owners(machine: Machine) -> None:
+    """``micemu dma``: a line per channel; the host's half also says what its driver was asked for."""
+    machine.micemu("boot", "--net", "none", "--disk", "none")
+    rows = json.loads(machine.micemu("dma", "--json").stdout)["mic0"]
+    assert [r["owner"] for r in rows] == ["host"] * 4 + ["card"] * 4
+    text = machine.micemu("dma", "mic0").stdout.splitlines()
+    assert text[0] == "mic0"
+    assert text[1].split()[:4] == ["CH", "OWNER", "STATE", "DESCRIPTORS"]
+    assert [line.split()[:3] for line in text[2:]] == [[str(r["channel"]), r["owner"], "idle"] for r in rows]
+    machine.micemu("shutdown")
+    assert {line.split()[2] for line in machine.micemu("dma").stdout.splitlines()[2:]} == {"off"}
 
 
 def test_hw_54_debug_files(machine: Machine) -> None:

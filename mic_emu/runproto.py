@@ -167,9 +167,9 @@ def start_error(number: int, program: str, cwd: str, stage: str) -> str:
     return f"{program}: cannot be executed on the card: {why}"
 
 
-def exit_code(number: int) -> int:
-    """Exit status of ``micemu run`` for a start error, as shells have it."""
-    return 127 if number == errno.ENOENT else 126
+def exit_code(number: int, stage: str = "exec") -> int:
+    """Exit status of ``micemu run`` for a start error at ``stage``, as shells have it."""
+    return 127 if stage == "exec" and number == errno.ENOENT else 126
 
 
 def signal_name(n: int) -> str:

@@ -355,7 +355,7 @@ class _Loop(EventLoop):
             number = failed.errno or errno.EIO
             text = runproto.start_error(number, client.request.argv[0], client.request.cwd, failed.stage)
             self.clients.pop(client.pid, None)
-            self.refuse(client, number, text)
+            self.refuse(client, number, text, failed.stage)
             return
         client.running = True
         fds = [client.master] if client.master >= 0 else []
@@ -380,8 +380,8 @@ class _Loop(EventLoop):
         self.tell(client, {"exited": client.status})
         self.release(client)
 
-    def refuse(self, client: _Client, number: int, text: str) -> None:
-        self.tell(client, {"error": number, "message": text})
+    def refuse(self, client: _Client, number: int, text: str, stage: str = "exec") -> None:
+        self.tell(client, {"error": number, "stage": stage, "message": text})
         self.release(client)
 
     def tell(self, client: _Client, msg: Message, fds: list[int] | None = None) -> None:

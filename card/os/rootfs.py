@@ -72,7 +72,9 @@ class CardRoot:
         The process has one thread and exits or executes afterwards. Raises NamespaceError, OSError.
         """
         check(lib.mic_ns_unshare(lib.MIC_NS_MNT), "a mount namespace for the program")
-        if _bindable(cwd):
+        # A folder that is not there for the card, say in a file system mounted since its boot, fails as a
+        # working directory, by its name.
+        if _bindable(cwd) and os.path.isdir(HOST + cwd):
             self._bind_writable(cwd)
         os.chdir(CARD)
         check(lib.mic_ns_pivot_root(b".", b"."), "the card's root")

@@ -42,9 +42,9 @@ _DRAIN_S = 0.2  # how long output may be silent after the program ended while ot
 class StartFailed(MicemuError):
     """The program was never started; ``code`` is 127 (not found) or 126, as in shells."""
 
-    def __init__(self, message: str, number: int) -> None:
+    def __init__(self, message: str, number: int, stage: str = "exec") -> None:
         super().__init__(message, number)
-        self.code = runproto.exit_code(number)
+        self.code = runproto.exit_code(number, stage)
 
 
 def run(
@@ -110,7 +110,8 @@ def _start(channel: Channel, request: RunRequest, where: str) -> int:
     for fd in got:
         os.close(fd)
     if "error" in answer:
-        raise StartFailed(f"{where}: {answer.get('message')}", int(answer["error"]))
+        stage = str(answer.get("stage", "exec"))
+        raise StartFailed(f"{where}: {answer.get('message')}", int(answer["error"]), stage)
     raise MicemuError(f"{where} answered something unexpected to a request to run a program", errno.EPROTO)
 
 

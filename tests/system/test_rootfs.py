@@ -142,6 +142,16 @@ def test_old_root_is_out_of_reach(card: Card) -> None:
     assert "/.host" not in out
 
 
+def test_working_directory_that_the_card_does_not_have() -> None:
+    """As in a file system that was mounted after the card's boot: the message names the folder and the fix."""
+    with booted() as c:
+        for cwd in ("/tmp/micemu-test-nowhere/deep", "/micemu-test-nowhere"):
+            status, out = c.run(["true"], cwd=cwd)
+            assert status == 126
+            assert f"the working directory {cwd} cannot be used on the card: No such file or directory" in out
+            assert "call it from another directory" in out
+
+
 @pytest.mark.root
 def test_links_in_the_way_of_the_working_directory() -> None:
     """A ramdisk that puts a link where the caller's folder is cannot redirect the writable mount."""

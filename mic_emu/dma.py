@@ -35,7 +35,6 @@ FENCE = int(lib.MIC_DMA_PREP_FENCE)
 RING_SIZE = C["DMA_RING_SIZE"]
 HOST_CHANNELS = C["DMA_HOST_CHANNELS"]
 DRAIN_S = 5.0  # the DMA core's limit for a synchronous wait and for the drain (HW 10)
-_DROPPED = 1 << 63  # a token of a terminated transaction
 _LET_GO_MS = 1000  # how long one descriptor may still run after its channel was disabled
 
 Callback = Callable[[], None]
@@ -292,8 +291,8 @@ class DmaChannel:
     def terminate_all(self, timeout_s: float = _LET_GO_MS / 1000) -> None:
         """Drop everything that is not complete; its callbacks never run. The channel goes on.
 
-        Raises DmaError ETIMEDOUT when the engine does not let go within ``timeout_s`` seconds; then the
-        channel stays disabled.
+        Raises DmaError ETIMEDOUT when the engine does not let go within ``timeout_s`` seconds, EIO when
+        its tail register is no slot of the ring; then the channel stays disabled.
         """
         rc = lib.mic_dma_terminate(self._ptr, int(timeout_s * 1000))
         self._run_callbacks()
@@ -318,8 +317,8 @@ class DmaChannel:
             try:
                 token = ffi.new("uint64_t *")
                 while lib.mic_dma_take_done(self._ptr, token, 1):
-                    callback = self._callbacks.pop(token[0] & ~_DROPPED)
-                    if not token[0] & _DROPPED:
+                    callback = self._callbacks.pop(token[0] & ~lib.MIC_DMA_TOKEN_DROPPED)
+                    if not token[0] & lib.MIC_DMA_TOKEN_DROPPED:
                         callback()
             finally:
                 self._running.release()

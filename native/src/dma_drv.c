@@ -89,13 +89,17 @@ static void program_ring(struct mic_dma_chan *ch)
 
 /* Continue where the hardware stands. The head register is put there too, while the channel is
  * disabled: what an earlier owner left unfinished must not run. (The chapter's "issued <- 0" would
- * rewrite an equal head on a channel that was used before; that is a hardware error, HW-32.) */
-static void start_at_tail(struct mic_dma_chan *ch)
+ * rewrite an equal head on a channel that was used before; that is a hardware error, HW-32.)
+ * False: the tail, which the other side can write, is no slot of this ring. */
+static bool start_at_tail(struct mic_dma_chan *ch)
 {
 	uint32_t tail = mic_mmio_read(ch->bus, MIC_REG_DTPR(ch->setup.c));
 
+	if (tail >= ch->setup.size)
+		return false;
 	mic_mmio_write(ch->bus, MIC_REG_DHPR(ch->setup.c), tail);
 	ch->head = ch->prep_start = ch->submitted = ch->issued = ch->last_tail = tail;
+	return true;
 }
 
 static int setup_channel(struct mic_dma_chan *ch)
@@ -106,11 +110,10 @@ static int setup_channel(struct mic_dma_chan *ch)
 	set_mask(ch, true);
 	/* An owner that was killed may have left the engine in the middle of a descriptor; and a ring
 	 * shorter than the last one cannot continue at its tail. Both end with the next card reset. */
-	if (wait_inactive(ch, SETUP_TIMEOUT_MS) || mic_mmio_read(ch->bus, MIC_REG_DTPR(c)) >= ch->setup.size)
+	if (wait_inactive(ch, SETUP_TIMEOUT_MS) || !start_at_tail(ch))
 		return -EBUSY;
 	mic_mmio_write(ch->bus, MIC_REG_DCHERRMSK(c), 0);
 	program_ring(ch);
-	start_at_tail(ch);
 	set_mask(ch, false);
 	set_enable(ch, true);
 	if (!mic_dma_halted(ch))
@@ -256,11 +259,12 @@ int mic_dma_terminate(struct mic_dma_chan *ch, int timeout_ms)
 		pthread_mutex_lock(&ch->issue);
 		pthread_mutex_lock(&ch->clean);
 		dma_drop_records(ch);
-		start_at_tail(ch);
+		rc = start_at_tail(ch) ? 0 : -EIO;
 		pthread_mutex_unlock(&ch->clean);
 		pthread_mutex_unlock(&ch->issue);
-		set_enable(ch, true);
 	}
+	if (!rc)
+		set_enable(ch, true);
 	dma_prep_release(ch);
 	return rc;
 }

@@ -264,6 +264,38 @@ TEST(hw_28_terminate_races_with_clients)
 	rig_close(&r);
 }
 
+TEST(hw_33_a_tail_outside_the_ring_is_believed_by_nobody)
+{
+	/* The other side can write DTPR; what lies behind the ring and the driver's records is not the
+	 * channel's. */
+	struct rig r;
+
+	rig_open(&r);
+	struct mic_dma_chan *ch = channel(&r, 1), *good = channel(&r, 2);
+
+	CHECK(ch && good);
+	CHECK(mic_dma_prep_memcpy(ch, MIB, 0, 4096, 0) == 0 && mic_dma_submit(ch, 0) > 0);
+	CHECK(mic_dma_pause(ch, 1000) == 0);
+	for (uint32_t tail = RING; tail; tail <<= 1) {
+		mic_hw_store(r.lab.bus, MIC_REG_DTPR(1), tail);
+		CHECK(mic_dma_terminate(ch, 1000) == -EIO);
+		CHECK(mic_dma_prep_imm(ch, 0x1000, 1, 0) == 0);
+		CHECK(mic_dma_submit(ch, 0) > 0);
+		mic_dma_issue_pending(ch);
+		errno = 0;
+		CHECK(!channel(&r, 1) && errno == EBUSY);
+	}
+	mic_hw_store(r.lab.bus, MIC_REG_DTPR(1), RING - 1);
+	CHECK(mic_dma_terminate(ch, 1000) == 0);
+	CHECK(mic_dma_prep_imm(ch, 0x1000, 7, 0) == 0);
+	CHECK(mic_dma_wait(ch, mic_dma_submit(ch, 0), 5000, true) == 0);
+	CHECK(mic_dma_prep_imm(good, 0x2000, 7, 0) == 0);
+	CHECK(mic_dma_wait(good, mic_dma_submit(good, 0), 5000, true) == 0);
+	close_channel(ch);
+	close_channel(good);
+	rig_close(&r);
+}
+
 TEST(hw_35_interrupts_of_a_busy_channel)
 {
 	/* The handler masks, unmasks and looks: with every interrupt taken, no completion stays unseen. */

@@ -100,13 +100,15 @@ int mic_dma_tx_status(struct mic_dma_chan *ch, int cookie);
 /* Look at DSTAT and retire what is complete. */
 void mic_dma_cleanup(struct mic_dma_chan *ch);
 /* Tokens (below 2^63) of completed transactions, in order, each exactly once; returns how many.
- * Terminated ones come with bit 63, so that their owner can forget them. */
+ * Terminated ones come with this bit, so that their owner can forget them. */
+#define MIC_DMA_TOKEN_DROPPED 0x8000000000000000
 unsigned mic_dma_take_done(struct mic_dma_chan *ch, uint64_t *tokens, unsigned max);
 unsigned mic_dma_done_pending(struct mic_dma_chan *ch);
 /* Issue, then wait. 0, -ETIMEDOUT, -ECANCELED, -EINVAL; with `halt_fails` -EIO as soon as the
  * channel has halted. */
 int mic_dma_wait(struct mic_dma_chan *ch, int cookie, int timeout_ms, bool halt_fails);
-/* Drop all that is not complete. 0, or -ETIMEDOUT when the engine does not let go. */
+/* Drop all that is not complete. 0, or the channel stays disabled: -ETIMEDOUT when the engine does not let
+ * go, -EIO when its tail register is no slot of the ring (until a card reset). */
 int mic_dma_terminate(struct mic_dma_chan *ch, int timeout_ms);
 /* Stand still after the descriptor in progress, with everything in place: 0 or -ETIMEDOUT. */
 int mic_dma_pause(struct mic_dma_chan *ch, int timeout_ms);
@@ -132,12 +134,9 @@ struct mic_dma_effect {
 int mic_dma_fetch(struct mic_bus *bus, uint64_t addr, uint64_t qw[2]);
 /* Execute it. Returns 0, a DCHERR bit (nothing was touched unless it is _MEMORY), or -EINTR when
  * *abort became true during the copy; `abort` may be NULL. */
-/* Flip the bits of `mask` in byte `at` (modulo its length) of what the descriptor wrote. */
-void mic_dma_spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask);
-
-#define MIC_DMA_TOKEN_DROPPED (1ull << 63)
-
 int mic_dma_execute(struct mic_bus *bus, const uint64_t qw[2], const uint32_t *abort,
 		    struct mic_dma_effect *effect);
+/* Flip the bits of `mask` in byte `at` (modulo its length) of what the descriptor wrote. */
+void mic_dma_spoil(struct mic_bus *bus, const uint64_t qw[2], uint32_t at, uint8_t mask);
 
 #endif

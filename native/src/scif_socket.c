@@ -28,7 +28,8 @@ int mic_scif_accept(int listener, struct mic_scif_caller *who)
 	return fd;
 }
 
-/* At most one descriptor comes along; the kernel closes what has no room. */
+/* At most one descriptor comes along; the kernel closes what has no room. Hence CMSG_LEN: the padding of
+ * CMSG_SPACE would be room for another one. */
 int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed)
 {
 	char extra;
@@ -37,8 +38,10 @@ int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed)
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(sizeof(int))];
 	} control;
-	struct msghdr mh = {
-		.msg_iov = iov, .msg_iovlen = 2, .msg_control = &control, .msg_controllen = sizeof control};
+	struct msghdr mh = {.msg_iov = iov,
+			    .msg_iovlen = 2,
+			    .msg_control = &control,
+			    .msg_controllen = CMSG_LEN(sizeof(int))};
 	ssize_t n = recvmsg(fd, &mh, MSG_CMSG_CLOEXEC);
 
 	*passed = -1;

@@ -72,6 +72,17 @@ def test_scif_135_any_request_with_any_arguments(
     assert settled(server) == server.idle
 
 
+def test_scif_135_descriptors_that_nobody_asked_for(server: Server) -> None:
+    """A first packet may bring one descriptor along: the node keeps none of those that others bring."""
+    with open("/dev/null") as null:
+        for count in (1, 2, 3, 253):
+            for packet in (b"", REQUEST.pack(lib.MIC_SCIF_HELLO, 0, 0, 1, 0, 0, 0, 0, 0)):
+                with connect(server) as sock:
+                    socket.send_fds(sock, [packet + b"?" * (not packet)], [null.fileno()] * count)
+                    sock.recv(1 << 17)  # an answer, or the end
+    assert settled(server) == server.idle
+
+
 def test_scif_135_random_messages_on_the_node_queue() -> None:
     """20000 random and nearly right messages from a card: logged and dropped, the link goes on."""
 

@@ -133,10 +133,24 @@ def test_scif_4_5_6_header(compiler: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def environment(server: Server, node: int) -> dict[str, str]:
+    return {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{node}.sock")}
+
+
 def run_python(server: Server, code: str, node: int = 0) -> None:
-    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{node}.sock")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(server, node), capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def start_python(server: Server, code: str, node: int = 0) -> subprocess.Popen[str]:
+    """A program to talk with."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment(server, node), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def test_scif_18_ordinary_users_cannot_bind_low_ports(tmp_path: Path) -> None:
@@ -189,10 +203,7 @@ def test_scif_102_129_130_a_lost_node(tmp_path: Path) -> None:
         "a, _ = l.accept(); m = scif.alloc(4096); m[:4] = b'mine'; w = a.register(m, 0)\n"
         "a.send(b'last'); print('up', flush=True); sys.stdin.read()\n"
     )
-    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node1.sock")}
-    peer = subprocess.Popen(
-        [sys.executable, "-c", owner], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    peer = start_python(server, owner, node=1)
     user = (
         "import errno, sys, threading\n"
         "from mic_emu import scif\n"
@@ -222,10 +233,7 @@ def test_scif_102_129_130_a_lost_node(tmp_path: Path) -> None:
         "assert scif.get_node_ids() == ([0, 1], 0)\n"
         "print('alive', flush=True); m.view[0]\n"
     )
-    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
-    client = subprocess.Popen(
-        [sys.executable, "-c", user], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    client = start_python(server, user)
     assert client.stdout is not None
     assert client.stdin is not None
     for line, command in (("mapped\n", "down 1"), ("checked\n", "up 1")):
@@ -269,10 +277,7 @@ def test_scif_135_a_killed_node_ends_every_blocked_call(tmp_path: Path) -> None:
         "    except scif.ScifError as e:\n"
         "        assert e.errno in (errno.ENOENT, errno.ENODEV, errno.ENOTTY), e\n"
     )
-    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
-    program = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    program = start_python(server, code)
     try:
         assert program.stdout is not None
         assert program.stdout.readline() == "blocked\n"

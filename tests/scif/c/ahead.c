@@ -266,3 +266,29 @@ TEST(scif_135_a_peer_that_damages_the_read_index)
 	CHECK(kill(pid, SIGKILL) == 0);
 	CHECK(waitpid(pid, NULL, 0) == pid);
 }
+
+static void sleepy(int ep)
+{
+	static char buf[10000];
+
+	meet(ep);
+	usleep(100000);
+	recv_all(ep, buf, sizeof buf);
+	meet(ep);
+}
+
+TEST(scif_58_60_ten_thousand_bytes_stall_until_they_are_read)
+{
+	static char buf[10000];
+	pid_t pid;
+	int ep = with_peer(sleepy, &pid);
+
+	meet(ep);
+	uint64_t t0 = now_us();
+	EQ(scif_send(ep, buf, 4095, SCIF_SEND_BLOCK), 4095); /* fits without a reader */
+	CHECK(now_us() - t0 < 80000);
+	EQ(scif_send(ep, buf, 5905, SCIF_SEND_BLOCK), 5905);
+	CHECK(now_us() - t0 > 80000);
+	meet(ep);
+	reap(pid);
+}

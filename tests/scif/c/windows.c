@@ -1,10 +1,8 @@
-/* Windows and mappings (SCIF-78..103). In tests with a peer, the peer exposes or uses windows. */
+/* Windows: register, unregister, what they hold (SCIF-78..92). In tests with a peer, the peer uses them. */
 #include "t.h"
 
 #define FIRST ((off_t)0x4000000000000000)
 #define RW (SCIF_PROT_READ | SCIF_PROT_WRITE)
-#define MAPFAILS(call, code) do { errno = 0; if ((call) != SCIF_MMAP_FAILED || errno != (code)) \
-		DIE("%s: errno %d (%s)", #call, errno, strerror(errno)); } while (0)
 
 static char *filled(int n, char seed)
 {
@@ -232,31 +230,6 @@ TEST(scif_88_89_90_unregister)
 	FAILS(scif_unregister(scif_open(), 0x10000, PG), ENOTCONN);
 }
 
-TEST(scif_91_98_unregister_of_a_mapped_window_lingers)
-{
-	char *p = filled(4, 2), c;
-	int e[2];
-
-	pair(e);
-	EQ(scif_register(e[0], p, 4 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
-	char *m = scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000);
-	CHECK(m != SCIF_MMAP_FAILED);
-	OK(scif_unregister(e[0], 0x10000, 4 * PG));
-	OK(scif_unregister(e[0], 0x10000, 4 * PG)); /* repeated on a lingering window */
-	CHECK(!memcmp(m, p, 4 * PG));
-	m[5] = 'L';
-	EQ(p[5], 'L');
-	FAILS(scif_vreadfrom(e[1], &c, 1, 0x10000, 0), ENXIO);
-	FAILS(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
-	OK(scif_munmap(m + PG, PG));
-	EQ(m[5], 'L');
-	EQ(m[2 * PG], p[2 * PG]);
-	OK(scif_munmap(m, PG));
-	FAILS(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
-	OK(scif_munmap(m + 2 * PG, 2 * PG));
-	EVENTUALLY(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED) == 0x11000);
-}
-
 TEST(scif_92_106_protections_of_windows)
 {
 	char *p = pages(4), buf[8] = "";
@@ -288,171 +261,6 @@ TEST(scif_92_106_protections_of_windows)
 	FAILS(scif_vreadfrom(e[1], p + 2 * PG, 2 * PG, 0x11000, 0), ENXIO);
 }
 
-static void mapped_peer(int ep)
-{
-	off_t off;
-
-	recv_all(ep, &off, sizeof off);
-	char *m = scif_mmap(NULL, 3 * PG, RW, 0, ep, off);
-	CHECK(m != SCIF_MMAP_FAILED);
-	for (int i = 0; i < 3 * PG; i++)
-		EQ(m[i], (char)(i * 31 + (i >> 12) + 4));
-	meet(ep);
-	uint64_t *flag = (uint64_t *)(m + 2 * PG);
-	for (uint64_t i = 0; i < 2000; i++) { /* ping-pong without a call in the loop */
-		while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != i * 0x100000001)
-			sched_yield();
-		__atomic_store_n(flag + 8, i * 0x100000001, __ATOMIC_RELEASE);
-	}
-	meet(ep);
-	OK(scif_munmap(m, 3 * PG));
-}
-
-TEST(scif_93_mapping_is_live_in_both_directions)
-{
-	char *p = filled(3, 4);
-	pid_t pid;
-	int ep = with_peer(mapped_peer, &pid);
-	off_t a = scif_register(ep, p, PG, 0, RW, 0), b = scif_register(ep, p + PG, 2 * PG, 0, RW, 0);
-
-	EQ(b, a + PG); /* adjacent: one mapping spans both */
-	send_all(ep, &a, sizeof a);
-	uint64_t *flag = (uint64_t *)(p + 2 * PG);
-	meet(ep); /* the peer has compared */
-	for (uint64_t i = 0; i < 2000; i++) {
-		__atomic_store_n(flag, i * 0x100000001, __ATOMIC_RELEASE);
-		while (__atomic_load_n(flag + 8, __ATOMIC_ACQUIRE) != i * 0x100000001)
-			sched_yield();
-	}
-	meet(ep);
-	OK(scif_close(ep));
-	reap(pid);
-}
-
-TEST(scif_94_95_96_97_mmap_errors)
-{
-	char *p = pages(8);
-	int e[2];
-
-	pair(e);
-	scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED);
-	scif_register(e[0], p, 2 * PG, 0x12000, SCIF_PROT_READ, SCIF_MAP_FIXED);
-	scif_register(e[0], p, PG, 0x20000, RW, SCIF_MAP_FIXED);
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x14000), ENXIO);
-	MAPFAILS(scif_mmap(NULL, 0x11000, SCIF_PROT_READ, 0, e[1], 0x10000), ENXIO);
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], -PG), ENXIO);
-	MAPFAILS(scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000), EPERM);
-	MAPFAILS(scif_mmap(NULL, PG, SCIF_PROT_WRITE, 0, e[1], 0x12000), EPERM);
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x10001), EINVAL);
-	MAPFAILS(scif_mmap(NULL, 0, RW, 0, e[1], 0x10000), EINVAL);
-	MAPFAILS(scif_mmap(p + 1, PG, RW, SCIF_MAP_FIXED, e[1], 0x10000), EINVAL);
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, 900, 0x10000), EBADF);
-	char *m = scif_mmap(NULL, 4 * PG, SCIF_PROT_READ, 0, e[1], 0x10000);
-	CHECK(m != SCIF_MMAP_FAILED);
-	CHECK(scif_mmap(NULL, PG, 0, 0, e[1], 0x12000) != SCIF_MMAP_FAILED);
-	char *odd = scif_mmap(NULL, 100, RW, 0, e[1], 0x10000);
-	CHECK(odd != SCIF_MMAP_FAILED);
-	odd[PG - 1] = 'o';
-	EQ(p[PG - 1], 'o');
-	OK(scif_munmap(odd, 100));
-	FAILS(scif_munmap(m + 1, PG), EINVAL);
-	FAILS(scif_munmap(m, 0), EINVAL);
-	OK(scif_munmap(pages(1), PG));
-	/* FIXED over an own registered buffer */
-	char *own = pages(2);
-	CHECK(scif_register(e[1], own, 2 * PG, 0, RW, 0) == FIRST);
-	CHECK(scif_mmap(own, 2 * PG, RW, SCIF_MAP_FIXED, e[1], 0x10000) == own);
-	own[3] = 'f';
-	EQ(p[3], 'f');
-}
-
-TEST(scif_103_mmap_on_unconnected_and_disconnected_endpoints)
-{
-	int e[2];
-
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, scif_open(), 0), ENOTCONN);
-	pair(e);
-	scif_close(e[1]);
-	EQ(poll1(e[0], SCIF_POLLIN, 5000), SCIF_POLLHUP);
-	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[0], 0), ECONNRESET);
-}
-
-static void expose_and_die(int ep)
-{
-	char *p = filled(2, 6);
-	off_t off = scif_register(ep, p, 2 * PG, 0, RW, 0);
-
-	send_all(ep, &off, sizeof off);
-	meet(ep);
-	kill(getpid(), SIGKILL);
-}
-
-TEST(scif_99_mapping_survives_the_death_of_the_owner)
-{
-	pid_t pid;
-	off_t off;
-	char c;
-	int ep = with_peer(expose_and_die, &pid);
-
-	recv_all(ep, &off, sizeof off);
-	char *m = scif_mmap(NULL, 2 * PG, RW, 0, ep, off);
-	CHECK(m != SCIF_MMAP_FAILED);
-	meet(ep);
-	waitpid(pid, NULL, 0);
-	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
-	for (int i = 0; i < 2 * PG; i++)
-		EQ(m[i], (char)(i * 31 + (i >> 12) + 6));
-	m[1] = 1;
-	FAILS(scif_vreadfrom(ep, &c, 1, off, 0), ECONNRESET); /* SCIF-113 */
-	OK(scif_close(ep));
-	EQ(m[1], 1);
-	OK(scif_munmap(m, 2 * PG));
-}
-
-static void expose_and_wait(int ep)
-{
-	char *p = filled(2, 6), c;
-	off_t off = scif_register(ep, p, 2 * PG, 0, RW, 0);
-
-	send_all(ep, &off, sizeof off);
-	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
-}
-
-TEST(scif_101_closing_with_a_live_mapping_does_not_disconnect)
-{
-	pid_t pid;
-	off_t off;
-	int ep = with_peer(expose_and_wait, &pid), st;
-
-	recv_all(ep, &off, sizeof off);
-	char *m = scif_mmap(NULL, 2 * PG, RW, 0, ep, off);
-	CHECK(m != SCIF_MMAP_FAILED);
-	OK(scif_close(ep));
-	usleep(30000);
-	EQ(waitpid(pid, &st, WNOHANG), 0);
-	EQ(m[PG], (char)(PG * 31 + 1 + 6));
-	OK(scif_munmap(m, 2 * PG));
-	reap(pid);
-}
-
-TEST(scif_100_mapping_is_absent_in_a_forked_child)
-{
-	char *p = filled(1, 1);
-	int e[2], st;
-
-	pair(e);
-	off_t off = scif_register(e[0], p, PG, 0, RW, 0);
-	char *m = scif_mmap(NULL, PG, RW, 0, e[1], off);
-	CHECK(m != SCIF_MMAP_FAILED);
-	pid_t pid = fork();
-	if (pid == 0) {
-		signal(SIGSEGV, SIG_DFL);
-		_exit(*(volatile char *)m);
-	}
-	waitpid(pid, &st, 0);
-	CHECK(WIFSIGNALED(st) && WTERMSIG(st) == SIGSEGV);
-}
-
 TEST(scif_16_fork_after_register_leaves_each_its_own_copy)
 {
 	char *p = filled(3, 3), c;
@@ -479,8 +287,11 @@ TEST(scif_16_fork_after_register_leaves_each_its_own_copy)
 }
 
 static char *racing;
+
 static volatile int stop_racing;
+
 static uint64_t wrote[64];
+
 static void *racer(void *arg)
 {
 	(void)arg;

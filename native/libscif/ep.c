@@ -107,15 +107,23 @@ static void recycle(struct ep *ep)
 
 #define DEAD 0x80000000u /* in refs: no longer in the table */
 
+/* Recycle when nobody is left. A thread that read the slot before it was cleared counts itself in and out at
+ * any time (grab()), also while the struct is free or another endpoint's: the count is only ever changed by
+ * what others leave of it. Called with table_lock held. */
+static void recycle_unused(struct ep *ep)
+{
+	uint32_t dead = DEAD;
+
+	if (mic_cas(&ep->refs, &dead, 0u))
+		recycle(ep);
+}
+
 void ep_put(struct ep *ep)
 {
 	if (mic_fetch_add(&ep->refs, -1) != (DEAD | 1))
 		return;
 	pthread_mutex_lock(&table_lock);
-	if (mic_load_relaxed(&ep->refs) == DEAD) {
-		mic_store_relaxed(&ep->refs, 0u);
-		recycle(ep);
-	}
+	recycle_unused(ep);
 	pthread_mutex_unlock(&table_lock);
 }
 
@@ -127,10 +135,8 @@ static void evict(struct ep **slot)
 	if (!ep)
 		return;
 	mic_store_release(slot, NULL);
-	if (mic_fetch_or(&ep->refs, DEAD) == 0) {
-		mic_store_relaxed(&ep->refs, 0u);
-		recycle(ep);
-	}
+	if (mic_fetch_or(&ep->refs, DEAD) == 0)
+		recycle_unused(ep);
 }
 
 int ep_add(int fd, uint64_t cookie, uint64_t sid)
@@ -148,7 +154,7 @@ int ep_add(int fd, uint64_t cookie, uint64_t sid)
 		ep = calloc(1, sizeof *ep);
 	if (!ep)
 		goto nomem;
-	memset(ep, 0, sizeof *ep);
+	memset(&ep->cookie, 0, sizeof *ep - offsetof(struct ep, cookie)); /* all but refs */
 	ep->cookie = cookie;
 	ep->sid = sid;
 	pthread_mutex_init(&ep->rma_lock, NULL);

@@ -30,10 +30,10 @@ struct rma_table;
 /* What this process knows about one endpoint. The structs are never freed, only reused: a thread that
  * still looks at one finds out by its cookie. */
 struct ep {
+	uint32_t refs;     /* calls in progress; never reset, see recycle_unused() */
 	uint64_t cookie;   /* identity of the socket, 0 = unused */
 	uint64_t sid;      /* the node's name for it */
 	uint64_t checked;  /* time stamp when the descriptor was last seen to be this endpoint */
-	uint32_t refs;     /* calls in progress */
 	uint32_t attached; /* the pointers below are valid */
 	bool listening;    /* accepts may sleep in this process */
 	bool alone;        /* no DMA channel reaches the peer */

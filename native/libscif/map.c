@@ -106,8 +106,10 @@ static int record(const void *addr, size_t len, int epd, uint64_t sid, off_t off
 	if (m->fd < 0)
 		m->fd = fcntl(epd, F_DUPFD_CLOEXEC, 0);
 	if (m->fd < 0) {
+		int rc = -errno;
+
 		free(m);
-		return -errno;
+		return rc;
 	}
 	mappings = m;
 	return 0;

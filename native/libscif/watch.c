@@ -24,7 +24,7 @@ struct watch {
 
 static struct watch *all;
 static struct sigaction before;
-static uint32_t installed;
+static pthread_once_t installed = PTHREAD_ONCE_INIT;
 
 /* --- the handler: async-signal-safe throughout ----------------------------------------------------- */
 
@@ -83,10 +83,8 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 static void install(void)
 {
 	struct sigaction sa;
-	uint32_t no = 0;
 
-	if (mic_load_acquire(&installed) || !mic_cas(&installed, &no, 1u) ||
-	    sigaction(SIGBUS, NULL, &before) < 0)
+	if (sigaction(SIGBUS, NULL, &before) < 0)
 		return;
 	/* A handler that was there runs as it would have run: same mask, same stack. */
 	sa = before;
@@ -104,7 +102,7 @@ struct watch *watch_add(const void *base, size_t len)
 	struct watch *w = mic_load_acquire(&all);
 	uint32_t no = 0;
 
-	install();
+	pthread_once(&installed, install); /* and nobody copies before it is there */
 	for (; w; w = w->next, no = 0)
 		if (mic_cas(&w->used, &no, 1u))
 			break;

@@ -103,9 +103,9 @@ static int recv_packet(int fd, struct answer *ans)
 
 	if (n < 0)
 		return errno == EINTR ? -EINTR : -ENODEV;
+	take_fds(&mh, ans); /* whatever the answer is worth, they are ours to close */
 	if ((size_t)n < sizeof ans->head || (size_t)n != sizeof ans->head + ans->head.ndata)
 		return -ENODEV;
-	take_fds(&mh, ans);
 	return 0;
 }
 
@@ -140,16 +140,22 @@ static int move_high(int fd)
 	return high;
 }
 
+/* Programs that close all descriptors they do not know close ours, and then get their numbers. */
+static bool still_ours(const struct control *c)
+{
+	struct stat st;
+
+	return fstat(c->fd, &st) == 0 && st.st_ino == c->ino && S_ISSOCK(st.st_mode);
+}
+
 /* A connection to use; 1 when it was used before: its node may have been replaced since. */
 static int control_get(struct control *c)
 {
 	library_init();
 	pthread_mutex_lock(&pool_lock);
 	while (pooled) {
-		struct stat st;
-
 		*c = pool[--pooled];
-		if (fstat(c->fd, &st) == 0 && st.st_ino == c->ino && S_ISSOCK(st.st_mode)) {
+		if (still_ours(c)) {
 			pthread_mutex_unlock(&pool_lock);
 			return 1;
 		}
@@ -216,13 +222,13 @@ int node_call(const struct mic_scif_request *rq, const void *data, struct answer
 		if (rc < 0)
 			break;
 		rc = exchange(c.fd, rq, data, ans, interruptible);
-		if (rc < 0)
+		if (rc < 0) {
+			answer_close(ans);
 			close(c.fd);
-		else
+		} else {
 			control_put(&c);
+		}
 	} while (rc == -ENODEV && used == 1);
-	if (rc < 0)
-		answer_close(ans);
 	errno = saved;
 	return rc < 0 ? rc : ans->head.status;
 }
@@ -244,5 +250,6 @@ void wire_after_fork(void)
 	/* The connections are the parent's: an answer must not reach the wrong process. */
 	pthread_mutex_init(&pool_lock, NULL);
 	while (pooled)
-		close(pool[--pooled].fd);
+		if (still_ours(&pool[--pooled]))
+			close(pool[pooled].fd);
 }

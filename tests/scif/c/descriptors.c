@@ -175,6 +175,24 @@ TEST(scif_17_kill_disconnects_and_frees_the_ports)
 	EVENTUALLY(scif_bind(l, (uint16_t)port) == port);
 }
 
+TEST(scif_8_16_a_fork_closes_none_of_the_programs_descriptors)
+{
+	int fd = scif_open(), null = open("/dev/null", O_RDWR), ours = 0;
+
+	OK(scif_bind(fd, 0)); /* a request: the library has a descriptor of its own now */
+	for (int n = 512; n < 1024; n++)
+		if (fcntl(n, F_GETFD) >= 0) {
+			EQ(dup2(null, n), n); /* as after closefrom(3) */
+			ours = n;
+		}
+	CHECK(ours);
+	pid_t pid = fork();
+	if (pid == 0)
+		_exit(fcntl(ours, F_GETFD) < 0);
+	reap(pid);
+	OK(scif_listen(fd, 1)); /* and the library helps itself to another one */
+}
+
 TEST(scif_133_concurrent_close)
 {
 	for (int i = 0; i < 20; i++) {

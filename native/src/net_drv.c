@@ -198,7 +198,7 @@ static unsigned frame_parts(const struct mic_net_drv *nd, const uint8_t *mem, ui
 {
 	if (!nd->mergeable || len < nd->end.hdr_len)
 		return 1;
-	unsigned n = mem[10] | (unsigned)mem[11] << 8;
+	unsigned n = mic_load_relaxed(&mem[10]) | (unsigned)mic_load_relaxed(&mem[11]) << 8;
 
 	return n >= 1 && n <= MERGE_MAX && n <= nd->rx_num ? n : 1;
 }

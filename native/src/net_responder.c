@@ -1,4 +1,5 @@
-/* A host in user space at the end of the wire: ARP, ICMP echo, UDP echo, DHCP, pings (VOP-59). */
+/* A host in user space at the end of the wire: ARP, ICMP echo, UDP echo (VOP-59). The rest is in net_ping.c,
+ * net_dhcp.c and net_tcp.c. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -11,51 +12,14 @@
 
 #include "responder.h"
 
-#define TYPE_IP      0x0800u
-#define TYPE_ARP     0x0806u
-#define BROADCAST    0xffffffffu
-#define DHCP_COOKIE  0x63825363u
-#define DHCP_MIN     240u
-#define DHCP_LEASE_S 86400u
-#define ARP_TRIES    10u
-#define ARP_RETRY_NS 20000000ull
+#define TYPE_IP  0x0800u
+#define TYPE_ARP 0x0806u
 
-static const uint8_t mac_broadcast[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
+const uint8_t mic_resp_broadcast[6] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
 
 static const uint8_t no_mac[6];
 
-/* --- sums and addresses ----------------------------------------------------------------------- */
-
-uint32_t mic_resp_sum(const uint8_t *p, uint32_t len, uint32_t sum)
-{
-	uint64_t wide = sum;
-
-	for (; len >= 2; p += 2, len -= 2)
-		wide += get16(p);
-	if (len)
-		wide += (uint64_t)p[0] << 8;
-	while (wide >> 16)
-		wide = (wide & 0xffff) + (wide >> 16);
-	return (uint32_t)wide;
-}
-
-uint16_t mic_resp_fold(uint32_t sum)
-{
-	while (sum >> 16)
-		sum = (sum & 0xffff) + (sum >> 16);
-	return (uint16_t)~sum;
-}
-
-uint32_t mic_resp_pseudo(uint32_t src, uint32_t dst, uint8_t proto, uint32_t len)
-{
-	uint8_t h[12];
-
-	put32(h, src);
-	put32(h + 4, dst);
-	put16(h + 8, proto);
-	put16(h + 10, len);
-	return mic_resp_sum(h, sizeof h, 0);
-}
+/* --- addresses -------------------------------------------------------------------------------- */
 
 static bool own_net(const struct mic_resp *r, uint32_t ip)
 {
@@ -129,7 +93,7 @@ static void send_arp(struct mic_resp *r, uint16_t op, const uint8_t *eth, const 
 	send_frame(r, eth, TYPE_ARP, 28);
 }
 
-static bool send_ip_to(struct mic_resp *r, const uint8_t *mac, uint32_t ip, uint8_t proto, uint32_t len)
+bool mic_resp_send_ip_to(struct mic_resp *r, const uint8_t *mac, uint32_t ip, uint8_t proto, uint32_t len)
 {
 	uint8_t *h = r->scratch + ETH_LEN;
 
@@ -146,14 +110,24 @@ static bool send_ip_to(struct mic_resp *r, const uint8_t *mac, uint32_t ip, uint
 	return send_frame(r, mac, TYPE_IP, IP_LEN + len);
 }
 
+bool mic_resp_unresolved(const struct mic_resp *r, uint32_t ip)
+{
+	return own_net(r, ip) && !arp_find(r, ip);
+}
+
+void mic_resp_ask(struct mic_resp *r, uint32_t ip)
+{
+	send_arp(r, 1, mic_resp_broadcast, no_mac, ip);
+}
+
 bool mic_resp_send_ip(struct mic_resp *r, uint32_t ip, uint8_t proto, uint32_t len)
 {
 	const uint8_t *mac = arp_find(r, ip);
 
 	if (mac)
-		return send_ip_to(r, mac, ip, proto, len);
+		return mic_resp_send_ip_to(r, mac, ip, proto, len);
 	if (own_net(r, ip))
-		send_arp(r, 1, mac_broadcast, no_mac, ip);
+		mic_resp_ask(r, ip);
 	return false;
 }
 
@@ -174,23 +148,11 @@ static void input_arp(struct mic_resp *r, const uint8_t *a, uint32_t len, uint64
 	}
 	memcpy(mac, a + 8, 6);
 	arp_learn(r, sender, mac, now);
-	if (sender == r->ping.ip && r->ping.arp_tries && !r->ping.sent)
-		r->ping.next = now; /* resolved: do not wait for the next try */
+	mic_resp_ping_resolved(r, sender, now);
 	if (get16(a + 6) == 1) {
 		send_arp(r, 2, mac, mac, sender);
 		r->stats.arp_replies++;
 	}
-}
-
-static void ping_reply(struct mic_resp *r, const struct packet *pkt, uint64_t now)
-{
-	struct ping *p = &r->ping;
-	unsigned seq = get16(pkt->data + 6) - 1u; /* we number from 1, as ping(8) does */
-
-	if (!p->busy || pkt->src != p->ip || get16(pkt->data + 4) != p->id || seq >= p->sent || p->rtts[seq])
-		return;
-	p->rtts[seq] = now - p->sent_at[seq] ? now - p->sent_at[seq] : 1;
-	p->got++;
 }
 
 static void input_icmp(struct mic_resp *r, const struct packet *pkt, uint64_t now)
@@ -200,7 +162,7 @@ static void input_icmp(struct mic_resp *r, const struct packet *pkt, uint64_t no
 		return;
 	}
 	if (pkt->data[0] == 0) {
-		ping_reply(r, pkt, now);
+		mic_resp_ping_reply(r, pkt, now);
 	} else if (pkt->data[0] == 8 && pkt->len <= MTU - IP_LEN) {
 		uint8_t *icmp = mic_resp_payload(r);
 
@@ -214,8 +176,7 @@ static void input_icmp(struct mic_resp *r, const struct packet *pkt, uint64_t no
 	}
 }
 
-/* UDP header in front of `len` bytes that are in place. */
-static void finish_udp(struct mic_resp *r, uint32_t dst, uint16_t src_port, uint16_t dst_port, uint32_t len)
+void mic_resp_finish_udp(struct mic_resp *r, uint32_t dst, uint16_t src_port, uint16_t dst_port, uint32_t len)
 {
 	uint8_t *u = mic_resp_payload(r);
 
@@ -227,97 +188,6 @@ static void finish_udp(struct mic_resp *r, uint32_t dst, uint16_t src_port, uint
 	uint16_t folded = mic_resp_fold(sum);
 
 	put16(u + 6, folded ? folded : 0xffff);
-}
-
-struct dhcp_request {
-	uint8_t type;
-	uint32_t wanted, server;
-};
-
-/* Options: each length checked against what is left. False: malformed. */
-static bool parse_dhcp(const uint8_t *opt, uint32_t len, struct dhcp_request *q)
-{
-	while (len && opt[0] != 255) {
-		if (opt[0] == 0) {
-			opt++;
-			len--;
-			continue;
-		}
-		if (len < 2 || opt[1] > len - 2)
-			return false;
-		if (opt[0] == 53 && opt[1] == 1)
-			q->type = opt[2];
-		else if (opt[0] == 50 && opt[1] == 4)
-			q->wanted = get32(opt + 2);
-		else if (opt[0] == 54 && opt[1] == 4)
-			q->server = get32(opt + 2);
-		len -= opt[1] + 2u;
-		opt += opt[1] + 2u;
-	}
-	return q->type != 0;
-}
-
-static uint8_t *put_option32(uint8_t *o, uint8_t code, uint32_t value)
-{
-	o[0] = code;
-	o[1] = 4;
-	put32(o + 2, value);
-	return o + 6;
-}
-
-static void send_dhcp(struct mic_resp *r, const uint8_t *q, uint8_t type)
-{
-	uint8_t *b = mic_resp_payload(r) + UDP_LEN, *o = b + DHCP_MIN;
-	bool nak = type == 6, broadcast = nak || get16(q + 10) & 0x8000;
-	uint32_t to = broadcast ? BROADCAST : r->lease_ip;
-
-	memset(b, 0, DHCP_MIN);
-	memcpy(b, q, 8); /* op, htype, hlen, hops, xid */
-	b[0] = 2;
-	b[3] = 0;
-	memcpy(b + 10, q + 10, 2);
-	if (!nak)
-		put32(b + 16, r->lease_ip);
-	memcpy(b + 28, q + 28, 16);
-	put32(b + 236, DHCP_COOKIE);
-	*o++ = 53;
-	*o++ = 1;
-	*o++ = type;
-	o = put_option32(o, 54, r->ip);
-	if (!nak) {
-		o = put_option32(o, 51, DHCP_LEASE_S);
-		o = put_option32(o, 1, r->netmask);
-		o = put_option32(o, 3, r->ip);
-	}
-	*o++ = 255;
-	uint32_t len = (uint32_t)(o - b);
-
-	if (len < 300) { /* BOOTP's old minimum */
-		memset(o, 0, 300 - len);
-		len = 300;
-	}
-	finish_udp(r, to, 67, 68, len);
-	r->stats.dhcp_replies +=
-		send_ip_to(r, broadcast ? mac_broadcast : q + 28, to, PROTO_UDP, UDP_LEN + len);
-}
-
-static void input_dhcp(struct mic_resp *r, const uint8_t *q, uint32_t len)
-{
-	struct dhcp_request req = {0};
-
-	if (len < DHCP_MIN || q[0] != 1 || q[1] != 1 || q[2] != 6 || get32(q + 236) != DHCP_COOKIE ||
-	    !parse_dhcp(q + DHCP_MIN, len - DHCP_MIN, &req)) {
-		r->stats.bad_frames++;
-		return;
-	}
-	uint32_t wanted = req.wanted ? req.wanted : get32(q + 12);
-
-	if (req.type == 1)
-		send_dhcp(r, q, 2);
-	else if (req.type == 3 && (!req.server || req.server == r->ip))
-		send_dhcp(r, q, wanted == r->lease_ip ? 5 : 6);
-	else
-		r->stats.ignored_frames++;
 }
 
 static void input_udp(struct mic_resp *r, const struct packet *pkt)
@@ -333,12 +203,12 @@ static void input_udp(struct mic_resp *r, const struct packet *pkt)
 	}
 	uint32_t payload = len - UDP_LEN;
 
-	if (get16(u + 2) == 67 && r->lease_ip) {
-		input_dhcp(r, u + UDP_LEN, payload);
+	if (get16(u + 2) == DHCP_SERVER_PORT && r->lease_ip) {
+		mic_resp_dhcp_input(r, u + UDP_LEN, payload);
 	} else if (get16(u + 2) == ECHO_PORT && get16(u) != ECHO_PORT && pkt->dst == r->ip &&
 		   len <= MTU - IP_LEN) { /* echo to echo would never end */
 		memcpy(mic_resp_payload(r) + UDP_LEN, u + UDP_LEN, payload);
-		finish_udp(r, pkt->src, ECHO_PORT, get16(u), payload);
+		mic_resp_finish_udp(r, pkt->src, ECHO_PORT, get16(u), payload);
 		r->stats.udp_echoes += mic_resp_send_ip(r, pkt->src, PROTO_UDP, len);
 	} else {
 		r->stats.ignored_frames++;
@@ -363,7 +233,7 @@ static void input_ip(struct mic_resp *r, const uint8_t *h, uint32_t len, const u
 			     .data = h + head,
 			     .len = total - head};
 
-	if (get16(h + 6) & 0x3fff || (pkt.dst != r->ip && pkt.dst != BROADCAST)) {
+	if (get16(h + 6) & 0x3fff || (pkt.dst != r->ip && pkt.dst != IP_BROADCAST)) {
 		r->stats.ignored_frames++; /* fragments, other addresses */
 		return;
 	}
@@ -378,113 +248,12 @@ static void input_ip(struct mic_resp *r, const uint8_t *h, uint32_t len, const u
 		r->stats.ignored_frames++;
 }
 
-/* --- pings ------------------------------------------------------------------------------------ */
-
-/* The first request waits a little for the address to be resolved. */
-static bool ping_unresolved(struct mic_resp *r, uint64_t now)
-{
-	struct ping *p = &r->ping;
-
-	if (p->arp_tries >= ARP_TRIES || !own_net(r, p->ip) || arp_find(r, p->ip))
-		return false;
-	p->arp_tries++;
-	p->next = now + ARP_RETRY_NS;
-	send_arp(r, 1, mac_broadcast, no_mac, p->ip);
-	return true;
-}
-
-static void send_ping(struct mic_resp *r, uint64_t now)
-{
-	struct ping *p = &r->ping;
-	uint8_t *icmp = mic_resp_payload(r);
-
-	if (ping_unresolved(r, now))
-		return;
-	put16(icmp, 8u << 8);
-	put16(icmp + 2, 0);
-	put16(icmp + 4, p->id);
-	put16(icmp + 6, p->sent + 1);
-	for (unsigned i = 0; i < p->payload; i++)
-		icmp[8 + i] = (uint8_t)i;
-	put16(icmp + 2, mic_resp_fold(mic_resp_sum(icmp, 8 + p->payload, 0)));
-	p->sent_at[p->sent++] = now;
-	mic_resp_send_ip(r, p->ip, PROTO_ICMP, 8 + p->payload);
-	p->next = now + p->interval;
-	if (p->sent == p->count)
-		p->end = now + p->timeout;
-}
-
-static void ping_timers(struct mic_resp *r, uint64_t now)
-{
-	struct ping *p = &r->ping;
-
-	if (!p->busy)
-		return;
-	if (p->sent < p->count && p->next <= now)
-		send_ping(r, now);
-	if (p->end && (p->got == p->count || p->end <= now)) {
-		p->busy = false;
-		pthread_cond_broadcast(&r->ping_done);
-	}
-}
-
-static uint64_t ping_next(const struct mic_resp *r)
-{
-	const struct ping *p = &r->ping;
-
-	if (!p->busy)
-		return 0;
-	return p->sent < p->count ? p->next : p->end;
-}
-
-int mic_resp_ping(struct mic_resp *r, uint32_t ip, unsigned count, unsigned interval_ms, unsigned timeout_ms,
-		  unsigned payload, uint64_t *rtts_ns)
-{
-	if (!count || count > 65535 || payload > MTU - IP_LEN - 8)
-		return -EINVAL;
-	uint64_t *sent_at = calloc(count, sizeof *sent_at);
-
-	if (!sent_at)
-		return -ENOMEM;
-	memset(rtts_ns, 0, count * sizeof *rtts_ns);
-	pthread_mutex_lock(&r->lock);
-	int rc = r->ping.busy || r->ping.sent_at ? -EBUSY : 0;
-
-	if (rc == 0) {
-		r->ping = (struct ping){.busy = true,
-					.ip = ip,
-					.id = (uint16_t)(r->ping.id + 1u),
-					.count = count,
-					.payload = payload,
-					.interval = interval_ms * 1000000ull,
-					.timeout = timeout_ms * 1000000ull,
-					.next = mic_now_ns(),
-					.sent_at = sent_at,
-					.rtts = rtts_ns};
-		(void)!eventfd_write(r->wake_fd, 1);
-		/* The loop owns the time limits; should it have stopped, this thread has its own. */
-		struct timespec limit;
-		uint64_t all = (uint64_t)count * interval_ms + timeout_ms + 1000u;
-
-		clock_gettime(CLOCK_MONOTONIC, &limit);
-		limit.tv_sec += (time_t)(all / 1000u) + 1;
-		while (r->ping.busy && !rc)
-			rc = -pthread_cond_timedwait(&r->ping_done, &r->lock, &limit);
-		rc = (int)r->ping.got;
-		r->ping.busy = false;
-		r->ping.sent_at = r->ping.rtts = NULL;
-	}
-	pthread_mutex_unlock(&r->lock);
-	free(sent_at);
-	return rc;
-}
-
 /* --- wire ------------------------------------------------------------------------------------- */
 
 /* Let timer_fd fire at the earliest deadline. */
 static void arm_timer(struct mic_resp *r)
 {
-	uint64_t a = ping_next(r), b = mic_resp_tcp_next(r);
+	uint64_t a = mic_resp_ping_next(r), b = mic_resp_tcp_next(r);
 	uint64_t next = !a || (b && b < a) ? b : a;
 
 	if (next == r->armed)
@@ -504,7 +273,7 @@ void mic_resp_input(struct mic_resp *r, const uint8_t *f, uint32_t len, int csum
 	r->stats.frames_in++;
 	if (len < ETH_LEN)
 		r->stats.bad_frames++;
-	else if (memcmp(f, r->mac, 6) != 0 && memcmp(f, mac_broadcast, 6) != 0)
+	else if (memcmp(f, r->mac, 6) != 0 && memcmp(f, mic_resp_broadcast, 6) != 0)
 		r->stats.ignored_frames++;
 	else if (get16(f + 12) == TYPE_ARP)
 		input_arp(r, f + ETH_LEN, len - ETH_LEN, now);
@@ -512,7 +281,7 @@ void mic_resp_input(struct mic_resp *r, const uint8_t *f, uint32_t len, int csum
 		input_ip(r, f + ETH_LEN, len - ETH_LEN, f + 6, csum_ok != 0, now);
 	else
 		r->stats.ignored_frames++;
-	ping_timers(r, now);
+	mic_resp_ping_timers(r, now);
 	arm_timer(r);
 	/* What waits for output keeps the loop awake, whoever calls. */
 	if (r->out_count)
@@ -533,7 +302,7 @@ uint32_t mic_resp_output(struct mic_resp *r, uint8_t *frame, uint32_t cap)
 			r->armed = 0;
 		}
 		mic_resp_tcp_timers(r, now);
-		ping_timers(r, now);
+		mic_resp_ping_timers(r, now);
 		arm_timer(r);
 	}
 	if (r->out_count && r->out[r->out_first].len <= cap) {

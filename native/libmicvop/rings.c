@@ -2,6 +2,7 @@
 #include "file.h"
 
 #include "mic/barrier.h"
+#include "mic/iov.h"
 
 static uint8_t *ctrl(struct mic_vop *f, size_t field)
 {
@@ -126,33 +127,12 @@ API int mic_vop_push(struct mic_vop *f, const struct mic_vop_chain *chain, uint3
 	return 0;
 }
 
-/* Bytes `at`.. of segments iov[0 .. n) <-> buf. */
-static size_t move(const struct iovec *iov, unsigned n, size_t at, uint8_t *buf, size_t len, bool in)
-{
-	size_t done = 0;
-
-	for (unsigned i = 0; i < n && done < len; i++) {
-		if (at >= iov[i].iov_len) {
-			at -= iov[i].iov_len;
-			continue;
-		}
-		uint8_t *p = (uint8_t *)iov[i].iov_base + at;
-		size_t k = iov[i].iov_len - at < len - done ? iov[i].iov_len - at : len - done;
-
-		memcpy(in ? buf + done : p, in ? p : buf + done, k);
-		done += k;
-		at = 0;
-	}
-	return done;
-}
-
 API size_t mic_vop_read(const struct mic_vop_chain *chain, size_t at, void *to, size_t len)
 {
-	return move(chain->iov, chain->out_num, at, to, len, true);
+	return mic_iov_read(chain->iov, chain->out_num, at, to, len);
 }
 
 API size_t mic_vop_write(const struct mic_vop_chain *chain, size_t at, const void *from, size_t len)
 {
-	/* Read only: the direction says so. */
-	return move(chain->iov + chain->out_num, chain->in_num, at, (uint8_t *)(uintptr_t)from, len, false);
+	return mic_iov_write(chain->iov + chain->out_num, chain->in_num, at, from, len);
 }

@@ -103,14 +103,9 @@ void mic_blk_drv_destroy(struct mic_blk_drv *drv)
 	free(drv);
 }
 
-void mic_blk_drv_resize(struct mic_blk_drv *drv, uint64_t capacity)
-{
-	mic_store_release(&drv->capacity, capacity);
-}
-
 uint64_t mic_blk_drv_capacity(const struct mic_blk_drv *drv)
 {
-	return mic_load_acquire(&drv->capacity);
+	return drv->capacity;
 }
 
 uint64_t mic_blk_drv_features(const struct mic_blk_drv *drv)
@@ -295,7 +290,9 @@ static void collect(struct mic_blk_drv *drv)
 		while ((rc = mic_dq_get(drv->dq, &token, &len)) > 0) {
 			struct mic_blk_req *req = drv->inflight[token];
 
-			hand_back(drv, req, status_errno(drv->slots[token * SLOT_BYTES + STATUS_OFF]));
+			hand_back(
+				drv, req,
+				status_errno(mic_load_relaxed(&drv->slots[token * SLOT_BYTES + STATUS_OFF])));
 			any = true;
 		}
 		/* While somebody sleeps the device must go on interrupting. */

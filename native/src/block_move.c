@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "mic/barrier.h"
+#include "mic/iov.h"
 #include "mic/vring.h"
 
 #define MAX_IOV   1024u
@@ -35,20 +36,6 @@ struct mic_mover {
 	struct iovec iov[MAX_IOV];
 };
 
-/* Drop `bytes` from the front of a list. */
-static void skip(struct iovec **iov, unsigned *n, size_t bytes)
-{
-	while (*n && bytes >= (*iov)->iov_len) {
-		bytes -= (*iov)->iov_len;
-		(*iov)++;
-		(*n)--;
-	}
-	if (*n) {
-		(*iov)->iov_base = (uint8_t *)(*iov)->iov_base + bytes;
-		(*iov)->iov_len -= bytes;
-	}
-}
-
 static int move(int fd, struct iovec *iov, unsigned n, off_t off, bool write)
 {
 	while (n) {
@@ -66,7 +53,7 @@ static int move(int fd, struct iovec *iov, unsigned n, off_t off, bool write)
 			return 0;
 		}
 		off += rc;
-		skip(&iov, &n, (size_t)rc);
+		mic_iov_skip(&iov, &n, (size_t)rc);
 	}
 	return 0;
 }
@@ -157,7 +144,7 @@ static unsigned post_rest(struct mic_mover *m, int fd, struct iovec *iov, unsign
 
 	memcpy(m->iov, iov, n * sizeof *iov);
 	m->n = n;
-	skip(&rest, &m->n, at);
+	mic_iov_skip(&rest, &m->n, at);
 	memmove(m->iov, rest, m->n * sizeof *rest);
 	while (left) {
 		if (iov[keep].iov_len > left)

@@ -1,4 +1,4 @@
-/* Disk requests the way fault filters want them (block_dev.c is the only user). */
+/* Disk requests the way fault filters want them (block_dev.c, block_request.c). */
 #ifndef MIC_BLOCK_SICK_H
 #define MIC_BLOCK_SICK_H
 

@@ -33,8 +33,6 @@ struct mic_blk_dev;
 struct mic_blk_dev *mic_blk_dev_create(struct mic_vdev *vdev, int fd, uint64_t capacity, bool read_only,
 				       const char *serial);
 void mic_blk_dev_destroy(struct mic_blk_dev *dev);
-/* A new capacity, after the caller grew the image. */
-void mic_blk_dev_resize(struct mic_blk_dev *dev, uint64_t capacity);
 void mic_blk_dev_stats(const struct mic_blk_dev *dev, struct mic_blk_stats *out);
 /* Serve until Python is needed: enum mic_run, or -errno. A ring that breaks is flagged (VOP 11) and
  * the loop goes on; the card's reset repairs it. */
@@ -70,7 +68,6 @@ struct mic_blk_drv *mic_blk_drv_create(struct mic_vdrv *vdrv, uint64_t pool_addr
 void mic_blk_drv_stop(struct mic_blk_drv *drv);
 /* After all users were closed. */
 void mic_blk_drv_destroy(struct mic_blk_drv *drv);
-void mic_blk_drv_resize(struct mic_blk_drv *drv, uint64_t capacity);
 uint64_t mic_blk_drv_capacity(const struct mic_blk_drv *drv);
 uint64_t mic_blk_drv_features(const struct mic_blk_drv *drv);
 bool mic_blk_drv_stopped(const struct mic_blk_drv *drv);

@@ -61,13 +61,16 @@ static void take_fds(struct vop_wire *w, struct msghdr *msg)
 
 static int fill(struct vop_wire *w)
 {
-	char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+	union {
+		struct cmsghdr align;
+		char bytes[CMSG_SPACE(MAX_FDS * sizeof(int))];
+	} control;
 	struct iovec iov = {.iov_base = w->in + w->have, .iov_len = sizeof w->in - w->have};
 	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
 
 	if (!iov.iov_len)
 		return -EPROTO;
-	msg.msg_control = control;
+	msg.msg_control = &control;
 	msg.msg_controllen = sizeof control;
 	ssize_t n = recvmsg(w->sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 

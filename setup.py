@@ -57,7 +57,7 @@ LIBRARIES = (
     Library("scif", "SCIF, the Symmetric Communication Interface (emulated)", ("scif.h",), "libscif"),
     Library(
         "micvop", "Backends of virtio devices for an emulated MIC X100", ("mic_vop.h", "mic/layout_gen.h"), "libmicvop",
-        ("bus", "bus_irq", "bus_dma", "shm", "vdev", "vring_dev", "vring_drv", "copy_desc",
+        ("bus", "bus_irq", "bus_dma", "shm", "spin", "vdev", "vring_dev", "vring_drv", "copy_desc",
             "dma_drv", "dma_submit", "dma_desc", "fault", "fault_late"),
     ),
 )  # fmt: skip

@@ -211,12 +211,6 @@ int mic_vq_pop(struct mic_vq *vq, struct mic_chain *chain, struct iovec *iov, un
 	return 1;
 }
 
-void mic_vq_unpop(struct mic_vq *vq, unsigned n)
-{
-	vq->last_avail = (uint16_t)(vq->last_avail - n);
-	vq->popped -= n;
-}
-
 void mic_vq_fill(struct mic_vq *vq, uint16_t head, uint32_t len)
 {
 	if (!vq->used)

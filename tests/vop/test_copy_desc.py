@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
+from mic_emu.bar import drain
 from mic_emu.dma import DmaChannel, DmaMemory
 from mic_emu.testing.rings import DRIVER_OK, NEEDS_RESET, NEXT, SMPT_BASE, FakeDevice, FakeDriver, Rig, Seg
 
@@ -134,7 +135,7 @@ def test_vop_23_three_calls_one_completion(copier: Copier) -> None:
     assert copier.run(head) == (0, 16)
     assert copier.run(data) == (0, 512)
     assert copier.published == (0, 0)
-    lib.mic_drain_fd(line)
+    drain(line)
     assert copier.run(bytearray(b"\x07"), update=True) == (0, 1)
     assert copier.published == (1, 1)
     assert copier.dev.vdev.interrupts == 1

@@ -11,6 +11,7 @@ import pytest
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
+from mic_emu.bar import drain
 from mic_emu.testing.rings import (
     DRIVER_OK,
     EVENT_IDX,
@@ -154,18 +155,6 @@ def test_fill_appears_at_once(pair: Pair) -> None:
     assert pair.drv.get() is None
     lib.mic_vq_publish(pair.dev.vq[0])
     assert [pair.drv.get() for _ in range(4)] == [(0, 1), (1, 1), (2, 1), None]
-
-
-def test_unpop_gives_the_chains_back(pair: Pair) -> None:
-    """Chains that were popped and put back are popped again, in order."""
-    for k in range(3):
-        pair.drv.add([], [(0x1000 * (k + 1), 64)], token=k)
-    first = [pair.dev.pop(), pair.dev.pop()]
-    lib.mic_vq_unpop(pair.dev.vq[0], 2)
-    assert [pair.dev.pop(), pair.dev.pop()] == first
-    third = pair.dev.pop()
-    assert third is not None
-    assert third.writable == ((0x3000, 64),)
 
 
 # --- hostile or broken card --------------------------------------------------------------------
@@ -400,7 +389,7 @@ def test_vop_28_interrupt_suppression(plain: Pair) -> None:
         plain.dev.push(chain.head, 0)
         lib.mic_vdev_complete(plain.dev.vdev, plain.dev.vq[0])
         assert readable(line) is rings
-        lib.mic_drain_fd(line)
+        drain(line)
         assert not readable(line)
 
 

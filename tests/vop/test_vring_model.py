@@ -40,7 +40,7 @@ class RingModel(RuleBasedStateMachine):
     def empty(self, index: int) -> None:
         """Nothing is in flight; all indices of both sides stand at ``index``."""
         self.added = self.pushed = index
-        self.free, self.since_push = self.num, 0
+        self.free = self.num
         self.available: deque[tuple[int, list[tuple[int, int]], list[tuple[int, int]]]] = deque()
         self.popped: list[tuple[int, int, list[tuple[int, int]], list[tuple[int, int]]]] = []
         self.used: deque[tuple[int, int, int]] = deque()
@@ -93,22 +93,11 @@ class RingModel(RuleBasedStateMachine):
         assert list(chain.readable) == readable
         assert list(chain.writable) == writable
         self.popped.append((chain.head, token, readable, writable))
-        self.since_push += 1
-
-    @precondition(lambda self: getattr(self, "since_push", 0))
-    @rule()
-    def unpop(self) -> None:
-        """Defined for what was popped since the last completion."""
-        self.since_push -= 1
-        lib.mic_vq_unpop(self.dev.vq[0], 1)
-        _, token, readable, writable = self.popped.pop()
-        self.available.appendleft((token, readable, writable))
 
     @precondition(lambda self: self.popped)
     @rule(data=st.data(), fill=st.integers(0, 1 << 20))
     def push(self, data: st.DataObject, fill: int) -> None:
         head, token, _, writable = self.popped.pop(data.draw(st.integers(0, len(self.popped) - 1)))
-        self.since_push = 0
         self.pushed += 1
         self.dev.push(head, fill)
         room = sum(n for _, n in writable)

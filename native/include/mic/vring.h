@@ -96,8 +96,6 @@ int mic_vq_init(struct mic_vq *vq, struct mic_bus *bus, uint64_t block_off, uint
  * than num, VOP-49), -ENXIO (work, but no used ring; VOP-47), -ENOSPC (more than max segments). A broken ring
  * returns its errno again. */
 int mic_vq_pop(struct mic_vq *vq, struct mic_chain *chain, struct iovec *iov, unsigned max);
-/* Put back the last n chains popped and not completed (a packet found too few receive buffers). */
-void mic_vq_unpop(struct mic_vq *vq, unsigned n);
 /* Complete a chain; len = bytes written into its writable part. Publishes used.idx. */
 void mic_vq_push(struct mic_vq *vq, uint16_t head, uint32_t len);
 /* The same in two steps, for a batch that must appear at once (mergeable receive buffers). */
@@ -238,8 +236,7 @@ int mic_vdrv_init(struct mic_vdrv *drv, struct mic_bus *bus, int irq_fd, int sto
 void mic_vdrv_fini(struct mic_vdrv *drv);
 /* Kick if what was added wants it. */
 void mic_vdrv_kick(struct mic_vdrv *drv, struct mic_dq *dq);
-/* As mic_vdev_spin() and mic_vdev_sleep(), for completions: bit 0 interrupt, 1 stop_fd, 2.. extra. */
-bool mic_vdrv_spin(struct mic_vdrv *drv);
+/* As mic_vdev_sleep(), for completions: bit 0 interrupt, 1 stop_fd, 2.. extra. */
 int mic_vdrv_sleep(struct mic_vdrv *drv, const int *extra, unsigned n, int timeout_ms);
 
 /* An edge-triggered view of an eventfd line: a descriptor that is readable when the line was rung
@@ -250,8 +247,6 @@ void mic_line_take(int line_fd);
 /* Block in poll(2) on fds[0..n), n <= 8, for at most timeout_ms (-1 = for ever). Returns a bit mask
  * of the ready descriptors, 0 on time-out, -errno. */
 int mic_wait_fds(const int *fds, unsigned n, int timeout_ms);
-/* Clear an eventfd (non-blocking). */
-void mic_drain_fd(int fd);
 /* cffi-end */
 
 #endif

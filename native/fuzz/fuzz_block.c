@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "../test/lab.h"
+#include "fuzz.h"
 #include "mic/block.h"
 
 #define GDDR     (1 * MIB)
@@ -70,7 +71,6 @@ static size_t add_request(const uint8_t *data, size_t size)
 	return 1 + 3 * n;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	uint8_t tail[MIC_BLK_SECTOR];

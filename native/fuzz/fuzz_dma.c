@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../test/lab.h"
+#include "fuzz.h"
 #include "mic/dma.h"
 
 #define GDDR   (128 * KIB)
@@ -19,14 +20,6 @@
 
 static struct lab lab;
 static uint8_t before[2 * MIB], source[2 * MIB];
-
-#define REQUIRE(cond)                                                                                        \
-	do {                                                                                                 \
-		if (!(cond)) {                                                                               \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
-			abort();                                                                             \
-		}                                                                                            \
-	} while (0)
 
 enum place { NOWHERE, IN_GDDR, IN_HOST, IN_MMIO };
 
@@ -199,8 +192,6 @@ static void set_up(const uint8_t *data)
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
 	(void)argc;

@@ -15,6 +15,7 @@
 #include <sys/un.h>
 
 #include "../test/lab.h"
+#include "fuzz.h"
 #include "mic/nbd.h"
 
 #define GDDR     (8 * MIB)
@@ -123,7 +124,6 @@ static void send_all(int fd, const void *bytes, size_t len)
 	}
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct mic_nbd_stats stats;

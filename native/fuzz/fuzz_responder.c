@@ -10,14 +10,7 @@
 #include <stdlib.h>
 
 #include "../src/responder.h"
-
-#define REQUIRE(cond)                                                                                        \
-	do {                                                                                                 \
-		if (!(cond)) {                                                                               \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
-			abort();                                                                             \
-		}                                                                                            \
-	} while (0)
+#include "fuzz.h"
 
 #define CARD_IP  0xac1f0101u /* 172.31.1.1 */
 #define HOST_IP  0xac1f01feu
@@ -179,8 +172,6 @@ static void step(struct mic_resp *r, uint8_t op, const uint8_t *p, uint32_t len)
 	}
 	check_frames(r);
 }
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {

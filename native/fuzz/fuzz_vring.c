@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../test/lab.h"
+#include "fuzz.h"
 #include "mic/vring.h"
 
 #define GDDR    (256 * KIB)
@@ -21,14 +22,6 @@
 #define MAX_IOV 256u
 
 static struct lab lab;
-
-#define REQUIRE(cond)                                                                                        \
-	do {                                                                                                 \
-		if (!(cond)) {                                                                               \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #cond);                           \
-			abort();                                                                             \
-		}                                                                                            \
-	} while (0)
 
 struct model {
 	unsigned num, table_entries, max;
@@ -196,7 +189,6 @@ static void fill(struct model *m, const uint8_t *data, size_t size)
 	memcpy(mic_bus_gddr(lab.bus) + TABLE, m->table, sizeof m->table);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct model m;

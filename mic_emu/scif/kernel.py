@@ -123,18 +123,24 @@ class KernelEndpoint(Endpoint):
         """Send what fits; returns the count, 0 when the ring is full. Raises ENOTCONN, ECONNRESET."""
         if not len(data):
             return 0
-        rings = self._data_state(sending=True)
+        rings, done, wanted = self._data_state(sending=True), 0, False
         try:
-            n = min(rings.room(), len(data))
-            if n:
-                rings.put(data[:n])
-                self._tell(Op.CLIENT_SENT)
-            if n < len(data):
-                rings.want_room()
+            while done < len(data):
+                n = min(rings.room(), len(data) - done)
+                if n:
+                    rings.put(data[done : done + n])
+                    done, wanted = done + n, False
+                elif wanted:
+                    break
+                else:  # and look again: who made room before we asked for it tells nobody
+                    rings.want_room()
+                    wanted = True
         except ScifError:
             self._damaged()
             raise ScifError(errno.ECONNRESET, "the peer damaged its ring") from None
-        return n
+        if done:
+            self._tell(Op.CLIENT_SENT)
+        return done
 
     async def send(self, data: bytes) -> int:
         """Send all of ``data``; returns the bytes sent, fewer only when the peer closed meanwhile."""
@@ -157,13 +163,15 @@ class KernelEndpoint(Endpoint):
             return b""
         rings = self._data_state(sending=False)
         try:
-            n = min(rings.used(), length)
-            data = (rings.get(n) if n else b"") or b""
+            data = rings.take(length)
+            if not data:  # and look again: who sent before we said so tells nobody
+                rings.drained()
+                data = rings.take(length)
+            elif not rings.used():
+                rings.drained()
         except ScifError:
             self._damaged()
             raise ScifError(errno.ECONNRESET, "the peer damaged its ring") from None
-        if n == 0 or not rings.used():
-            rings.drained()
         if not data and self.state is State.DISCONNECTED:
             raise ScifError(errno.ECONNRESET, "the peer has closed")
         if data and self.state is State.CONNECTED:
@@ -209,11 +217,22 @@ class KernelEndpoint(Endpoint):
             bits |= POLLHUP
         return bits
 
+    def _ask_for(self, events: int) -> None:
+        """Have a program at the other end tell of bytes and room from now on; what it did before, we look for."""
+        if self._rings is not None and self.state is State.CONNECTED:
+            if events & POLLIN:
+                self._rings.drained()
+            if events & POLLOUT:
+                self._rings.want_room()
+
     async def poll(self, events: int, timeout_s: float | None = None) -> int:
         """Wait until one of ``events``, POLLERR or POLLHUP holds; returns the mask, 0 after the time-out."""
         give_up = None if timeout_s is None else self.node.clock.monotonic() + timeout_s
         while True:
             bits = self.mask() & (events | POLLERR | POLLHUP)
+            if not bits:
+                self._ask_for(events)
+                bits = self.mask() & (events | POLLERR | POLLHUP)
             if bits:
                 return bits
             left = None if give_up is None else give_up - self.node.clock.monotonic()

@@ -94,11 +94,12 @@ class Rings:
         )
 
     def drained(self) -> None:
-        """A kernel client has read everything: programs notify it again for the next bytes."""
+        """A kernel client has read everything: programs notify it again for the next bytes. Before it waits it
+        looks once more: what came between its last look and this was not announced."""
         lib.mic_scif_kernel_drained(self.peer_page)
 
     def want_room(self) -> None:
-        """A kernel client waits for room: a program that reads notifies it."""
+        """A kernel client wants room: a program that reads from now on notifies it. Look again, as above."""
         lib.mic_scif_kernel_wants_room(self.peer_page)
 
     def room(self) -> int:
@@ -127,6 +128,11 @@ class Rings:
         _check(rc)
         lib.mic_scif_rx_release(self.rx)
         return bytes(ffi.buffer(out, length))
+
+    def take(self, length: int) -> bytes:
+        """Up to ``length`` bytes, b"" when there are none; releases them."""
+        n = min(self.used(), length)
+        return (self.get(n) or b"") if n else b""
 
 
 class Attachment:

@@ -7,12 +7,9 @@
 #ifndef LIBSCIF_FENCE_H
 #define LIBSCIF_FENCE_H
 
-#include <linux/membarrier.h>
 #include <stdbool.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include "mic/barrier.h"
+#include "mic/membarrier.h"
 
 extern bool cheap_fence; /* this process is registered */
 
@@ -26,8 +23,7 @@ static inline void light_fence(void)
 
 static inline void heavy_fence(void)
 {
-	mic_full_fence();
-	(void)syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0);
+	mic_fence_everywhere();
 }
 
 #endif

@@ -13,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "mic/barrier.h"
+#include "mic/membarrier.h"
 #include "mic/scif_abi.h"
 
 static void futex_wake(uint32_t *word)
@@ -128,13 +128,13 @@ uint64_t mic_scif_qp_magic(const struct mic_scif_qpage *qp)
 void mic_scif_kernel_drained(struct mic_scif_qpage *peer)
 {
 	mic_fetch_add(&peer->rx_epoch, 1);
-	mic_full_fence(); /* pairs with the fence after a program's commit */
+	mic_fence_everywhere(); /* pairs with the light fence after a program's commit */
 }
 
 void mic_scif_kernel_wants_room(struct mic_scif_qpage *peer)
 {
 	mic_store_release(&peer->tx_native, 1u);
-	mic_full_fence(); /* pairs with the fence after a program's release */
+	mic_fence_everywhere(); /* pairs with the light fence after a program's release */
 }
 
 /* --- readiness of a program's descriptor ------------------------------------------------------ */

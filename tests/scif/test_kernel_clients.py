@@ -509,3 +509,39 @@ def test_scif_tables_of_any_length_are_shown(tmp_path: Path) -> None:
         await service.close()
 
     run(body, cards=0)
+
+
+def test_scif_58_61_a_program_that_was_not_asked_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCIF-58, 61: programs tell a kernel client of bytes or room only after it asked. What happens between its
+    look and its question is seen, not waited for."""
+
+    async def body(fab: Fabric) -> None:
+        a, b = await pair(fab.host, fab.cards[0].node)
+        assert a._rings is not None
+        assert b._rings is not None
+        there, here = a._rings, b._rings  # `there` acts as a program would: without a message to the node
+        want_room, drained = here.want_room, here.drained
+
+        def read_first() -> None:
+            there.take(4096)
+            want_room()
+
+        def write_first() -> None:
+            monkeypatch.setattr(here, "drained", drained)
+            there.put(b"late")
+            drained()
+
+        monkeypatch.setattr(here, "want_room", read_first)
+        assert b.send_nowait(bytes(4095)) == 4095
+        assert await asyncio.wait_for(b.send(b"x"), 5) == 1
+        assert b.send_nowait(bytes(4094)) == 4094
+        assert await asyncio.wait_for(b.poll(select.POLLOUT), 5) == select.POLLOUT
+        monkeypatch.setattr(here, "drained", write_first)
+        assert await asyncio.wait_for(b.recv(4), 5) == b"late"
+        monkeypatch.setattr(here, "drained", write_first)
+        assert await asyncio.wait_for(b.poll(select.POLLIN), 5) == select.POLLIN
+        assert b.recv_nowait(9) == b"late"
+        there.take(4096)
+        await asyncio.gather(a.close(), b.close())
+
+    run(body)

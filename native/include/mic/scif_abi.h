@@ -119,9 +119,10 @@ uint64_t mic_scif_qp_magic(const struct mic_scif_qpage *qp);
 /* Bytes or room arrived: wake whoever sleeps in this endpoint's recv or send. */
 void mic_scif_wake_rx(struct mic_scif_qpage *qp);
 void mic_scif_wake_tx(struct mic_scif_qpage *qp);
-/* A kernel client is the receiver: it has drained the ring; `peer` is the sender's page. */
+/* A kernel client is the receiver: it has drained the ring; `peer` is the sender's page. It looks once more
+ * before it waits: what came meanwhile may not be announced. */
 void mic_scif_kernel_drained(struct mic_scif_qpage *peer);
-/* A kernel client is the sender and waits for room; `peer` is the receiver's page. */
+/* A kernel client is the sender and wants room; `peer` is the receiver's page. The same. */
 void mic_scif_kernel_wants_room(struct mic_scif_qpage *peer);
 
 enum { MIC_SCIF_COPY_LEFT = -2 };

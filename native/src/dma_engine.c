@@ -208,7 +208,7 @@ static int step(struct channel *ch)
 
 	if (!enabled(bus, c))
 		return 0;
-	/* Pairs with the exchange in write_dhpr(): descriptors below the head are written. */
+	/* Pairs with the exchange in mic_write_dhpr(): descriptors below the head are written. */
 	uint32_t head = read_reg(bus, MIC_REG_DHPR(c)), tail = read_reg(bus, MIC_REG_DTPR(c));
 
 	if (head == tail)

@@ -75,7 +75,8 @@ unsigned net_hold_count(const struct net_hold *h)
 bool net_hold_full(const struct net_hold *h, unsigned dir)
 {
 	/* Two frames of the largest size must fit: one and its duplicate. */
-	return h->queue[dir].count + 2 > MAX_FRAMES || h->queue[dir].bytes + 2 * 65664u > MAX_BYTES;
+	return h->queue[dir].count + 2 > MAX_FRAMES ||
+	       h->queue[dir].bytes + 2 * (MIC_NET_FRAME_MAX + MIC_NET_HDR_FULL) > MAX_BYTES;
 }
 
 /* Copy a frame in; one that finds no memory is lost, as on a wire. */

@@ -258,7 +258,7 @@ static void arm_timer(struct mic_resp *r)
 
 	if (next == r->armed)
 		return;
-	/* A ping that wants to go out now has a deadline in the past: 1 ns is not "off". */
+	/* 0 switches it off; a deadline in the past, of a ping that wants to go out now, fires at once. */
 	struct itimerspec at = {.it_value = {(time_t)(next / 1000000000u), (long)(next % 1000000000u)}};
 
 	timerfd_settime(r->timer_fd, TFD_TIMER_ABSTIME, &at, NULL);

@@ -90,7 +90,7 @@ void mic_pcap_frame(struct mic_pcap *p, const struct iovec *iov, unsigned n, uin
 {
 	uint64_t cap = len < PCAP_SNAPLEN ? len : PCAP_SNAPLEN;
 	uint64_t head = p->head;
-	/* Pairs with the release store in write_some(): that room is really free. */
+	/* Pairs with the release store in drain(): that room is really free. */
 	uint64_t room = p->size - (head - mic_load_acquire(&p->tail));
 
 	mic_store_relaxed(&p->captured, p->captured + 1);

@@ -41,7 +41,7 @@ static uint16_t *u16_at(uint8_t *base, uint32_t off)
 
 static uint16_t load_avail_idx(const struct mic_vq *vq)
 {
-	/* Pairs with the release store in mic_dq_add(): entries and descriptors are visible. */
+	/* Pairs with the release store in mic_dq_publish(): entries and descriptors are visible. */
 	return mic_load_acquire(u16_at(vq->avail, 2));
 }
 

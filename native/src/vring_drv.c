@@ -119,7 +119,7 @@ int mic_dq_stage(struct mic_dq *dq, const struct mic_seg *seg, unsigned out_num,
 
 void mic_dq_publish(struct mic_dq *dq)
 {
-	/* Pairs with the acquire load in mic_vq_pop(). */
+	/* Pairs with the acquire load in load_avail_idx() of the device. */
 	mic_store_release(u16_at(dq->avail, 2), dq->avail_idx);
 }
 

@@ -31,10 +31,12 @@ from mic_emu.scif.session import Session
 from mic_emu.scif.state import State
 
 if TYPE_CHECKING:
+    from mic_emu.clock import Alarm
     from mic_emu.scif.node import Node
 
 BACKLOG = 512
 REQUESTS = 256  # served before the loop goes on with something else
+RETRY_S = 0.5  # no descriptor for a program: one may be free again without our having closed it
 _WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
 _WATCH_INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -90,6 +92,8 @@ class ScifService:
         self._packet_c = ffi.new("uint8_t[]", lib.MIC_SCIF_PACKET)
         self._packet = memoryview(ffi.buffer(self._packet_c))
         self._when_empty: Callable[[], None] | None = None
+        self._short: int | None = None  # errno for want of which programs wait to be taken
+        self._retry: Alarm | None = None
         self._handlers: dict[int, Handler] = {
             lib.MIC_SCIF_BIND: self._bind,
             lib.MIC_SCIF_LISTEN: self._listen,
@@ -115,6 +119,7 @@ class ScifService:
     async def close(self) -> None:
         """Stop serving: every endpoint of a program is released, the socket is closed."""
         loop = asyncio.get_running_loop()
+        self._resume()
         loop.remove_reader(self.listener.fileno())
         loop.remove_reader(self._epoll.fileno())
         loop.remove_reader(self._requests.fileno())
@@ -135,19 +140,40 @@ class ScifService:
 
     def _on_connection(self) -> None:
         """Take new connections, at most as many as the socket queues."""
+        if self._retry is not None:
+            return
         for _ in range(BACKLOG + 1):
             fd = lib.mic_scif_accept(self.listener.fileno(), self._caller)
             if fd == -errno.ECONNABORTED:
                 continue
+            if fd == -errno.EAGAIN:
+                self._short = None
+                return
             if fd < 0:
-                if fd != -errno.EAGAIN:
-                    self.node.log.error(
-                        "node %d: cannot accept a program: %s", self.node.id, os.strerror(-fd)
-                    )
+                self._pause(-fd)
                 return
             self._fresh[fd] = (self._caller.pid, self._caller.uid)
             if not self._on_first(fd):  # it has usually spoken already
                 self._epoll.register(fd, _WATCH_INPUT)
+
+    def _pause(self, why: int) -> None:
+        """No descriptor: programs wait in the socket's queue until one is free. Said once per shortage."""
+        if self._short is None:
+            self.node.log.error(
+                "node %d: cannot take another program: %s; it waits until one ends",
+                self.node.id,
+                os.strerror(why),
+            )
+        self._short = why
+        asyncio.get_running_loop().remove_reader(self.listener.fileno())
+        self._retry = self.node.clock.alarm(RETRY_S, self._resume)
+
+    def _resume(self) -> None:
+        """A descriptor may be free: try again with the next round of the loop."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+            asyncio.get_running_loop().add_reader(self.listener.fileno(), self._on_connection)
 
     def look(self) -> None:
         """Handle whatever happened to endpoints up to now; also before a request that depends on it.
@@ -214,6 +240,7 @@ class ScifService:
         del self._controls[fd]
         self._requests.unregister(fd)
         control.close()
+        self._resume()
         self.node.look_at_copies()  # its process may have died in the middle of one
 
     def session(self, sid: int) -> Session | None:
@@ -241,6 +268,7 @@ class ScifService:
         if self._by_fd.get(fd) is session:
             del self._by_fd[fd]
             self._epoll.unregister(fd)
+            self._resume()
         if not self.sessions and self._when_empty is not None:
             self._when_empty()
 
@@ -263,6 +291,8 @@ class ScifService:
         if handler is None:
             raise ScifError(errno.EINVAL, f"unknown request {op}")
         session = self.session(sid)
+        if session is None and self._short is not None:
+            raise ScifError(errno.ENFILE, "its endpoint waits for a descriptor of ours")
         if session is None or session.released:
             raise ScifError(errno.EBADF, "no such endpoint")
         return handler(control, session, args, data)

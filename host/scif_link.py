@@ -18,6 +18,8 @@ from mic_emu.scif.node import Node
 
 C = L.CONSTANTS
 BOOT = L.BOOTPARAM
+SMPT_SHIFT: int = C["SMPT_SHIFT"]
+card_doorbell = BOOT.loader("h2c_scif_db")
 QUIET_MS = 200  # a descriptor takes less than one
 
 
@@ -33,7 +35,7 @@ class HostLink:
         self.driver = driver
         self.clock = clock
         self.log = log
-        self._mapped: list[int] = []
+        self._mapped: dict[int, int] = {}  # card address of the host memory behind each SMPT entry
         db = driver.irq.next_db()
         self._db = db
         self._irq = driver.irq.request(Kind.DB, db, "SCIF_INTR")
@@ -45,6 +47,7 @@ class HostLink:
             publish=self._publish,
             fetch=lambda: BOOT.get(driver.page, 0, "scif_card_dma_addr"),
             peer_memory=bus.gddr,
+            disturbed=bus.doorbells_disturbed,
             peer_fd=bus.fds[lib.MIC_FD_GDDR],
             quiesce=self._quiesce,
             peer_bank=True,
@@ -59,16 +62,22 @@ class HostLink:
         self.link.start()
 
     def _own_addr(self, off: int) -> int:
-        """Host memory as the card sees it: the identity entries of the SMPT (HW-6)."""
-        addr = self.driver.smpt.map(off, C["PAGE_SIZE"])
-        self._mapped.append(addr)
-        return addr
+        """Host memory as the card sees it: the identity entries of the SMPT (HW-6).
+
+        Mapped once for the life of the link: entries translate 16 GiB at a time.
+        """
+        entry = off >> SMPT_SHIFT
+        addr = self._mapped.get(entry) or self.driver.smpt.map(entry << SMPT_SHIFT, C["PAGE_SIZE"])
+        if not addr:
+            return 0
+        self._mapped[entry] = addr
+        return addr + (off - (entry << SMPT_SHIFT))
 
     def _peer_view(self, addr: int, length: int) -> View:
         return self.bus.gddr.sub(addr, length)
 
     def _ring(self) -> None:
-        self.bus.ring_card(BOOT.get(self.driver.page, 0, "h2c_scif_db"), C["FAULT_TARGET_SCIF"])
+        self.bus.ring_card(card_doorbell(self.driver.page, 0), C["FAULT_TARGET_SCIF"])
 
     def _publish(self, addr: int) -> None:
         """Doorbell first, then the address (HW 7 ring-back). When we leave only the address goes: the
@@ -105,6 +114,6 @@ class HostLink:
         """EXIT to the card when it still answers, then remove the node and free everything."""
         self._close_engine()
         await self.link.stop()
-        for addr in self._mapped:
+        for addr in self._mapped.values():
             self.driver.smpt.unmap(addr, C["PAGE_SIZE"])
         self._irq.free()

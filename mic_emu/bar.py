@@ -124,6 +124,10 @@ class Bus:
         """Registers to their reset values, doorbells in flight dropped (board process only)."""
         lib.mic_hw_reset(self.ptr)
 
+    def doorbells_disturbed(self) -> bool:
+        """Is a fault filter armed that acts on doorbells?"""
+        return bool(self.faults.load(0, 4) >> layout.CONSTANTS["FAULT_AT_DOORBELL"] & 1)
+
     def ring_host(self, db: int, source: int = 0) -> None:
         """The card rings host doorbell ``db``; unknown numbers are ignored (HW-18).
 

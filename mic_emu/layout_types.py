@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -88,6 +89,11 @@ class Struct:
         if f.fmt in "bhiq" and value >> (8 * f.size - 1):
             value -= 1 << (8 * f.size)
         return value
+
+    def loader(self, name: str) -> Callable[[Memory, int], int]:
+        """``get`` of an unsigned field, for what is read often: (memory, base) -> value."""
+        off, size = self[name].off, self[name].size
+        return lambda mem, base: mem.load(base + off, size)
 
     def put(self, mem: Memory, base: int, name: str, value: int) -> None:
         """Store one field with a single access (release)."""

@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import posix_ipc
@@ -98,7 +99,11 @@ class View:
     def __init__(self, pointer: Any, size: int) -> None:
         self.pointer = pointer
         self.size = size
-        self.buffer = ffi.buffer(pointer, size)
+
+    @cached_property
+    def buffer(self) -> Any:
+        """The bytes, as cffi shows them."""
+        return ffi.buffer(self.pointer, self.size)
 
     def _check(self, off: int, length: int) -> None:
         if off < 0 or length < 0 or off + length > self.size:

@@ -14,6 +14,7 @@ from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.node import Node
 
 BOOT = L.BOOTPARAM
+host_doorbell = BOOT.loader("c2h_scif_db")
 
 
 class CardLink:
@@ -29,11 +30,12 @@ class CardLink:
         ports = LinkPorts(
             own_addr=lambda off: off,  # card physical addresses are what the host uses
             peer_view=bus.card_view,
-            ring=lambda: bus.ring_host(BOOT.get(page, 0, "c2h_scif_db"), L.CONSTANTS["FAULT_TARGET_SCIF"]),
+            ring=lambda: bus.ring_host(host_doorbell(page, 0), L.CONSTANTS["FAULT_TARGET_SCIF"]),
             doorbell_fd=self._line.fd,
             publish=self._publish,
             fetch=lambda: BOOT.get(page, 0, "scif_host_dma_addr"),
             peer_memory=bus.host,
+            disturbed=bus.doorbells_disturbed,
             peer_fd=bus.fds[lib.MIC_FD_HOST],
         )
         self.link: Link = node.add_link(0, ports)

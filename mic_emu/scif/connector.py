@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_emu.scif.errors import ScifError
-from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.state import State
 
@@ -43,8 +42,7 @@ class Attempt:
         self.ep = ep
         self._path = path
         self._done = done
-        clock = ep.node.clock
-        self._limit = clock.alarm(clock.api(NODE_ALIVE_S), self._give_up)
+        self._limit = ep.node.answers.start(self._give_up)
 
     def _end(self, error: ScifError | None) -> None:
         self._limit.cancel()

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from mic_emu.scif import qp as queue
 from mic_emu.scif.connector import Attempt, Done, check_connect
 from mic_emu.scif.errors import Late, ScifError
-from mic_emu.scif.limits import NODE_ALIVE_S
 from mic_emu.scif.ports import ADMIN_END
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.rma import Copies
@@ -24,8 +23,8 @@ from mic_emu.scif.state import State
 from mic_emu.scif.windows import Windows
 
 if TYPE_CHECKING:
-    from mic_emu.clock import Alarm
     from mic_emu.scif.acceptor import Accept
+    from mic_emu.scif.deadlines import Deadline
     from mic_emu.scif.node import Node
     from mic_emu.scif.paths import Path
 
@@ -55,19 +54,34 @@ class Endpoint:
         self.qp: queue.QueuePair | None = None
         self.link: queue.Attachment | None = None  # the peer's queue pair
         self.slot = -1  # our bit in the node's notify page
-        self.windows = Windows(self)
+        self._windows: Windows | None = None
         self.questions = 0  # to the peer's node, not answered yet
-        self.copies = Copies(self)
+        self._copies: Copies | None = None
+        self.released = False  # nothing new: its owner is done with it
         self.backlog = 0
         self.pending: deque[Request] = deque()
         self.accepts: deque[Accept] = deque()  # accept calls that wait for a request
         self.attempt: Attempt | None = None  # our request, until it is answered
         self.accept_call: Accept | None = None  # it granted us, until the connector confirms
         self._gone: Callable[[], None] | None = None  # the peer's DISCNCT_ACK
-        self._limit: Alarm | None = None
+        self._limit: Deadline | None = None
         self._serving = False
         self._was_connected = self._was_closed = self._peer_closed = False
         node.endpoints[self.id] = self
+
+    @property
+    def windows(self) -> Windows:
+        """Both lists; most endpoints never have any."""
+        if self._windows is None:
+            self._windows = Windows(self)
+        return self._windows
+
+    @property
+    def copies(self) -> Copies:
+        """What DMA channels do for it."""
+        if self._copies is None:
+            self._copies = Copies(self)
+        return self._copies
 
     def __repr__(self) -> str:
         return f"<scif {self.node.id}:{self.port} {self.state.name} peer {self.peer[0]}:{self.peer[1]}>"
@@ -158,6 +172,7 @@ class Endpoint:
         attempt = self.attempt = Attempt(self, path, done)
         self.set_state(State.CONNECTING)
         path.send(Msg(Op.CNCT_REQ, (self.node.id, self.port), dst, self.id, path.own_addr(qp.offset)))
+        self.node.linger.expect()
         return attempt
 
     def on_grant(self, msg: Msg) -> None:
@@ -214,7 +229,8 @@ class Endpoint:
                 self.node.queue_pairs.retire(self.qp)
             self.qp = None
             self.slot = -1
-            self.windows.lists.look()
+            if self._windows is not None:
+                self._windows.lists.look()
 
     # --- what the peer did, and checks ------------------------------------------------------------
 
@@ -234,7 +250,7 @@ class Endpoint:
     @property
     def leaving(self) -> bool:
         """Is its owner done with it?"""
-        return self.windows.released
+        return self.released
 
     @property
     def copiers_died(self) -> bool:
@@ -304,7 +320,11 @@ class Endpoint:
         self.stop_listening()
         if self.attempt is not None:
             self.attempt.withdraw(errno.EINTR)
-        self.windows.release(lambda: self._part(done))
+        self.released = True
+        if self._windows is None:
+            self._part(done)
+        else:
+            self._windows.release(lambda: self._part(done))
 
     def _part(self, done: Callable[[], None]) -> None:
         if self.state is not State.CONNECTED or self.path is None:
@@ -313,8 +333,9 @@ class Endpoint:
             return
         self._gone = done
         self.set_state(State.CLOSING)
-        self._limit = self.node.clock.alarm(self.node.clock.api(NODE_ALIVE_S), self.on_disconnect_ack)
+        self._limit = self.node.answers.start(self.on_disconnect_ack)
         self._say_closed()
+        self.node.linger.expect()
 
     @property
     def _peer_is_open(self) -> bool:

@@ -46,6 +46,7 @@ class LinkPorts:
     peer_memory, peer_fd: the peer's whole memory, for programs that map parts of it.
     quiesce: the peer is about to be lost; stop its DMA channels before pages that they reach are freed.
     keep: takes what frees such pages, when the channels could not be stopped.
+    disturbed: fault filters act on doorbells: what has not been rung for must not be found.
     peer_bank: the peer is a card: its windows lie in the window bank behind its memory.
     """
 
@@ -59,6 +60,7 @@ class LinkPorts:
     peer_fd: int = -1
     quiesce: Callable[[], None] = lambda: None
     keep: Callable[[Callable[[], None]], None] = _now
+    disturbed: Callable[[], bool] = lambda: False
     peer_bank: bool = False
 
 
@@ -93,7 +95,7 @@ class Link:
             self.node.memory, self.node.allocator, queue.NODE_RING, self.ports.own_addr
         )
         drain(self.ports.doorbell_fd)
-        asyncio.get_running_loop().add_reader(self.ports.doorbell_fd, self._on_doorbell)
+        asyncio.get_running_loop().add_reader(self.ports.doorbell_fd, self.on_doorbell)
         self._reading = True
         self.ports.publish(self.ports.own_addr(self.qp.offset))
         self._poller = self.node.spawn(self._find_peer(), f"find node {self.peer_id}")
@@ -122,8 +124,9 @@ class Link:
         except ScifError as e:
             self.log.warning("node %d: cannot attach to node %d: %s", self.node.id, self.peer_id, e)
             return False
+        self.node.attached()
         self.send(Msg(Op.INIT, (self.node.id, 0), (self.peer_id, 0)))
-        self._on_doorbell()  # the peer may have been first
+        self.on_doorbell()  # the peer may have been first
         return True
 
     def close(self) -> None:
@@ -138,7 +141,9 @@ class Link:
             self._retry.cancel()
             self._retry = None
         self._backlog.clear()
-        self.rings = None
+        if self.rings is not None:
+            self.rings = None
+            self.node.attached()
         if self.qp:
             self.qp.free()
             self.qp = None
@@ -210,11 +215,16 @@ class Link:
             return
         self._schedule_retry(give_up)
 
-    def _on_doorbell(self) -> None:
+    def on_doorbell(self) -> None:
+        """The peer has rung."""
         drain(self.ports.doorbell_fd)
         if self.rings is None:
             self.poke()
             return
+        self.take()
+
+    def take(self) -> None:
+        """Handle what the peer has sent, rung or not."""
         for _ in range(BATCH):
             rings = self.rings
             if rings is None:
@@ -229,18 +239,15 @@ class Link:
             if frame is None:
                 return
             self.received += 1
-            self._handle(frame)
-        asyncio.get_running_loop().call_soon(self._on_doorbell)
-
-    def _handle(self, frame: bytes) -> None:
-        msg = Msg.unpack(frame)
-        if self.node.trace:
-            self.log.debug("recv %s", msg)
-        try:
-            self.node.handle(msg, self)
-        except (ScifError, KeyError, ValueError, IndexError, OSError) as e:
-            self.dropped += 1
-            self.node.log_dropped(msg, f"node {self.peer_id}", e)
+            msg = Msg.unpack(frame)
+            if self.node.trace:
+                self.log.debug("recv %s", msg)
+            try:
+                self.node.handle(msg, self)
+            except (ScifError, KeyError, ValueError, IndexError, OSError) as e:
+                self.dropped += 1
+                self.node.log_dropped(msg, f"node {self.peer_id}", e)
+        asyncio.get_running_loop().call_soon(self.take)
 
     # --- path to the peer ---------------------------------------------------------------------
 

@@ -16,10 +16,13 @@ from typing import Any, Protocol
 
 from mic_emu.clock import Clock
 from mic_emu.memory import PageAllocator, View
+from mic_emu.scif.deadlines import Deadlines
 from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import Late, ScifError
 from mic_emu.scif.fences import Fences
 from mic_emu.scif.kernel import KernelEndpoint
+from mic_emu.scif.limits import NODE_ALIVE_S
+from mic_emu.scif.linger import Linger
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.lists import Lists
 from mic_emu.scif.membership import HOST, Membership, PeerCallback
@@ -67,12 +70,14 @@ class Node:
         self.memory_fd = allocator.fd
         self.clock = clock or Clock()
         self.log: Logger = log or logging.getLogger("micemu.scif")
+        self.answers = Deadlines(self.clock, self.clock.api(NODE_ALIVE_S))  # of connects and closes
         self.trace = False  # log every message (SCIF 3.8)
         self.ports = Ports()
         self.endpoints: dict[int, Endpoint] = {}
         self.draining: set[Lists] = set()  # window lists with copies that somebody waits for
         self.listeners: dict[int, Endpoint] = {}
         self.links: dict[int, Link] = {}
+        self.linger = Linger()
         self.notifier = Notifier(self)
         self.queue_pairs = QueuePairs(self)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -138,6 +143,10 @@ class Node:
         self.links[peer_id] = link
         return link
 
+    def attached(self) -> None:
+        """A link has got its rings, or has lost them."""
+        self.linger.set_links([link for link in self.links.values() if link.rings is not None])
+
     async def close(self) -> None:
         """Leave: every link orderly down, every task ended."""
         for link in list(self.links.values()):
@@ -148,9 +157,11 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.queue_pairs.close()
+        self.answers.close()
         self.pages.close()
         self.members.close()
         self.notifier.stop()
+        self.linger.close()
 
     # --- what endpoints and links use ---------------------------------------------------------
 

@@ -25,6 +25,7 @@ EP_CAPACITY: int = layout.CONSTANTS["SCIF_EP_CAPACITY"]
 
 _QPAGE, _CTL = ffi.typeof("struct mic_scif_qpage *"), ffi.typeof("struct mic_scif_ctl *")
 _TX, _RX = ffi.typeof("struct mic_scif_tx *"), ffi.typeof("struct mic_scif_rx *")
+SHORT = 64  # bytes: room for a node message
 OwnAddr = Callable[[int], int]
 PeerView = Callable[[int, int], View]
 
@@ -52,10 +53,22 @@ class QueuePair:
         cls, memory: View, allocator: PageAllocator, ring_size: int, own_addr: OwnAddr, extra: int = 0
     ) -> QueuePair:
         """Allocate and initialise. Raises OutOfNodeMemory (ENOMEM)."""
-        off = allocator.alloc(PAGE + ring_size + extra)
-        qp = cls(memory, allocator, off, ring_size)
-        lib.mic_scif_qp_init(qp.page, own_addr(qp.ring_offset), own_addr(off))
+        qp = cls.reserve(memory, allocator, ring_size, extra)
+        qp.publish(own_addr)
         return qp
+
+    @classmethod
+    def reserve(cls, memory: View, allocator: PageAllocator, ring_size: int, extra: int = 0) -> QueuePair:
+        """The pages only, all zero. Raises OutOfNodeMemory (ENOMEM)."""
+        return cls(memory, allocator, allocator.alloc(PAGE + ring_size + extra), ring_size)
+
+    def wipe(self) -> None:
+        """Nothing of a connection is left in an endpoint's queue pair, ring and control page."""
+        lib.mic_scif_qp_wipe(self.page, PAGE + self.ring_size + PAGE)
+
+    def publish(self, own_addr: OwnAddr) -> None:
+        """Whoever finds the page, all zero so far, may attach."""
+        lib.mic_scif_qp_init(self.page, own_addr(self.ring_offset), own_addr(self.offset))
 
     def announce(self, notify_addr: int, slot: int) -> None:
         """Tell the peer how to reach our notify page, and our slot in it."""
@@ -89,6 +102,7 @@ class Rings:
         self.peer_page = peer_page
         self.tx: Any = ffi.new(_TX)
         self.rx: Any = ffi.new(_RX)
+        self._short = ffi.new("char[]", SHORT)
         lib.mic_scif_rings_init(
             self.tx, self.rx, own.page, peer_page, peer_ring.pointer, own.ring_size, own.capacity
         )
@@ -112,22 +126,21 @@ class Rings:
 
     def put(self, data: bytes | bytearray | memoryview) -> bool:
         """Send all of ``data`` and publish it; False when there is no room for all of it."""
-        rc = lib.mic_scif_tx_put(self.tx, ffi.from_buffer(data), len(data))
+        rc = lib.mic_scif_tx_send(self.tx, data if type(data) is bytes else ffi.from_buffer(data), len(data))
         if rc == -errno.EAGAIN:
             return False
         _check(rc)
-        lib.mic_scif_tx_commit(self.tx)
         return True
 
     def get(self, length: int) -> bytes | None:
         """Take exactly ``length`` bytes and release them; None when fewer are there."""
-        out = ffi.new("uint8_t[]", length)
-        rc = lib.mic_scif_rx_get(self.rx, out, length)
+        out = self._short if length <= SHORT else ffi.new("char[]", length)
+        rc = lib.mic_scif_rx_take(self.rx, out, length)
         if rc == -errno.EAGAIN:
             return None
         _check(rc)
-        lib.mic_scif_rx_release(self.rx)
-        return bytes(ffi.buffer(out, length))
+        data: bytes = ffi.unpack(out, length)
+        return data
 
     def take(self, length: int) -> bytes:
         """Up to ``length`` bytes, b"" when there are none; releases them."""

@@ -8,6 +8,7 @@ first), or its node is lost.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mic_emu.scif.paths import Path
 
 RETIRE_S = 0.5
+CLEAN = 2  # kept ready while connections come: to wipe or reserve one takes a tenth of a connect's time
 
 
 class QueuePairs:
@@ -29,25 +31,54 @@ class QueuePairs:
         self.node = node
         self._held: dict[int, tuple[int, queue.QueuePair]] = {}  # by endpoint: the peer's node
         self._retired: deque[tuple[float, queue.QueuePair]] = deque()
+        self._clean: list[queue.QueuePair] = []  # all zero, not published
+        self._cleaning = self._closed = False
         self._reaper: Alarm | None = None
 
     def __len__(self) -> int:
         """Those of closed endpoints that are not free yet."""
-        return len(self._held) + len(self._retired)
+        return len(self._held) + len(self._retired) + len(self._clean)
 
     def create(self, path: Path) -> queue.QueuePair:
-        """Queue pair, ring and control page of one endpoint. Raises OutOfNodeMemory."""
+        """Queue pair, ring and control page of one endpoint, all zero but for their heads.
+
+        One that has waited long enough is used again, wiped. Raises OutOfNodeMemory.
+        """
         self.node.notifier.start()
-        self._reap(self.node.clock.monotonic() - RETIRE_S)
+        if not self._cleaning:
+            self._cleaning = True
+            asyncio.get_running_loop().call_soon(self._prepare)
         try:
-            return self._create(path)
+            qp = self._clean.pop() if self._clean else self._reserve()
         except OutOfNodeMemory:
             self.free_retired()
-            return self._create(path)
+            qp = self._reserve()
+        qp.publish(path.own_addr)
+        return qp
 
-    def _create(self, path: Path) -> queue.QueuePair:
+    def _reserve(self) -> queue.QueuePair:
         node = self.node
-        return queue.QueuePair.create(node.memory, node.allocator, queue.EP_RING, path.own_addr, PAGE)
+        return queue.QueuePair.reserve(node.memory, node.allocator, queue.EP_RING, PAGE)
+
+    def _prepare(self) -> None:
+        """For the next connections, while this one waits for its peer."""
+        self._cleaning = False
+        before = self.node.clock.monotonic() - RETIRE_S
+        while len(self._clean) < CLEAN and not self._closed:
+            if self._retired and self._retired[0][0] <= before:
+                qp = self._retired.popleft()[1]
+                qp.wipe()
+            else:
+                try:
+                    qp = self._reserve()
+                except OutOfNodeMemory:
+                    return
+            self._clean.append(qp)
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._reaper is None:
+            self._reaper = self.node.clock.alarm(RETIRE_S, self._tick)
 
     def hold(self, ep_id: int, qp: queue.QueuePair, peer_node: int) -> None:
         """Endpoint ``ep_id`` is closed, its peer is not."""
@@ -72,15 +103,15 @@ class QueuePairs:
         """Free a queue pair after a while: a thread may be in a call although another closed the descriptor."""
         qp.end()
         self._retired.append((self.node.clock.monotonic(), qp))
-        if self._reaper is None:
-            self._reaper = self.node.clock.alarm(RETIRE_S, self._tick)
+        self._wait()
 
     def free_retired(self) -> None:
-        """Free what only waits for time to pass now."""
+        """Free what only waits for time to pass, or for use, now."""
         self._reap(float("inf"))
 
     def close(self) -> None:
         """The node leaves, and with it its memory."""
+        self._closed = True
         if self._reaper is not None:
             self._reaper.cancel()
         for peer_node in {n for n, _ in self._held.values()}:
@@ -92,9 +123,12 @@ class QueuePairs:
     def _tick(self) -> None:
         self._reaper = None
         self._reap(self.node.clock.monotonic() - RETIRE_S)
-        if self._retired:
-            self._reaper = self.node.clock.alarm(RETIRE_S, self._tick)
+        if self._retired or self._clean:
+            self._wait()
 
     def _reap(self, before: float) -> None:
         while self._retired and self._retired[0][0] <= before:
             self._retired.popleft()[1].free()
+        if not self._retired:
+            while self._clean:
+                self._clean.pop().free()

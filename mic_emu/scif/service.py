@@ -115,6 +115,11 @@ class ScifService:
         loop.add_reader(self.listener.fileno(), self._on_connection)
         loop.add_reader(self._epoll.fileno(), self.look)
         loop.add_reader(self._requests.fileno(), self._dispatch)
+        for fd in self._watched():
+            self.node.linger.watch(fd)
+
+    def _watched(self) -> tuple[int, ...]:
+        return self.listener.fileno(), self._epoll.fileno(), self._requests.fileno()
 
     async def close(self) -> None:
         """Stop serving: every endpoint of a program is released, the socket is closed."""
@@ -123,6 +128,8 @@ class ScifService:
         loop.remove_reader(self.listener.fileno())
         loop.remove_reader(self._epoll.fileno())
         loop.remove_reader(self._requests.fileno())
+        for fd in self._watched():
+            self.node.linger.unwatch(fd)
         self.listener.close()
         for control in list(self._controls.values()):
             control.close()
@@ -362,7 +369,7 @@ class ScifService:
 
     def _accept(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
         fresh = self.session(args[0])
-        if fresh is None or fresh is session or fresh.ep.state is not State.UNBOUND:
+        if fresh is None or fresh is session or not fresh.is_unbound:
             raise ScifError(errno.EINVAL, "no descriptor for the new endpoint")
         if session.ep.state is State.LISTENING and (args[1] or session.ep.pending):
             session.last_acceptor = control.process

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mic_emu.scif.service import ScifService
 
 EP_NONE, EP_CONNECTED, EP_DISCONNECTED = range(3)
-_PUBLIC = {State.CONNECTED: EP_CONNECTED, State.DISCONNECTED: EP_DISCONNECTED}
 
 
 class UserEndpoint(Endpoint):
@@ -55,12 +54,17 @@ class UserEndpoint(Endpoint):
     def changed(self) -> None:
         if self.qp is not None:
             self._publish_state(self.qp)
-        if self.pending and self.session is not None:
-            self.session.update_token()
         super().changed()
+        if self.pending and self.session is not None:  # no accept waits for it
+            self.session.update_token()
 
     def _publish_state(self, qp: queue.QueuePair) -> None:
-        state = _PUBLIC.get(self.state, EP_NONE)
+        if self.state is State.CONNECTED:
+            state = EP_CONNECTED
+        elif self.state is State.DISCONNECTED:
+            state = EP_DISCONNECTED
+        else:
+            state = EP_NONE
         if state == self._published:
             return
         if state == EP_NONE and self._published == EP_CONNECTED:
@@ -118,7 +122,7 @@ class Session:
         self.sid = sid
         self.cookie = cookie
         self.pid = pid
-        self.ep = UserEndpoint(service.node, self)
+        self._ep: UserEndpoint | None = None
         self.background: Background | None = None  # non-blocking connect, until it is collected
         self.accepting: dict[int, int] = {}  # accept calls that wait, by process
         self.copiers: set[int] = set()  # pids that mapped the connection
@@ -126,6 +130,18 @@ class Session:
         self.on_released: list[Callable[[], None]] = []  # what waits for the end of the release
         self.hung_up = False
         self._token = False
+
+    @property
+    def ep(self) -> UserEndpoint:
+        """The endpoint behind the descriptor. One that waits for an accept gets the connection's."""
+        if self._ep is None:
+            self._ep = UserEndpoint(self.node, self)
+        return self._ep
+
+    @property
+    def is_unbound(self) -> bool:
+        """Nothing was done with it yet."""
+        return self._ep is None or self._ep.state is State.UNBOUND
 
     # --- readiness of the descriptor --------------------------------------------------------------
 
@@ -240,9 +256,7 @@ class Session:
                 call.fail(ScifError(errno.EBADF, "the new descriptor is gone"))
             else:
                 assert isinstance(conn, UserEndpoint)
-                old, fresh.ep = fresh.ep, conn
-                old.session = None
-                old.destroy()
+                fresh.take(conn)
                 call.done(Reply((*conn.peer, self.surplus_token())))
 
         accept = Accept(self.ep, lambda: UserEndpoint(self.node, fresh), sync, done)
@@ -253,6 +267,13 @@ class Session:
 
         call.on_cancel = cancel
         accept.start()
+
+    def take(self, conn: UserEndpoint) -> None:
+        """An accept has ended: ``conn`` is behind the descriptor from now on."""
+        old, self._ep = self._ep, conn
+        if old is not None:
+            old.session = None
+            old.destroy()
 
     def flush(self, pid: int) -> None:
         """Process ``pid`` closes a descriptor of this listener: its accepts end, listening too if it
@@ -309,11 +330,15 @@ class Session:
             self._release()
 
     def _release(self) -> None:
-        self.ep.close_then(self._released)
+        if self._ep is None:
+            self._released()
+            return
+        self._ep.close_then(self._released)
         self.node.look_at_copies()  # its process may have died in the middle of one
 
     def _released(self) -> None:
-        self.ep.session = None
+        if self._ep is not None:
+            self._ep.session = None
         self.service.forget(self)
         os.close(self.fd)
         self.fd = -1

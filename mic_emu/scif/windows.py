@@ -46,7 +46,7 @@ class WindowTable:
     def of(self, ep_id: int, msg: Msg) -> Windows:
         """The windows of the endpoint that ``msg`` names. Raises ScifError ENOTCONN."""
         ep = self.node.endpoints.get(ep_id)
-        if ep is None or ep.peer[0] != msg.src[0] or ep.windows.released:
+        if ep is None or ep.peer[0] != msg.src[0] or ep.released:
             raise Late(errno.ENOTCONN, "no such endpoint")
         return ep.windows
 
@@ -97,7 +97,6 @@ class Windows:
         self.node = ep.node
         self.own: Space[Window] = Space()
         self.remote: Space[Window] = Space()
-        self.released = False  # the endpoint is being released: nothing new
         self.lists = Lists(ep)
 
     @property
@@ -136,7 +135,7 @@ class Windows:
         """The peer knows the window."""
         window.alive = True
         self.lists.changed()
-        if self.released:  # it came too late: the peer must let go of it again
+        if self.ep.released:  # it came too late: the peer must let go of it again
             self._withdraw(window, lambda _: done(ScifError(errno.ENOTCONN, "closed meanwhile")))
         else:
             done(None)
@@ -291,7 +290,6 @@ class Windows:
 
     def release(self, done: Callable[[], None]) -> None:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
-        self.released = True
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
         self._withdraw_all(self.own, lambda _: self._released(done))

@@ -108,6 +108,11 @@ void mic_scif_qp_init(struct mic_scif_qpage *qp, uint64_t local_buf, uint64_t lo
 	mic_store_release(&qp->magic, MIC_SCIF_QP_MAGIC);
 }
 
+void mic_scif_qp_wipe(struct mic_scif_qpage *qp, uint64_t bytes)
+{
+	memset(qp, 0, bytes);
+}
+
 void mic_scif_qp_notify(struct mic_scif_qpage *qp, uint64_t notify_addr, uint32_t slot)
 {
 	qp->notify_addr = notify_addr;

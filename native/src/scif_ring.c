@@ -76,6 +76,15 @@ void mic_scif_tx_commit(struct mic_scif_tx *tx)
 	mic_store_release(tx->windex, tx->write); /* pairs with look() of the receiver */
 }
 
+int mic_scif_tx_send(struct mic_scif_tx *tx, const void *data, uint32_t len)
+{
+	int rc = mic_scif_tx_put(tx, data, len);
+
+	if (rc == 0)
+		mic_scif_tx_commit(tx);
+	return rc;
+}
+
 int mic_scif_rx_used(struct mic_scif_rx *rx)
 {
 	int rc = look(rx->windex, rx->size, &rx->write);
@@ -106,4 +115,13 @@ int mic_scif_rx_get(struct mic_scif_rx *rx, void *data, uint32_t len)
 void mic_scif_rx_release(struct mic_scif_rx *rx)
 {
 	mic_store_release(rx->rindex, rx->read); /* pairs with look() of the sender */
+}
+
+int mic_scif_rx_take(struct mic_scif_rx *rx, void *data, uint32_t len)
+{
+	int rc = mic_scif_rx_get(rx, data, len);
+
+	if (rc == 0)
+		mic_scif_rx_release(rx);
+	return rc;
 }

@@ -471,7 +471,7 @@ def test_scif_135_a_full_node_queue_is_retried_then_given_up() -> None:
         for _ in range(count):
             card.host_link.send(Msg(Op.NODE_REMOVE_ACK, (0, 0), (1, 0)))
         before = card.card_link.received
-        loop.add_reader(card.bus.irq_fd(1), card.card_link._on_doorbell)
+        loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
         await eventually(lambda: card.card_link.received == before + count, "every message")
         assert card.host_link.dropped == 0
         assert not card.host_link.stuck

@@ -100,7 +100,7 @@ def test_scif_17_25_a_port_is_free_although_its_last_connection_was_only_being_m
             again = second.open()
             second.send(lib.MIC_SCIF_BIND, again, 700)
             await eventually(lambda: 700 not in fab.host.listeners, "the end of the listener")
-            loop.add_reader(card.bus.irq_fd(1), card.card_link._on_doorbell)
+            loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
             assert await second.answer() == (0, 700)
             second.kill()
             connect.cancel()
@@ -215,8 +215,8 @@ def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> No
             closing = asyncio.ensure_future(server.close())
             await eventually(lambda: server.state is State.CLOSING, "the release")
             assert records._granted
-            loop.add_reader(card.bus.irq_fd(1), card.card_link._on_doorbell)
-            card.card_link._on_doorbell()
+            loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
+            card.card_link.on_doorbell()
             await closing
             await eventually(lambda: not records._granted, "the card's answer")
             await client.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from scif_server import PACKAGE
 
+from mic_emu import scif
 from mic_emu.testing.machine import MICEMU, Machine
 
 pytestmark = pytest.mark.system
@@ -110,3 +111,22 @@ def test_scif_17_129_a_crashed_card_disconnects_host_programs(machine: Machine) 
     client.communicate()
     table = machine.micemu("scif", "endpoints", "host").stdout.splitlines()[1:]
     assert [line.split()[1:3] for line in table] == [["201", "listening"]]
+
+
+@pytest.mark.timeout(60)
+def test_hw_8_connections_leave_nothing_mapped_in_the_smpt(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link to a card maps host memory once, not again for each queue pair."""
+    machine.boot("--disk", "none", "--net", "none")
+    monkeypatch.setenv("MICEMU_SCIF_SOCKET", str(machine.run_dir / "scif.sock"))
+
+    def mapped() -> int:
+        rows = json.loads(machine.micemu("dump", "smpt", "mic0", "--json").stdout)
+        return sum(row["refs"] for row in rows)
+
+    before = mapped()
+    for _ in range(20):
+        with scif.Endpoint() as ep, pytest.raises(scif.ScifError):
+            ep.connect((1, 3999))
+    assert mapped() == before

@@ -112,6 +112,8 @@ uint32_t mic_scif_raise_gen(struct mic_scif_ctl *ctl);
 uint32_t mic_scif_busy(struct mic_scif_ctl *ctl, uint32_t classes);
 /* Set up a queue pair page: bus addresses of its ring and of itself. The magic comes last. */
 void mic_scif_qp_init(struct mic_scif_qpage *qp, uint64_t local_buf, uint64_t local_qp);
+/* Wipe a queue pair that nobody uses any more, `bytes` with its ring and control page. */
+void mic_scif_qp_wipe(struct mic_scif_qpage *qp, uint64_t bytes);
 /* How the peer reaches our notify page, and our bit in it. */
 void mic_scif_qp_notify(struct mic_scif_qpage *qp, uint64_t notify_addr, uint32_t slot);
 void mic_scif_qp_invalid(struct mic_scif_qpage *qp);

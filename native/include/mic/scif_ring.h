@@ -43,6 +43,8 @@ int mic_scif_tx_room(struct mic_scif_tx *tx);
 int mic_scif_tx_put(struct mic_scif_tx *tx, const void *data, uint32_t len);
 /* Publish what was put. */
 void mic_scif_tx_commit(struct mic_scif_tx *tx);
+/* Both in one. */
+int mic_scif_tx_send(struct mic_scif_tx *tx, const void *data, uint32_t len);
 
 /* Bytes that can be read, 0..size - 1, after a fresh look; -EPROTO as above. */
 int mic_scif_rx_used(struct mic_scif_rx *rx);
@@ -50,6 +52,16 @@ int mic_scif_rx_used(struct mic_scif_rx *rx);
 int mic_scif_rx_get(struct mic_scif_rx *rx, void *data, uint32_t len);
 /* Tell the sender that what was got may be overwritten. */
 void mic_scif_rx_release(struct mic_scif_rx *rx);
+/* Both in one. */
+int mic_scif_rx_take(struct mic_scif_rx *rx, void *data, uint32_t len);
+
+/* Looks for the answer to a message for at most `us` at a time; how often it may do so in vain is in
+ * linger.h. */
+struct mic_linger *mic_scif_linger_new(unsigned us);
+void mic_scif_linger_free(struct mic_linger *s);
+/* Look at `n` rings until one has something: its index. -1: no longer, or `work`, an epoll descriptor, has
+ * other work for the caller. */
+int mic_scif_linger(struct mic_linger *s, struct mic_scif_rx *const *rx, int n, int work);
 /* cffi-end */
 
 #endif

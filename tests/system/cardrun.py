@@ -127,7 +127,9 @@ class Card:
                 channel.send(request.message(), [files[0], files[1], files[1]])
                 answer, _ = channel.recv(30, "the program started")
                 if "error" in answer:
-                    return runproto.exit_code(answer["error"], answer["stage"]), f"mic0: {answer['message']}\n"
+                    return runproto.exit_code(
+                        answer["error"], answer["stage"]
+                    ), f"mic0: {answer['message']}\n"
                 status: int = channel.recv(30, "the program's end")[0]["exited"]
             return status, os.pread(files[1], 1 << 24, 0).decode()
         finally:

@@ -36,7 +36,6 @@ from mic_emu.scif.node import Node
 C = L.CONSTANTS
 BOOT_LIMIT = 240.0  # the specification's seconds until `boot` gives up; the state machine itself never does
 DEFAULT_FIRMWARE = "mic/uos.img"
-STATE_WORDS = {s.word: s for s in State}
 
 
 class Card:

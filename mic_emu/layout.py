@@ -17,7 +17,6 @@ from mic_emu.layout_types import Field, Reg, Struct
 # --- Registers of BAR 4 ------------------------------------------------------------------------
 
 MMIO_SIZE = 0x20000
-SBOX_BASE = 0x10000
 
 _DMA = 0x1A000
 _CHANNELS = {"count": 8, "stride": 0x40}

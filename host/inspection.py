@@ -149,8 +149,8 @@ def smpt(card: Card) -> list[dict[str, int]]:
 
 
 def interrupts(card: Card) -> list[dict[str, Any]]:
-    """Vectors with the sources mapped to them, who asked for them, and how often each was sent since power-on."""
-    irq, (counts, _) = card.driver.irq, card.bus.sent()
+    """Vectors with the sources mapped to them, who asked for them, and how often each was sent."""
+    irq, counts = card.driver.irq, card.bus.counts().vectors
     return [
         {
             "mode": irq.mode.value,
@@ -166,8 +166,8 @@ def interrupts(card: Card) -> list[dict[str, Any]]:
 
 
 def lines(card: Card) -> list[dict[str, Any]]:
-    """Interrupts towards the card: every line with how often it was signalled since power-on (HW 4.4)."""
-    _, counts = card.bus.sent()
+    """Interrupts towards the card: every line with how often it was signalled (HW 4.4)."""
+    counts = card.bus.counts().lines
     first = C["CARD_IRQ_DMA"]
     names = [
         f"doorbell {i}" if i < first else f"dma {C['DMA_HOST_CHANNELS'] + i - first}"

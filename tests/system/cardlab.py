@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 
 import mic_emu
@@ -96,15 +97,13 @@ def as_user() -> list[str]:
     """Command prefix that gives up root, empty when this is no root."""
     if os.geteuid():
         return []
-    if not shutil.which("setpriv"):
-        pytest.skip("setpriv is missing")
+    needs.programs("setpriv")
     return ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--"]
 
 
 def without_userns() -> list[str]:
     """Command prefix in which no further user namespace can be made."""
-    if not shutil.which("unshare"):
-        pytest.skip("unshare is missing")
+    needs.programs("unshare")
     script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     return ["unshare", "--user", "--map-root-user", "--", "sh", "-c", script, "sh"]
 

@@ -8,7 +8,7 @@ import random
 import socket
 import struct
 
-from fabric import fabric
+from fabric import eventually, fabric
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scif_server import Server, settled

@@ -89,9 +89,8 @@ def _features(kind: int, bits: bytes) -> list[str]:
 def vrings(card: Card) -> list[dict[str, Any]]:
     """Indices of every ring of every live device, and the chains that wait in it."""
     rows: list[dict[str, Any]] = []
-    backends = card.supervisor.backends if card.supervisor else []
-    names = {id(b.device): b.name for b in backends if b.device is not None}
-    for dev in card.vop.devices if card.vop else []:
+    names = {id(b.device): b.name for b in card.backends if b.device is not None}
+    for dev in card.vop_devices:
         num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
         for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
             avail = block + 16 * num

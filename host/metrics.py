@@ -122,9 +122,7 @@ def samples(instance: Instance) -> Iterator[Sample]:
 
 async def counters(instance: Instance, limit_s: float = 1.0) -> dict[tuple[str, str], dict[str, int]]:
     """What the backends counted, by card and device; one that does not answer in time is left out."""
-    asked = [
-        (c, b) for c in instance.cards.values() if c.supervisor for b in c.supervisor.backends if b.channel
-    ]
+    asked = [(c, b) for c in instance.cards.values() for b in c.backends if b.channel]
     replies = await asyncio.gather(
         *(b.call("stats", limit_s=limit_s) for _, b in asked), return_exceptions=True
     )

@@ -22,7 +22,7 @@ def uri(machine: Machine) -> str:
     return f"nbd+unix:///vda?socket={machine.card()['run_dir']}/vda.nbd"
 
 
-def ping(machine: Machine, count: int = 20) -> int:
+def ping(machine: Machine, count: int) -> int:
     """How many of the answers came."""
     out = machine.micemu("ping", "mic0", "-c", str(count), "--json", check=False).stdout
     return int(json.loads(out)["received"])
@@ -137,7 +137,7 @@ def test_os_kill_at_a_doorbell_strikes_at_exactly_that_one(machine: Machine) -> 
 
 def test_cosm_50_os_hang_is_found_by_the_watchdog(machine: Machine) -> None:
     """A card OS that stops dead sends no heartbeat: crashed; boot resets it, and the filter goes with it."""
-    machine.boot("--net", "none")
+    machine.boot("--timing", "test", "--net", "none")
     pid = machine.card()["pids"]["os"]
     fault = add_fault(machine, "os-hang")
     stat = Path(f"/proc/{pid}/stat")
@@ -188,7 +188,7 @@ def test_os_hang_at_a_doorbell_stops_the_card(machine: Machine) -> None:
 
 def test_cosm_50_heartbeat_stop_is_a_crash_of_a_living_card(machine: Machine) -> None:
     """COSM-50: without heartbeats the watchdog fires, although the card OS works; status names the fault."""
-    machine.boot("--net", "none")
+    machine.boot("--timing", "test", "--net", "none")
     with machine.fault("heartbeat-stop"):
         assert "heartbeat-stop" in machine.micemu("status").stdout
         machine.micemu("wait", "crashed", "--timeout", "25")
@@ -203,7 +203,7 @@ def test_ping_loses_packets_and_recovers(machine: Machine) -> None:
     machine.boot()
     assert ping(machine, 3) == 3
     with machine.fault("packet-loss", rate=0.5, seed=11) as fault:
-        assert ping(machine) < 20
+        assert ping(machine, 10) < 10
         assert 0 < fault.hits < fault.seen
         metrics = machine.micemu("metrics").stdout
         assert 'micemu_fault_hits_total{card="mic0",fault="1",kind="packet-loss"}' in metrics

@@ -510,7 +510,7 @@ def test_scif_135_a_stuck_queue_fails_connects_with_enodev() -> None:
         assert client.state is State.BOUND
         assert card.host_link.stuck
 
-    run(body, clock=Clock("fast", program=0.1))
+    run(body, clock=Clock("fast", program=0.02))
 
 
 def test_scif_tables_of_any_length_are_shown(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_mounts_of_a_program_stay_with_it(card: Card) -> None:
     before = cardlab.mounts()
     sh(card, "mount -t tmpfs x /mnt && touch /mnt/inside")
     assert "inside" not in sh(card, "ls /mnt")
-    assert cardlab.mounts() == before
+    assert not [m for m in cardlab.mounts() - before if " /mnt " in m]
 
 
 def test_old_root_is_out_of_reach(card: Card) -> None:

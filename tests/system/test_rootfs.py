@@ -270,12 +270,6 @@ def test_exposed_folders() -> None:
         shutil.rmtree(place)
 
 
-def test_root_is_built_quickly() -> None:
-    """Init is ready within a fraction of the boot's half second."""
-    with booted(ramdisk=ramdisk(*FILES)) as c:
-        assert c.hello["seconds"] < 0.25
-
-
 @pytest.mark.parametrize("where", ["lib/x", "sbin/x", "bin/x"])
 def test_merged_usr_links_are_kept(where: str) -> None:
     """A ramdisk that has files in /lib does not replace the host's link to /usr/lib."""

@@ -151,13 +151,14 @@ class Admin:
 
     async def _swap_disk(self, card: Card) -> None:
         """The card sees its disk go and the new one come."""
-        if card.supervisor is None:
+        if card.running is None:
             return
+        supervisor = card.running.supervisor
         fresh = block(card, "block", card.config) if card.config.disk != "none" else None
-        for backend in [b for b in card.supervisor.backends if b.name == "block"]:
-            await card.supervisor.remove(backend)
+        for backend in [b for b in supervisor.backends if b.name == "block"]:
+            await supervisor.remove(backend)
         if fresh:
-            card.supervisor.add(fresh)
+            supervisor.add(fresh)
 
     # --- a card's services ----------------------------------------------------------------------------
 

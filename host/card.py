@@ -1,4 +1,4 @@
-"""One card as the host process holds it: slot, board process, driver, COSM, SCIF link, devices."""
+"""One card as the host process holds it: slot, board process, driver, state machine, and what runs while it is up."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host.board import Board
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import check, extra_device, plan, swapped_block
+from mic_emu.host.devices import check
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.faults import CardFaults, configured
 from mic_emu.host.network import Network
 from mic_emu.host.policy import Policy
-from mic_emu.host.scif_link import HostLink
+from mic_emu.host.running import Running
 from mic_emu.host.spawn import Spawner
-from mic_emu.host.supervisor import Backend, Supervisor
-from mic_emu.host.vop import VopHost
-from mic_emu.host.vop_files import VopFiles
+from mic_emu.host.supervisor import Backend
+from mic_emu.host.vop import VopDevice
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
 from mic_emu.pciconfig import PciIdentity, build, revision_of
@@ -36,7 +35,6 @@ from mic_emu.scif.node import Node
 C = L.CONSTANTS
 BOOT_LIMIT = 240.0  # the specification's seconds until `boot` gives up; the state machine itself never does
 DEFAULT_FIRMWARE = "mic/uos.img"
-STATE_WORDS = {s.word: s for s in State}
 
 
 class Card:
@@ -60,10 +58,7 @@ class Card:
         self.crashes = 0
         self.cwd = "/"
         self.micos = Path(os.devnull)  # the built-in card OS
-        self.vop: VopHost | None = None
-        self.files: VopFiles | None = None
-        self.supervisor: Supervisor | None = None
-        self.link: HostLink | None = None
+        self.running: Running | None = None  # between start and stop
         self.network: Network | None = None
         self._waiters: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[Any]] = []
@@ -78,8 +73,7 @@ class Card:
         self.bus.set_over_pci()
         build(self.bus, self._identity())
         self.faults = CardFaults(
-            self.name, self.bus, self.log, lambda: self.supervisor.backends if self.supervisor else [],
-            lambda: self.board.os_pid, lambda: self.is_online,
+            self.name, self.bus, self.log, lambda: self.backends, lambda: self.board.os_pid, lambda: self.is_online
         )  # fmt: skip
         self.board = Board(
             self.index, self.config, self.dir, self.clock.profile.name, self.spawner, self.bus.fds, self.log
@@ -144,10 +138,8 @@ class Card:
         self.notify()
 
     def _peer_died(self) -> None:
-        if self.link:
-            self.link.down()
-        if self.vop:
-            self.vop.peer_died()
+        if self.running:
+            self.running.peer_died()
 
     async def close(self) -> None:
         """Stop, power off, unplug."""
@@ -161,60 +153,24 @@ class Card:
         self.faults.close()
         self.bus.close()
 
-    # --- what start and stop bring up (HW 6.3, 8.2) -------------------------------------------------
+    # --- what the driver's start and stop call ------------------------------------------------------
 
     async def _bring_up(self) -> None:
         self.boots += 1
         self.board.refused = self.os_ended = ""
         self.driver.board_lost = False
-        self.link = HostLink(
-            self.node, self.index + 1, self.bus, self.driver, self.memory, self.clock, self.log
-        )
-        self.link.link.service_path = self.dir / "scif.sock"  # where the card takes other cards' memories
-        self.link.start()
-        self.vop = VopHost(
-            self.bus,
-            self.driver.page_off,
-            self.memory,
-            self.driver.smpt,
-            self.driver.irq,
-            self.clock,
-            self.log,
-        )
-        self.vop.peer_alive = lambda: self.board.os_pid != 0
-        self.vop.hold = self.driver.hold
-        self.supervisor = Supervisor(
-            self.name,
-            self.spawner,
-            self.vop,
-            self.bus.fds,
-            self.config.restart,
-            self.clock,
-            self.log,
-            self.notify,
-        )
-        self.files = VopFiles(self.vop, self.config.personality, self.log)
-        await self.files.listen(str(self.dir / "vop.sock"))
-        for backend in plan(self):
-            self.supervisor.add(backend)
+        self.running = Running(self)
+        await self.running.start()
 
     async def _tear_down(self) -> None:
-        """VOP, then SCIF; the driver frees its DMA channels afterwards (HW-49). A crashed card is not asked to
-        cooperate (COSM-55)."""
+        """A crashed card is not asked to cooperate (COSM-55)."""
         if self.cosm.shutdown_status is Status.CRASHED:
             self._peer_died()
-        if self.supervisor:
-            await self.supervisor.stop()
-            self.supervisor = None
-        if self.files:
-            await self.files.close()
-            self.files = None
-        if self.vop:
-            await self.vop.close()
-            self.vop = None
-        if self.link:
-            await self.link.stop()
-            self.link = None
+        if self.running:
+            try:
+                await self.running.stop()
+            finally:
+                self.running = None
 
     # --- requests of people -------------------------------------------------------------------------
 
@@ -270,68 +226,44 @@ class Card:
         for path, what in ((firmware, "card image"), (self.config.ramdisk, "ramdisk")):
             if path:
                 check_file(path, what, self.name)
-        if self.supervisor is None:  # else the devices of a crashed boot still hold what they need
+        if self.running is None:  # else the devices of a crashed boot still hold what they need
             check(self)
+
+    @property
+    def backends(self) -> list[Backend]:
+        """Those of its devices, in the order in which they were added; none of a card that is down."""
+        return self.running.supervisor.backends if self.running else []
+
+    @property
+    def vop_devices(self) -> list[VopDevice]:
+        """What the host has announced on the device page."""
+        return self.running.vop.devices if self.running else []
 
     def backend(self, name: str) -> Backend:
         """A device's backend by name. Raises MicemuError."""
-        backends = self.supervisor.backends if self.supervisor else []
-        for b in backends:
+        for b in self.backends:
             if b.name == name:
                 return b
-        known = ", ".join(b.name for b in backends) or "none; the card is not online"
+        known = ", ".join(b.name for b in self.backends) or "none; the card is not online"
         raise MicemuError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
 
-    async def add_device(self, kind: str, options: dict[str, Any]) -> Backend:
-        """Hot-plug a device and wait until the card drives it."""
-        if self.supervisor is None or self.cosm.state is not State.ONLINE:
-            raise StateError(
-                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
-                errno.EINVAL,
-            )
-        return await self._bring_up_device(extra_device(self, kind, options))
+    def not_online(self) -> StateError:
+        """Why a request that needs an online card fails, and how to mend it."""
+        return StateError(
+            f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})", errno.EINVAL
+        )
 
-    async def swap_device(self, name: str, options: dict[str, Any]) -> Backend:
-        """Another image for a disk: the card sees it go and a new one come (VOP-62). An image that
-        cannot be opened changes nothing."""
-        if not self.is_online or self.supervisor is None:
-            raise StateError(
-                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
-                errno.EINVAL,
-            )
-        old = self.backend(name)
-        fresh = swapped_block(self, old, options)
-        await self.supervisor.remove(old)
-        return await self._bring_up_device(fresh)
-
-    async def _bring_up_device(self, backend: Backend) -> Backend:
-        if self.supervisor is None:  # the card was stopped meanwhile
-            backend.release()
-            raise StateError(
-                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
-                errno.EINVAL,
-            )
-        supervisor = self.supervisor
-        supervisor.add(backend)
-        try:
-            await self.until(
-                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble),
-                self.clock.limit(40.0),
-                f"{backend.name} on the card",
-            )
-        except TimeoutError:
-            await supervisor.remove(backend)
-            raise
-        if backend.failed or backend.trouble:
-            await supervisor.remove(backend)
-            raise MicemuError(f"{self.name}: {backend.name}: {backend.failed or backend.trouble}")
-        return backend
+    def online(self) -> Running:
+        """What runs for it. Raises StateError unless it is online."""
+        if self.running is None or not self.is_online:
+            raise self.not_online()
+        return self.running
 
     async def remove_device(self, name: str) -> None:
-        """Hot-unplug a device."""
+        """Hot-unplug a device, also of a card that has crashed."""
         backend = self.backend(name)
-        assert self.supervisor
-        await self.supervisor.remove(backend)
+        assert self.running
+        await self.running.supervisor.remove(backend)
 
     async def reboot(self, image: str) -> None:
         """Shut down (or reset) and boot again as configured."""
@@ -421,9 +353,9 @@ class Card:
             or (self.cosm.state is not State.BOOTING and self.cosm.state is not State.ONLINE)
         ):
             return True
-        if self.cosm.state is not State.ONLINE or self.supervisor is None:
+        if not self.is_online or self.running is None:
             return False
-        return all(b.ready.is_set() or b.failed or b.trouble for b in self.supervisor.backends)
+        return all(b.ready.is_set() or b.failed or b.trouble for b in self.backends)
 
     async def shutdown(self, limit_s: float | None = None) -> None:
         """Ask the card to power off and wait until policy has reset it. Raises StateError, TimeoutError."""
@@ -464,7 +396,7 @@ class Card:
     @property
     def net_mode(self) -> str:
         """How the card's network is connected now."""
-        for b in self.supervisor.backends if self.supervisor else []:
+        for b in self.backends:
             if b.kind == "net":
                 return str(b.facts.get("mode", "starting"))
         return "none" if self.cosm.state in (State.ONLINE, State.BOOTING) else self.config.net
@@ -472,7 +404,7 @@ class Card:
     def devices(self) -> list[dict[str, Any]]:
         """Rows of ``status --json``."""
         rows = []
-        for b in self.supervisor.backends if self.supervisor else []:
+        for b in self.backends:
             row = {"type": b.name, "pid": b.pid or None, "state": b.state, "restarts": b.restarts, **b.facts}
             if b.failed or b.trouble:
                 row["error"] = b.failed or b.trouble

@@ -310,12 +310,12 @@ class Control:
 
     async def _vop_add(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
-        backend = await card.add_device(msg["kind"], msg.get("options", {}))
+        backend = await card.online().add_device(msg["kind"], msg.get("options", {}))
         return {"device": backend.name}
 
     async def _vop_swap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
-        backend = await card.swap_device(msg["device"], msg.get("options", {}))
+        backend = await card.online().swap_device(msg["device"], msg.get("options", {}))
         return {"device": backend.name}
 
     async def _vop_remove(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

@@ -113,7 +113,7 @@ def python_device(card: Card, options: dict[str, Any]) -> Backend:
 
 def device_names(card: Card) -> set[str]:
     """Names of the card's devices."""
-    return {b.name for b in card.supervisor.backends} if card.supervisor else set()
+    return {b.name for b in card.backends}
 
 
 def free_name(card: Card, prefix: str) -> str:

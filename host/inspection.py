@@ -89,9 +89,8 @@ def _features(kind: int, bits: bytes) -> list[str]:
 def vrings(card: Card) -> list[dict[str, Any]]:
     """Indices of every ring of every live device, and the chains that wait in it."""
     rows: list[dict[str, Any]] = []
-    backends = card.supervisor.backends if card.supervisor else []
-    names = {id(b.device): b.name for b in backends if b.device is not None}
-    for dev in card.vop.devices if card.vop else []:
+    names = {id(b.device): b.name for b in card.backends if b.device is not None}
+    for dev in card.vop_devices:
         num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
         for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
             avail = block + 16 * num
@@ -149,8 +148,8 @@ def smpt(card: Card) -> list[dict[str, int]]:
 
 
 def interrupts(card: Card) -> list[dict[str, Any]]:
-    """Vectors with the sources mapped to them, who asked for them, and how often each was sent since power-on."""
-    irq, (counts, _) = card.driver.irq, card.bus.sent()
+    """Vectors with the sources mapped to them, who asked for them, and how often each was sent."""
+    irq, counts = card.driver.irq, card.bus.counts().vectors
     return [
         {
             "mode": irq.mode.value,
@@ -166,8 +165,8 @@ def interrupts(card: Card) -> list[dict[str, Any]]:
 
 
 def lines(card: Card) -> list[dict[str, Any]]:
-    """Interrupts towards the card: every line with how often it was signalled since power-on (HW 4.4)."""
-    _, counts = card.bus.sent()
+    """Interrupts towards the card: every line with how often it was signalled (HW 4.4)."""
+    counts = card.bus.counts().lines
     first = C["CARD_IRQ_DMA"]
     names = [
         f"doorbell {i}" if i < first else f"dma {C['DMA_HOST_CHANNELS'] + i - first}"

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 from mic_emu.bar import Bus, close_all, drain, eventfd
@@ -76,7 +76,6 @@ class Interrupt:
     cookie: int
     fd: int
     callback: Callable[[], None] | None = None
-    dispatched: int = field(default=0, init=False)
 
     def ack(self) -> None:
         """What a handler does first (HW-21)."""
@@ -279,7 +278,6 @@ class Interrupts:
         with self._lock:
             due = [irq for irq in self._requests.values() if causes & DOORBELL_MASK & 1 << irq.offset]
             for irq in due:
-                irq.dispatched += 1
                 os.write(irq.fd, (1).to_bytes(8, "little"))
         for irq in due:
             if irq.callback:

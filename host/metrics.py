@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mic_emu import layout as L
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection
 from mic_emu.scif.state import State as EndpointState
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mic_emu.host.card import Card
     from mic_emu.host.daemon import Instance
 
+C = L.CONSTANTS
 Sample = tuple[str, dict[str, str], float]
 HELP = {
     "micemu_info": ("gauge", "Version and instance, always 1."),
@@ -80,8 +82,9 @@ def _card(card: Card) -> Iterator[Sample]:
     for ring in inspection.vrings(card):
         where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
         yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF
-    for to, counts in zip(("host", "card"), card.bus.doorbell_counts(), strict=True):
-        for number, count in enumerate(counts):
+    counts = card.bus.counts()
+    for to, rings in (("host", counts.doorbells), ("card", counts.lines[: C["CARD_IRQ_DMA"]])):
+        for number, count in enumerate(rings):
             yield "micemu_doorbells_total", {**label, "to": to, "doorbell": str(number)}, count
     yield from _dma(card, label)
     ends = card.node.endpoints.values()
@@ -119,9 +122,7 @@ def samples(instance: Instance) -> Iterator[Sample]:
 
 async def counters(instance: Instance, limit_s: float = 1.0) -> dict[tuple[str, str], dict[str, int]]:
     """What the backends counted, by card and device; one that does not answer in time is left out."""
-    asked = [
-        (c, b) for c in instance.cards.values() if c.supervisor for b in c.supervisor.backends if b.channel
-    ]
+    asked = [(c, b) for c in instance.cards.values() for b in c.backends if b.channel]
     replies = await asyncio.gather(
         *(b.call("stats", limit_s=limit_s) for _, b in asked), return_exceptions=True
     )

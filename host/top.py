@@ -23,7 +23,7 @@ STATS_LIMIT_S = 0.2  # a backend that hangs is shown without its counters
 def rings(card: Card) -> dict[str, list[dict[str, int]]]:
     """Per device type and slot: indices of every ring, as the card left them."""
     found: dict[str, list[dict[str, int]]] = {}
-    for dev in card.vop.devices if card.vop else []:
+    for dev in card.vop_devices:
         num, rows = dev.slot.num, []
         for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
             ready = 0 < used <= card.bus.gddr.size - dp.used_size(num)
@@ -45,7 +45,7 @@ def devices(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> list[di
             "type": b.name, "state": b.state, "pid": b.pid or None, "restarts": b.restarts,
             "counters": stats.get((card.name, b.name), {}), "rings": by_name.get(b.device.name, []) if b.device else [],
         }
-        for b in (card.supervisor.backends if card.supervisor else [])
+        for b in card.backends
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from mic_emu import layout
 from mic_emu._native import ffi, lib
@@ -59,6 +60,15 @@ def close_all(fds: Sequence[int]) -> None:
     """Close descriptors."""
     for fd in fds:
         os.close(fd)
+
+
+class Counts(NamedTuple):
+    """How often what was signalled. A host doorbell and its vector differ: while the source is disabled or
+    the vector masked rings merge into one interrupt, and several sources may share a vector."""
+
+    doorbells: list[int]  # rings of each host doorbell
+    vectors: list[int]  # interrupts of each host vector (``vector_fd``)
+    lines: list[int]  # signals of each card line (``irq_fd``): rings of card doorbells, then DMA channels
 
 
 class Bus:
@@ -139,17 +149,14 @@ class Bus:
         """The host rings card doorbell ``db``; unknown numbers are ignored (HW-18)."""
         lib.mic_ring_card(self.ptr, db, source)
 
-    def doorbell_counts(self) -> tuple[list[int], list[int]]:
-        """How often host doorbells 0..3 and card doorbells 0..15 were rung since the slot was made."""
-        at = ffi.cast("uint64_t *", lib.mic_bus_config(self.ptr) + layout.CONSTANTS["DOORBELL_COUNTS"])
-        counts = [int(at[i]) for i in range(4 + 16)]
-        return counts[:4], counts[4:]
-
-    def sent(self) -> tuple[list[int], list[int]]:
-        """Interrupts sent since power-on, modulo 2^32: per host vector, per card line (``irq_fd``)."""
-        first, vectors = layout.CONSTANTS["IRQ_COUNTS"], layout.CONSTANTS["MSIX_TABLE_SIZE"]
-        words = [self.mmio.load(first + 4 * i, 4) for i in range(vectors + layout.CONSTANTS["CARD_IRQS"])]
-        return words[:vectors], words[vectors:]
+    def counts(self) -> Counts:
+        """Rings and interrupts since the slot was made; a reset leaves them."""
+        at = ffi.cast("uint64_t *", lib.mic_bus_config(self.ptr) + layout.CONSTANTS["COUNTS"])
+        rings, vectors = layout.CONSTANTS["SRC_DOORBELLS"], layout.CONSTANTS["MSIX_TABLE_SIZE"]
+        all_of_them = [int(at[i]) for i in range(rings + vectors + layout.CONSTANTS["CARD_IRQS"])]
+        return Counts(
+            all_of_them[:rings], all_of_them[rings : rings + vectors], all_of_them[rings + vectors :]
+        )
 
     def set_over_pci(self) -> None:
         """This process is the host: register accesses need memory decoding enabled and power state D0."""

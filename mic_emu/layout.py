@@ -17,7 +17,6 @@ from mic_emu.layout_types import Field, Reg, Struct
 # --- Registers of BAR 4 ------------------------------------------------------------------------
 
 MMIO_SIZE = 0x20000
-SBOX_BASE = 0x10000
 
 _DMA = 0x1A000
 _CHANNELS = {"count": 8, "stride": 0x40}
@@ -82,8 +81,9 @@ MMIO: tuple[Reg, ...] = (
 CONSTANTS: dict[str, int] = {
     "MMIO_SIZE": MMIO_SIZE,
     "CONFIG_SIZE": 4096,
-    # Behind configuration space in its object, ours: u64 counts of rings, host doorbells 0-3, then card doorbells 0-15
-    "DOORBELL_COUNTS": 4096,
+    # Behind configuration space in its object, ours, for people who look: u64 counts since the slot was made of
+    # rings of host doorbells 0-3, then messages of host vectors 0-15, then signals of card lines 0-19.
+    "COUNTS": 4096,
     "CONFIG_OBJECT_SIZE": 8192,
     "PAGE_SIZE": 4096,
     # PCI configuration space (HW 1): registers, bits, and where a real X100 has its capabilities
@@ -171,9 +171,6 @@ CONSTANTS: dict[str, int] = {
     "DMA_DSTAT_QUIESCED": 1 << 29,
     "DMA_DSTAT_ERROR": 1 << 31,
     "DMA_DSTAT_ACTIVE": 1 << 28,  # ours: the engine is between fetching and retiring (bits 31:28)
-    # Not registers: words of the MMIO object that count the interrupts sent since power-on, modulo 2^32:
-    # host vectors 0..15, then card lines 0..19. A reset leaves them.
-    "IRQ_COUNTS": 0x1FE00,
     # Not registers: words of the MMIO object where a process that sleeps on DSTAT says so, one per channel.
     "DMA_SLEEPERS": 0x1FF00,  # 0 nobody, else count + 1 that is waited for, or
     "DMA_SLEEP_ANY": 0xFFFFFFFF,

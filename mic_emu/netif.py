@@ -20,14 +20,12 @@ IFNAMSIZ = 16
 
 _TUNSETOFFLOAD = 0x400454D0
 _TUNSETVNETHDRSZ = 0x400454D8
-_TUNSETCARRIER = 0x400454E2
 _SIOCADDRT = 0x890B
 _RTF_UP, _RTF_GATEWAY = 1, 2
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _SIOCGIFMTU, _SIOCSIFMTU = 0x8921, 0x8922
 _SIOCGIFHWADDR, _SIOCSIFHWADDR = 0x8927, 0x8924
-_SIOCSIFTXQLEN = 0x8943
 _IFF_UP = 1
 _ARPHRD_ETHER = 1
 
@@ -76,14 +74,6 @@ class Tap:
     def set_offload(self, flags: int) -> None:
         """What the kernel may leave to us when it sends: TUN_F_* bits. Unknown ones raise EINVAL."""
         fcntl.ioctl(self.fd, _TUNSETOFFLOAD, flags)
-
-    def set_carrier(self, on: bool) -> None:
-        """Link up or down, as a pulled cable. Ignored by kernels that cannot (before 4.20)."""
-        try:
-            fcntl.ioctl(self.fd, _TUNSETCARRIER, struct.pack("=i", int(on)))
-        except OSError as e:
-            if e.errno not in (errno.EINVAL, errno.ENOTTY):
-                raise
 
     def close(self) -> None:
         """Close; the interface disappears."""
@@ -174,11 +164,6 @@ def set_mtu(name: str, mtu: int) -> None:
 def get_mtu(name: str) -> int:
     """MTU in bytes. Raises NetError."""
     return int(struct.unpack_from("=i", _request(_SIOCGIFMTU, name))[0])
-
-
-def set_queue_length(name: str, packets: int) -> None:
-    """Transmit queue length. Raises NetError."""
-    _request(_SIOCSIFTXQLEN, name, struct.pack("=i", packets))
 
 
 def set_mac(name: str, mac: str) -> None:

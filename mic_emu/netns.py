@@ -170,13 +170,3 @@ def probe() -> Probe:
             return Probe("ns")
     except NetError as e:
         return Probe("responder", e.errno or errno.EIO, str(e.strerror))
-
-
-def check_mode(mode: Mode, name: str) -> None:
-    """Raise NetError when ``mode`` cannot work here; ``name`` is the TAP's name in mode ``tap``."""
-    if mode == "ns":
-        found = probe()
-        if found.mode != "ns":
-            raise NetError(found.errno, found.reason)
-    elif mode == "tap":
-        netif.open_tap(name).close()

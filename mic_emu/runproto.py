@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,11 +169,3 @@ def start_error(number: int, program: str, cwd: str, stage: str) -> str:
 def exit_code(number: int, stage: str = "exec") -> int:
     """Exit status of ``micemu run`` for a start error at ``stage``, as shells have it."""
     return 127 if stage == "exec" and number == errno.ENOENT else 126
-
-
-def signal_name(n: int) -> str:
-    """``SIGTERM`` for 15."""
-    try:
-        return signal.Signals(n).name
-    except ValueError:
-        return f"signal {n}"

@@ -27,7 +27,7 @@ C = L.CONSTANTS
 APIC_ID = 4
 
 # POST codes: what the host's debug file and `micemu dump` show (two characters, HW 6.2).
-POST_RESET, POST_MEMORY, POST_READY = "01", "09", "12"
+POST_MEMORY, POST_READY = "09", "12"
 POST_NO_MEMORY = "F1"
 POST_BOOTING, POST_OS, POST_REFUSED, POST_OS_DEAD = "30", "FF", "F2", "F4"
 

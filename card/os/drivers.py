@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 import os
@@ -205,8 +204,10 @@ class NetworkDriver(LoopDriver):
                 self._tap = netif.open_tap(INTERFACE)
                 net.prepare_tap(self._tap, dev.features, card=True)
                 netif.configure(INTERFACE, address=str(ipaddress.IPv4Interface(address)), mac=mac)
-                with contextlib.suppress(OSError):
+                try:
                     netif.add_default_route(net.host_address(self.env.boot["index"]).split("/")[0])
+                except OSError as e:
+                    dev.log.warning(f"no route beyond the host: {e}")
                 return self._tap.fd
             except OSError as e:
                 dev.log.info(f"no TAP on the card, a responder takes its place: {e.strerror}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from dataclasses import asdict
@@ -36,8 +35,10 @@ class Net(BackendProcess):
             if args["mode"] == "ns":
                 netns.enter(*self.extra)  # one thread still: the C loop starts later
                 netif.loopback_up()
-                with contextlib.suppress(OSError):
-                    netif.forward_ipv4()  # cards reach each other through the host
+                try:
+                    netif.forward_ipv4()
+                except OSError as e:
+                    self.log.warning(f"cards do not reach each other through the host: {e}")
             self.tap = netif.open_tap(args["name"])
             netif.configure(args["name"], address=args["address"], mac=args["host_mac"])
 

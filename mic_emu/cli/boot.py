@@ -19,6 +19,7 @@ from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import ProcessId, RunDir
+from mic_emu.timing import PROFILES
 from mic_emu.wire import Channel
 
 START_LIMIT_S = 20.0
@@ -103,7 +104,9 @@ def show_progress(msg: client.Message) -> None:
     help="One more device: rng, vsock or MODULE:CLASS (may be repeated).",
 )
 @click.option(
-    "--timing", type=click.Choice(["fast", "x100"]), help="Emulated times: fast (default) or the real ones."
+    "--timing",
+    type=click.Choice(list(PROFILES)),
+    help="Emulated times: fast (default), x100 (the real ones), test (the shortest limits).",
 )
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="TOML file with [[card]] tables."

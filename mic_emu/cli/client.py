@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,9 +126,3 @@ def cards_argument(f: Callable[..., Any]) -> Callable[..., Any]:
 def card_argument(f: Callable[..., Any]) -> Callable[..., Any]:
     """One card name."""
     return click.argument("card", metavar="CARD", shell_complete=complete_cards)(f)
-
-
-def tilde(path: str) -> str:
-    """A path as people write it."""
-    home = os.path.expanduser("~")
-    return "~" + path[len(home) :] if home != "/" and path.startswith(home + "/") else path

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from mic_emu.scif.endpoint import Endpoint, Request
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.state import State
-
-if TYPE_CHECKING:
-    pass
 
 Accepted = Callable[["Endpoint | None", "ScifError | None"], None]
 

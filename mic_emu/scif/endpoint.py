@@ -134,14 +134,13 @@ class Endpoint:
         self.pending.append(Request(msg.src, msg.p0, msg.p1))
         self.changed()
 
-    def drop_request(self, node_id: int, remote_id: int) -> bool:
-        """The connector withdrew its request."""
+    def drop_request(self, node_id: int, remote_id: int) -> None:
+        """The connector withdrew its request; nothing when it was granted meanwhile."""
         for r in self.pending:
             if r.peer[0] == node_id and r.remote_id == remote_id:
                 self.pending.remove(r)
                 self.changed()
-                return True
-        return False
+                return
 
     def serve_accepts(self) -> None:
         """Oldest request to oldest accept call."""

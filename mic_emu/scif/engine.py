@@ -28,10 +28,11 @@ TICK_S = 0.1  # a channel at work is looked at: halted? stuck? an interrupt lost
 LET_GO_S = 0.05
 
 Prepare = Callable[[DmaChannel], "Transaction | None"]
-Keep = Callable[[Callable[[], None]], None]
+Keep = Callable[[Callable[[], None]], None]  # takes what frees pages that channels may still touch
 
 
-def _now(free: Callable[[], None]) -> None:
+def free_now(free: Callable[[], None]) -> None:
+    """No channel touches the pages."""
     free()
 
 
@@ -206,14 +207,14 @@ class RmaEngine:
             work.over(code)
         self._fail(waiting, code)
         if stopped:
-            self._let_go_stuck(lane, _now)
+            self._let_go_stuck(lane, free_now)
 
     def _let_go_stuck(self, lane: Lane, keep: Keep) -> None:
         stuck, lane.stuck = lane.stuck, []
         for work in stuck:
             keep(lambda w=work: w.let_go(self.memory.unmap))  # type: ignore[misc]
 
-    def close(self, *, running: bool = True, keep: Keep = _now) -> None:
+    def close(self, *, running: bool = True, keep: Keep = free_now) -> None:
         """The link ends: drop what is not complete; whoever waits for it gets ECONNRESET.
 
         ``running``: the engine still works; else nothing moves any more. ``keep`` gets what must not be
@@ -231,4 +232,4 @@ class RmaEngine:
                 works = [*lane.works, *lane.waiting]
                 lane.works, lane.waiting = deque(), deque()
                 self._fail(works, errno.ECONNRESET)
-                self._let_go_stuck(lane, _now)
+                self._let_go_stuck(lane, free_now)

@@ -15,7 +15,3 @@ class ScifError(OSError):
 
 class Late(ScifError):
     """A message for something that is gone: it crossed the one that ended it. Nothing is wrong."""
-
-
-class LinkStuck(Exception):
-    """A node queue stayed full for the whole limit (SCIF 3.5)."""

@@ -25,7 +25,7 @@ class KernelEndpoint(Endpoint):
     """An endpoint from ``node.open()``; errors are ScifError."""
 
     def __init__(self, node: Node) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[bool]] = set()
         super().__init__(node)
 
     # --- waiting ------------------------------------------------------------------------------
@@ -34,24 +34,17 @@ class KernelEndpoint(Endpoint):
         super().changed()
         waiters, self._waiters = self._waiters, set()
         for w in waiters:
-            if not w.done():
-                w.set_result(None)
+            _finish(w, True, None)
 
     async def wait_change(self, timeout_s: float | None = None) -> bool:
         """Sleep until ``changed``; False when ``timeout_s`` seconds passed first."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         timer = None
         if timeout_s is not None:
-            timer = self.node.clock.alarm(timeout_s, lambda: _expire(waiter))
+            timer = self.node.clock.alarm(timeout_s, lambda: _finish(waiter, False, None))
         try:
-            await waiter
-            return True
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if timeout_s is None or (task is not None and _cancelling(task)):
-                raise
-            return False
+            return await waiter
         finally:
             self._waiters.discard(waiter)
             if timer:
@@ -249,14 +242,3 @@ def _finish(future: asyncio.Future[T], value: T | None, error: ScifError | None)
         future.set_exception(error)
     else:
         future.set_result(cast("T", value))
-
-
-def _cancelling(task: asyncio.Task[object]) -> bool:
-    """Was the task itself cancelled (and not only the future that it waits for)?"""
-    count = getattr(task, "cancelling", None)  # Python 3.11
-    return bool(count()) if count is not None else False
-
-
-def _expire(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.cancel()

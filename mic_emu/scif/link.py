@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mic_emu.bar import drain
 from mic_emu.memory import View, in_bank
 from mic_emu.scif import qp as queue
+from mic_emu.scif.engine import Keep, free_now
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.proto import MSG_SIZE, Msg, Op
 
@@ -27,10 +28,6 @@ POLL_S = 1.0  # how often the device page is looked at (HW-46)
 RING_FULL_S = 3.0
 RETRY_S = 0.001
 BATCH = 64  # messages handled before the loop may do something else
-
-
-def _now(free: Callable[[], None]) -> None:
-    free()
 
 
 @dataclass
@@ -59,7 +56,7 @@ class LinkPorts:
     peer_memory: View | None = None
     peer_fd: int = -1
     quiesce: Callable[[], None] = lambda: None
-    keep: Callable[[Callable[[], None]], None] = _now
+    keep: Keep = free_now
     disturbed: Callable[[], bool] = lambda: False
     peer_bank: bool = False
 

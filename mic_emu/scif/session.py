@@ -125,6 +125,7 @@ class Session:
         self._ep: UserEndpoint | None = None
         self.background: Background | None = None  # non-blocking connect, until it is collected
         self.accepting: dict[int, int] = {}  # accept calls that wait, by process
+        self.last_acceptor = 0  # the process that took part in listening last (SCIF 2.6)
         self.copiers: set[int] = set()  # pids that mapped the connection
         self.released = False  # the last reference is closed
         self.on_released: list[Callable[[], None]] = []  # what waits for the end of the release
@@ -281,8 +282,6 @@ class Session:
         waiting = self.accepting.get(pid)
         if self.ep.state is State.LISTENING and (waiting or self.last_acceptor == pid):
             self.ep.stop_listening()
-
-    last_acceptor = 0
 
     # --- attach -----------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ made. Raw access to descriptors and indices is for tests that break the rules.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -255,8 +254,3 @@ class FakeDriver:
     def close(self) -> None:
         """Close the view of the interrupt line."""
         lib.mic_vdrv_fini(self.vdrv)
-
-
-def errno_name(error: OSError) -> str:
-    """``EFAULT`` and the like."""
-    return errno.errorcode[error.errno or 0]

@@ -21,7 +21,6 @@ MODERN_FEATURES: int = sum(
     1 << layout.CONSTANTS[f"VIRTIO_{name}"]
     for name in ("CONSOLE_F_SIZE", "F_INDIRECT_DESC", "F_EVENT_IDX", "F_VERSION_1")
 )
-CONFIG_LEN: int = layout.CONSOLE_CONFIG.size
 
 MSG_INPUT: int = lib.MIC_CON_MSG_INPUT
 MSG_SIZE: int = lib.MIC_CON_MSG_SIZE

@@ -91,7 +91,7 @@ struct mic_bus *mic_bus_attach(const int *fds)
 	    map_fd(&bus->mmio, fds[MIC_FD_MMIO]) < 0 || map_fd(&bus->host, fds[MIC_FD_HOST]) < 0 ||
 	    map_fd(&bus->config, fds[MIC_FD_CONFIG]) < 0)
 		goto fail;
-	if (bus->mmio.size < MIC_MMIO_SIZE || bus->config.size < MIC_CONFIG_SIZE) {
+	if (bus->mmio.size < MIC_MMIO_SIZE || bus->config.size < MIC_CONFIG_OBJECT_SIZE) {
 		errno = EINVAL;
 		goto fail;
 	}
@@ -228,13 +228,6 @@ uint64_t mic_mmio_ignored(struct mic_bus *bus)
 
 /* --- register writes with an effect ----------------------------------------------------------- */
 
-/* For people who watch: one more ring of host doorbell n, or of card doorbell n - MIC_SRC_DOORBELLS. */
-static void count_ring(struct mic_bus *bus, uint32_t n)
-{
-	if (bus->config.size >= MIC_CONFIG_OBJECT_SIZE)
-		mic_fetch_add((uint64_t *)(void *)(bus->config.base + MIC_DOORBELL_COUNTS) + n, 1);
-}
-
 static void write_apicicr(struct mic_bus *bus, uint32_t n, uint32_t off, uint32_t value)
 {
 	mic_store_release(reg_at(bus, off), value);
@@ -244,7 +237,6 @@ static void write_apicicr(struct mic_bus *bus, uint32_t n, uint32_t off, uint32_
 	 * programs a vector of its own (HW 4.1). */
 	if (n == 7 && (value & 0xff) == MIC_BOOT_VECTOR)
 		signal_fd(bus->fd[MIC_FD_BOOT]);
-	count_ring(bus, MIC_SRC_DOORBELLS + n);
 	mic_raise_card(bus, n);
 }
 
@@ -287,7 +279,7 @@ void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 	case MIC_ACCESS_SDBIC:
 		mic_store_release(reg_at(bus, off), value & ~MIC_SDBIC_REQUEST);
 		if (value & MIC_SDBIC_REQUEST) {
-			count_ring(bus, index);
+			count_one(bus, index);
 			mic_raise_host(bus, 1u << (MIC_SRC_DOORBELL + index));
 		}
 		break;
@@ -295,7 +287,6 @@ void mic_mmio_write(struct mic_bus *bus, uint32_t off, uint32_t value)
 		write_apicicr(bus, index, off, value);
 		break;
 	case MIC_ACCESS_RDMASR:
-		count_ring(bus, MIC_SRC_DOORBELLS + 8 + index);
 		mic_raise_card(bus, 8 + index);
 		break;
 	case MIC_ACCESS_RGCR:

@@ -48,8 +48,8 @@ static uint32_t *status_reg(struct mic_bus *bus, unsigned c)
 
 static struct mic_dma_stats *stats_of(struct mic_bus *bus, unsigned c)
 {
-	_Static_assert(MIC_DMA_STATS + MIC_DMA_CHANNELS * sizeof(struct mic_dma_stats) <= MIC_IRQ_COUNTS,
-		       "the counters overlap those of interrupts");
+	_Static_assert(MIC_DMA_STATS + MIC_DMA_CHANNELS * sizeof(struct mic_dma_stats) <= MIC_DMA_SLEEPERS,
+		       "the counters overlap the words of sleepers");
 	return (struct mic_dma_stats *)(void *)(mic_bus_mmio(bus) + MIC_DMA_STATS) + c;
 }
 

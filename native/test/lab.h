@@ -31,7 +31,7 @@ static inline void lab_open(struct lab *lab, uint64_t gddr, uint64_t host)
 	lab->fds[MIC_FD_GDDR] = lab_memory("gddr", gddr);
 	lab->fds[MIC_FD_MMIO] = lab_memory("mmio", MIC_MMIO_SIZE);
 	lab->fds[MIC_FD_HOST] = lab_memory("host", host);
-	lab->fds[MIC_FD_CONFIG] = lab_memory("config", MIC_CONFIG_SIZE);
+	lab->fds[MIC_FD_CONFIG] = lab_memory("config", MIC_CONFIG_OBJECT_SIZE);
 	lab->fds[MIC_FD_FAULTS] = lab_memory("faults", MIC_FAULT_SIZE);
 	for (int i = MIC_FD_RESET; i < MIC_FD_COUNT; i++)
 		lab->fds[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

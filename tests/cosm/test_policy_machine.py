@@ -84,11 +84,11 @@ def test_waiting_clients_that_go_away_leave_nothing_in_the_host(machine: Machine
     """Interrupted `micemu wait` commands cost no descriptor; a time-out names the first card that was late."""
     machine.boot("-n", "2", "--disk", "none", "--net", "none")
     host = machine.status()["host"]["pid"]
-    Control(machine).ask("status")
 
     def held() -> int:
         return len(os.listdir(f"/proc/{host}/fd"))
 
+    Control(machine).ask("status")  # the connections of the commands before are closed when this one is
     before = held()
     waiting = [machine.popen("wait", "reset_failed", stderr=subprocess.DEVNULL) for _ in range(5)]
     eventually(lambda: held() >= before + 5, 20, "five waiting clients")

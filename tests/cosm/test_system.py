@@ -12,6 +12,7 @@ import pytest
 from drill import signal_tree
 
 from mic_emu.testing.machine import Machine, eventually
+from mic_emu.timing import PROFILES
 
 pytestmark = pytest.mark.system
 QUICK = ("--disk", "none", "--net", "none")
@@ -77,7 +78,7 @@ def test_cosm_32_plain_processes_power_off_only_their_card(machine: Machine, tmp
 
 def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
     """SIGSTOP of the card OS: no process ends, only the heartbeat; after the window crashed; reset needs no help."""
-    pids = machine.boot(*QUICK)["cards"][0]["pids"]
+    pids = machine.boot("--timing", "test", *QUICK)["cards"][0]["pids"]
     signal_tree(pids["os"], signal.SIGSTOP)
     machine.micemu("wait", "crashed", "--timeout", "20")
     assert seen(machine) == ("shutting_down", "crashed")
@@ -89,10 +90,11 @@ def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
 def test_cosm_51_heartbeat_off_keeps_a_hung_card_online(machine: Machine, tmp_path: Path) -> None:
     """heartbeat = false: longer than the watchdog's window nothing happens; a reset works."""
     config = tmp_path / "mic.toml"
-    config.write_text('[[card]]\nheartbeat = false\ndisk = "none"\nnet = "none"\n')
+    config.write_text('timing = "test"\n[[card]]\nheartbeat = false\ndisk = "none"\nnet = "none"\n')
     machine.micemu("boot", "--config", str(config))
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
-    assert machine.micemu("wait", "crashed", "--timeout", "2", check=False).returncode == 5
+    window = 40 * PROFILES["test"].limit
+    assert machine.micemu("wait", "crashed", "--timeout", f"{window + 0.5}", check=False).returncode == 5
     assert seen(machine) == ("online", "nop")
     machine.micemu("reset")
     assert seen(machine) == ("ready", "nop")

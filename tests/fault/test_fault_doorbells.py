@@ -82,14 +82,14 @@ def test_a_device_s_filter_leaves_the_others_alone(bus: Bus) -> None:
 
 def test_delay_is_late_and_holds_nobody_up(bus: Bus, clock: None) -> None:
     """The ringer goes on at once; the doorbell arrives after the delay, in both directions."""
-    add(bus, kind="doorbell-delay", delay="60ms")
+    add(bus, kind="doorbell-delay", delay="300ms")
     begin = time.monotonic()
     bus.ring_card(3)
     bus.ring_host(0)
-    assert time.monotonic() - begin < 0.05
+    assert time.monotonic() - begin < 0.3
     for fd in (bus.irq_fd(3), bus.vector_fd(0)):
         assert rings_within(fd, 5) is not None
-        assert time.monotonic() - begin >= 0.06
+        assert time.monotonic() - begin >= 0.3
 
 
 def test_duplicate_rings_now_and_again(bus: Bus, clock: None) -> None:

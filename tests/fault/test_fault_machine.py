@@ -22,7 +22,7 @@ def uri(machine: Machine) -> str:
     return f"nbd+unix:///vda?socket={machine.card()['run_dir']}/vda.nbd"
 
 
-def ping(machine: Machine, count: int = 20) -> int:
+def ping(machine: Machine, count: int) -> int:
     """How many of the answers came."""
     out = machine.micemu("ping", "mic0", "-c", str(count), "--json", check=False).stdout
     return int(json.loads(out)["received"])
@@ -100,9 +100,10 @@ def test_configuration_with_a_fault_for_a_missing_device_is_refused(machine: Mac
 def test_cosm_50_os_kill_at_a_time_is_a_crash(machine: Machine) -> None:
     """The card OS dies after the delay: crashed; the filter is spent and gone; the next boot is well."""
     machine.boot("--net", "none")
-    fault = add_fault(machine, "os-kill", delay="300ms")
-    assert machine.card()["state"] == "online"
-    machine.micemu("wait", "crashed", "--timeout", "5")
+    begin = time.monotonic()
+    fault = add_fault(machine, "os-kill", delay="1s")
+    machine.micemu("wait", "crashed", "--timeout", "10")
+    assert time.monotonic() - begin >= 1
     assert eventually(lambda: fault.row() is None, 5, "the end of the filter")
     assert fault.hits == 1
     assert machine.boot()["cards"][0]["state"] == "online"
@@ -137,7 +138,7 @@ def test_os_kill_at_a_doorbell_strikes_at_exactly_that_one(machine: Machine) -> 
 
 def test_cosm_50_os_hang_is_found_by_the_watchdog(machine: Machine) -> None:
     """A card OS that stops dead sends no heartbeat: crashed; boot resets it, and the filter goes with it."""
-    machine.boot("--net", "none")
+    machine.boot("--timing", "test", "--net", "none")
     pid = machine.card()["pids"]["os"]
     fault = add_fault(machine, "os-hang")
     stat = Path(f"/proc/{pid}/stat")
@@ -188,7 +189,7 @@ def test_os_hang_at_a_doorbell_stops_the_card(machine: Machine) -> None:
 
 def test_cosm_50_heartbeat_stop_is_a_crash_of_a_living_card(machine: Machine) -> None:
     """COSM-50: without heartbeats the watchdog fires, although the card OS works; status names the fault."""
-    machine.boot("--net", "none")
+    machine.boot("--timing", "test", "--net", "none")
     with machine.fault("heartbeat-stop"):
         assert "heartbeat-stop" in machine.micemu("status").stdout
         machine.micemu("wait", "crashed", "--timeout", "25")
@@ -200,11 +201,10 @@ def test_cosm_50_heartbeat_stop_is_a_crash_of_a_living_card(machine: Machine) ->
 
 def test_ping_loses_packets_and_recovers(machine: Machine) -> None:
     """Half of the frames are lost: so are pings; counts are visible meanwhile; without the filter all answer."""
-    if machine.boot()["cards"][0]["net"] == "none":
-        pytest.skip("no network here")
+    machine.boot()
     assert ping(machine, 3) == 3
     with machine.fault("packet-loss", rate=0.5, seed=11) as fault:
-        assert ping(machine) < 20
+        assert ping(machine, 10) < 10
         assert 0 < fault.hits < fault.seen
         metrics = machine.micemu("metrics").stdout
         assert 'micemu_fault_hits_total{card="mic0",fault="1",kind="packet-loss"}' in metrics
@@ -213,8 +213,7 @@ def test_ping_loses_packets_and_recovers(machine: Machine) -> None:
 
 def test_ping_over_lost_late_and_double_doorbells(machine: Machine) -> None:
     """Double and late doorbells cost time only; a lost one waits for the next: the stack goes on."""
-    if machine.boot()["cards"][0]["net"] == "none":
-        pytest.skip("no network here")
+    machine.boot()
     with machine.fault("doorbell-duplicate") as double, machine.fault("doorbell-delay", delay="2ms") as late:
         assert ping(machine, 5) == 5
         assert machine.shell("echo alive").strip() == "alive"

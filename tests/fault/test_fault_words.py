@@ -12,8 +12,6 @@ from mic_emu.config import load
 from mic_emu.errors import UsageError
 from mic_emu.faults import KINDS, WORDS, parse
 
-NEEDED = {"delay": "5ms", "preset": "x100"}
-
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_can_be_written_and_read_back(name: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 from hwcard import new_card
 from hypothesis import given, settings
@@ -28,8 +28,7 @@ def card() -> Iterator[Bus]:
 
 def lspci(text: str, tmp_path: Path) -> str:
     """What the real lspci says about a dump; it must not complain."""
-    if not shutil.which("lspci"):
-        pytest.skip("lspci (pciutils) is not installed")
+    needs.programs("lspci")
     dump = tmp_path / "dump"
     dump.write_text(text)
     out = subprocess.run(["lspci", "-F", dump, "-vvv", "-nn"], capture_output=True, text=True, timeout=20)

@@ -8,7 +8,7 @@ import random
 import socket
 import struct
 
-from fabric import fabric
+from fabric import eventually, fabric
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scif_server import Server, settled
@@ -102,8 +102,7 @@ def test_scif_135_random_messages_on_the_node_queue() -> None:
                 card.card_link.send(msg)
                 await asyncio.sleep(0) if rng.random() < 0.05 else None
             want = card.card_link.sent
-            while card.host_link.received < want:
-                await asyncio.sleep(0.001)
+            await eventually(lambda: card.host_link.received >= want, "the last message", 40)
             assert fab.host.node_ids() == [0, 1, 2]
             listener = fab.host.open()
             listener.bind(77)

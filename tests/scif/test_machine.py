@@ -73,7 +73,7 @@ def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> No
 @pytest.mark.timeout(120)
 def test_scif_60_a_hung_card_whose_program_goes_on_sending_ends_the_stream(machine: Machine) -> None:
     """A lost node's bytes end where they were when it was lost, though its program still fills the ring."""
-    machine.boot("--disk", "none", "--net", "none")
+    machine.boot("--timing", "test", "--disk", "none", "--net", "none")
     cat = [*MICEMU, "scif", "cat"]
     with subprocess.Popen(
         [*cat, "-l", "3000"], env=machine.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -79,10 +78,9 @@ def test_disk_path_is_a_directory(machine: Machine) -> None:
     )
 
 
+@pytest.mark.root
 def test_run_directory_of_somebody_else(machine: Machine) -> None:
     """It may be a trap: refused, with the fix."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to give a directory away")
     base = machine.run_dir.parent
     base.mkdir()
     os.chown(base, 12345, 12345)
@@ -118,10 +116,9 @@ def test_bad_words_never_trace_back(machine: Machine, words: list[str]) -> None:
     assert failed.stderr.startswith("micemu: ")
 
 
+@pytest.mark.peer("unshare")
 def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -> None:
     """user.max_user_namespaces = 0: the boot works, status says what is missing, programs run, ping works."""
-    if shutil.which("unshare") is None:
-        pytest.skip("no unshare program")
     # In a user namespace of the test's own the limit can be set without touching the machine.
     script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     probe = ["unshare", "-Urn", "sh", "-c", script, "sh"]

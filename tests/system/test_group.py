@@ -15,7 +15,6 @@ from pathlib import Path
 import cardlab
 import pytest
 
-from mic_emu import namespaces
 from mic_emu.testing.machine import Machine
 
 OWNER, MEMBER, STRANGER, GROUP = 12345, 12346, 12347, 23456
@@ -25,8 +24,8 @@ CONFIG = f'group = "{GROUP}"\n[[card]]\nnet = "none"\n'
 pytestmark = [
     pytest.mark.system,
     pytest.mark.root,
-    pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is missing"),
-    pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals())),
+    pytest.mark.peer("setpriv"),
+    pytest.mark.contained,
 ]
 
 
@@ -93,7 +92,7 @@ def people() -> Iterator[People]:
         them.owner.run(*them.owner.argv, "stop", "--force")
         shutil.rmtree(shared)
         cardlab.forget_userland()
-    assert cardlab.mounts() == before
+    cardlab.no_more_mounts(before)
 
 
 def test_members_use_everything_and_strangers_nothing(people: People) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 
 import pytest
@@ -53,10 +52,9 @@ def test_hw_22_channels_follow_the_card(machine: Machine) -> None:
     assert enabled() == ["host"] * 4 + ["card"] * 4
 
 
+@pytest.mark.peer("lspci")
 def test_hw_01_lspci_of_a_running_card(machine: Machine) -> None:
     """HW-1: the dump of a booted card decodes: mastering on, MSI-X on, INTx off."""
-    if not shutil.which("lspci"):
-        pytest.skip("lspci (pciutils) is not installed")
     machine.micemu("boot", "--net", "none", "--disk", "none")
     dump = machine.home / "mic0.txt"
     dump.write_text(machine.micemu("lspci").stdout)

@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -147,18 +146,17 @@ def test_concurrent_builders_all_get_a_whole_image(tmp_path: Path) -> None:
 
 
 PROBE = b"""
-import sys, time
+import sys
 def main():
-    now = time.clock_gettime(time.CLOCK_MONOTONIC)
     import mic_emu, mic_emu._native
     from mic_emu.memory import PAGE
-    print(now - float(sys.argv[1]), mic_emu.__file__, mic_emu._native.__file__, sys.argv[2], PAGE)
+    print(mic_emu.__file__, mic_emu._native.__file__, sys.argv[1], PAGE)
     return 7
 """
 
 
 def test_the_card_runs_the_downloaded_bytes(built: bytes) -> None:
-    """Modules and native code come from the image in memory; main gets its arguments within 60 ms."""
+    """Modules and native code come from the image in memory; main gets its arguments."""
     with zipfile.ZipFile(io.BytesIO(built[HEADER_SIZE:])) as z:
         files = [
             (n, z.read(n)) for n in z.namelist() if n not in ("__main__.pyc", "mic_emu/card/os/main.pyc")
@@ -174,24 +172,14 @@ def test_the_card_runs_the_downloaded_bytes(built: bytes) -> None:
     assert hashlib.sha256(os.pread(fd, h.payload_len, 0)).digest() == h.sha256
     with pytest.raises(OSError, match="not permitted"):
         os.write(fd, b"x")
-    best = plain = 1e9
-    for _ in range(3):
-        started = time.clock_gettime(time.CLOCK_MONOTONIC)
-        code = "import time; print(time.clock_gettime(time.CLOCK_MONOTONIC))"
-        now = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True).stdout
-        plain = min(plain, float(now) - started)
-        started = time.clock_gettime(time.CLOCK_MONOTONIC)
-        path, argv, env = image.start_command(fd, [str(started), "hello"])
-        run = subprocess.run(argv, executable=path, env=env, pass_fds=[fd], capture_output=True, text=True)
-        assert run.returncode == 7, run.stderr
-        seconds, package, native, arg, page = run.stdout.split()
-        assert package == f"/proc/self/fd/{fd}/mic_emu/__init__.pyc"
-        assert native.startswith("/proc/self/fd/")
-        assert (arg, page) == ("hello", "4096")
-        best = min(best, float(seconds))
+    path, argv, env = image.start_command(fd, ["hello"])
+    run = subprocess.run(argv, executable=path, env=env, pass_fds=[fd], capture_output=True, text=True)
     os.close(fd)
-    # 60 ms on a quiet machine; on a busy one, a few times what Python itself takes.
-    assert best < max(0.060, 5 * plain)
+    assert run.returncode == 7, run.stderr
+    package, native, arg, page = run.stdout.split()
+    assert package == f"/proc/self/fd/{fd}/mic_emu/__init__.pyc"
+    assert native.startswith("/proc/self/fd/")
+    assert (arg, page) == ("hello", "4096")
 
 
 def test_image_file_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,6 @@ from cardlab import board, eventually
 
 from mic_emu import namespaces
 
-needs_namespaces = pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _clean() -> Iterator[None]:
@@ -25,7 +23,7 @@ def _clean() -> Iterator[None]:
 SHOW = "hostname; id -u; echo $$; ls -d /proc/[0-9]* | wc -l; cat /sys/class/net/lo/flags"
 
 
-@needs_namespaces
+@pytest.mark.contained
 @pytest.mark.parametrize("user", [False, True])
 def test_card_has_its_own_names(user: bool) -> None:
     """Host name mic0, pid 1, uid 0, its own process list and loopback, for root and ordinary users."""
@@ -39,7 +37,7 @@ def test_card_has_its_own_names(user: bool) -> None:
     assert status == 0
 
 
-@needs_namespaces
+@pytest.mark.contained
 def test_host_keeps_its_names() -> None:
     """Nothing that the card does to its names is seen on the host."""
     before = os.uname().nodename
@@ -62,7 +60,7 @@ def test_death_by_signal_comes_through() -> None:
         assert b.finish()[1] == -signal.SIGKILL
 
 
-@needs_namespaces
+@pytest.mark.contained
 def test_signals_are_passed_on() -> None:
     """A SIGTERM for the shim reaches the card OS, which may handle it."""
     script = 'trap "echo got; exit 3" TERM; echo ready; while :; do sleep 0.01; done'
@@ -80,7 +78,7 @@ BUSY = (
 )
 
 
-@needs_namespaces
+@pytest.mark.contained
 @pytest.mark.parametrize("user", [False, True])
 @pytest.mark.parametrize("victim", ["board", "shim", "os"])
 def test_kill_9_of_any_level_leaves_nothing(victim: str, user: bool) -> None:
@@ -93,10 +91,9 @@ def test_kill_9_of_any_level_leaves_nothing(victim: str, user: bool) -> None:
         # the check that nothing is left is in board()
 
 
+@pytest.mark.root
 def test_without_user_namespaces_the_card_runs_as_plain_processes() -> None:
     """A machine that refuses them is named with its reason, and the card OS runs nevertheless."""
-    if os.geteuid():
-        pytest.skip("needs root to forbid namespaces")
     script = "echo $$; hostname; ps -o sid= -p $$; exit 5"
     with board(["sh", "-c", script], prefix=cardlab.without_userns()) as b:
         assert b.report["namespaces"] == []
@@ -110,19 +107,17 @@ def test_without_user_namespaces_the_card_runs_as_plain_processes() -> None:
     assert status == 5
 
 
+@pytest.mark.root
 def test_plain_card_os_dies_with_the_board() -> None:
     """Without namespaces too, the card OS does not survive its board."""
-    if os.geteuid():
-        pytest.skip("needs root to forbid namespaces")
     with board(["sleep", "1000"], prefix=cardlab.without_userns()) as b:
         b.process.kill()
         eventually(lambda: not Path(f"/proc/{b.os_pid}").exists(), 5, "the card OS gone")
 
 
+@pytest.mark.root
 def test_root_keeps_all_ids_and_users_only_their_own() -> None:
     """Root's namespace maps every id to itself; a user's maps only the user, to root."""
-    if os.geteuid():
-        pytest.skip("needs root for both halves")
     with board(["cat", "/proc/self/uid_map"]) as b:
         full = b.finish()[0].split()
     assert full == Path("/proc/self/uid_map").read_text().split()

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cardlab
+import needs
 import pytest
 from cardlab import eventually
 
-from mic_emu import namespaces
 from mic_emu.testing.machine import Machine
 
 MAIN = "from mic_emu.cli import main; main()"
@@ -54,10 +54,10 @@ def person() -> Iterator[Person]:
         p.micemu("stop", "--force", check=False)
         shutil.rmtree(home)
         cardlab.forget_userland()
-    assert cardlab.mounts() == before
+    cardlab.no_more_mounts(before)
 
 
-@pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
+@pytest.mark.contained
 def test_an_ordinary_user_boots_runs_and_leaves_nothing(person: Person) -> None:
     """Boot, a program with its own names and writable folder, shutdown, stop: all without root."""
     status = json.loads(person.micemu("boot", "--json").stdout)
@@ -93,8 +93,9 @@ def test_programs_end_with_the_level_that_is_killed(machine: Machine, victim: st
     assert program.stdout.readline() == b"go\n"
     os_pid = machine.card()["pids"]["os"]
     above = int(Path(f"/proc/{os_pid}/stat").read_text().rpartition(")")[2].split()[1])
-    if victim == "shim" and not _name(above).startswith("micos-shim"):
-        pytest.skip("; ".join(namespaces.refusals()))
+    if victim == "shim":
+        needs.contained_cards()
+        assert _name(above).startswith("micos-shim")
     pid = {"shim": above, "os": os_pid, "init": next(p for p in _children(os_pid) if _name(p) == "init")}[
         victim
     ]
@@ -142,8 +143,8 @@ INITCTL = (
 )
 def test_cosm_32_programs_take_the_card_down(machine: Machine, command: str, status: str) -> None:
     """COSM-32: poweroff, halt, shutdown on the card end it in order, with their own shutdown status."""
-    if "initctl" in command and namespaces.refusals():
-        pytest.skip("; ".join(namespaces.refusals()))
+    if "initctl" in command:
+        needs.contained_cards()
     machine.boot("--disk", "none", "--net", "none")
     machine.micemu("run", "mic0", "--", "sh", "-c", f"{command}; sleep 20", check=False)
     eventually(lambda: machine.card()["state"] == "ready", 10, "the card is down")
@@ -161,7 +162,7 @@ def test_cosm_32_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
     )
 
 
-@pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
+@pytest.mark.contained
 def test_status_names_the_card_os_itself(machine: Machine) -> None:
     """``pids.os`` is pid 1 of the card, so that SIGSTOP hangs the card and kill -9 crashes it."""
     machine.boot("--disk", "none", "--net", "none")

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 from cardlab import USER, as_user
 from test_ordinary_user import Person, person  # noqa: F401  the fixture
 
-from mic_emu import namespaces
 from mic_emu.testing.machine import MICEMU, Machine
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
@@ -35,10 +35,7 @@ def test_cosm_9_17_18_35_50_56_script_with_a_mounted_tree(machine: Machine, how:
     machine.boot(*QUICK)
     machine.micemu("shutdown")
     target = machine.home / "sys"
-    target.mkdir()
-    done = machine.micemu("sysfs", "mount", str(target), check=False)
-    if done.returncode:
-        pytest.skip(f"FUSE cannot be mounted here: {done.stderr.strip()}")
+    needs.fuse_mount(machine, target)
     script, watch, crash = tools(machine.home, sys.executable, " ".join(MICEMU), how)
     ran = subprocess.run(
         ["sh", script, str(target), watch, crash], env=machine.env, capture_output=True, text=True, timeout=100, check=False
@@ -60,7 +57,7 @@ def test_cosm_9_17_18_35_50_56_script_with_the_tree_at_its_real_place(machine: M
     assert machine.micemu("run", "host", "--sysfs", "--", "no-such-program", check=False).returncode == 127
 
 
-@pytest.mark.skipif(bool(namespaces.refusals()), reason="; ".join(namespaces.refusals()))
+@pytest.mark.contained
 def test_cosm_11_script_of_an_ordinary_user(person: Person) -> None:  # noqa: F811
     """The same without root, where /dev/fuse may be opened."""
     probe = [*as_user(), "sh", "-c", "exec 3<>/dev/fuse"]

@@ -370,7 +370,6 @@ def test_vop_55_removal_waits_for_a_copy(lab: Lab) -> None:
     lab.offer([b"x" * 64], [])
     f._rings.acquire()  # a copy in progress
     closing = asyncio.run_coroutine_threadsafe(lab.files.close(), lab.loop)
-    time.sleep(0)
     with pytest.raises(TimeoutError):
         closing.result(0.3)
     assert lab.life.host.devices[0].slot.blocks

@@ -57,13 +57,14 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     """VOP-65: shutting_down to ready ends every backend without a zombie; restart boots with new ones."""
     machine.boot("--net", "none")
     before = [d["pid"] for d in machine.card()["devices"]]
+    assert len(before) == 2  # console and block
     machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 60", check=False)
     eventually(
         lambda: machine.card()["boots"] == 2 and machine.card()["state"] == "online", 20, "the second boot"
     )
     assert all(gone(pid) for pid in before)
     eventually(
-        lambda: all(d["state"] == "running" for d in machine.card()["devices"]), 10, "the new backends"
+        lambda: [d["state"] for d in machine.card()["devices"]] == ["running"] * 2, 10, "the new backends"
     )
     after = [d["pid"] for d in machine.card()["devices"]]
     assert not set(before) & set(after)

@@ -28,10 +28,6 @@ PERSONALITIES = {
     "no_offload": net.bit("F_VERSION_1") | net.bit("F_EVENT_IDX"),
 }
 
-needs_ns = pytest.mark.skipif(
-    netns.probe().mode != "ns", reason=f"no namespaces with a TAP: {netns.probe().reason}"
-)
-
 
 def ping(ends: Ends, side: str, target: str, count: int, *extra: str) -> bool:
     """Ping until ``count`` answers are there or 10 s have passed. (Without -w, ping gives the last answer
@@ -56,7 +52,7 @@ def in_ns(ns: netns.Namespaces, call: object) -> object:
     return out[0]
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.parametrize("features", PERSONALITIES.values(), ids=PERSONALITIES.keys())
 @pytest.mark.peer("ping")
 def test_vop_59_ping_both_ways(features: int) -> None:
@@ -102,7 +98,7 @@ def _tcp(p: Ends, server: str, client: str, nbytes: int) -> tuple[bytes, bytes]:
     return data, bytes(got)
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.parametrize("features", PERSONALITIES.values(), ids=PERSONALITIES.keys())
 def test_vop_59_tcp_streams_are_unchanged(features: int, tmp_path: Path) -> None:
     """VOP-59: 20 MB of TCP each way arrive unchanged; with offload in frames of up to 64 KiB."""
@@ -126,7 +122,7 @@ def test_vop_59_tcp_streams_are_unchanged(features: int, tmp_path: Path) -> None
         assert mean > 4000  # ACKs included: most data went in segmentation offload frames
 
 
-@needs_ns
+@pytest.mark.tap
 def test_vop_59_frames_of_64_kib_pass() -> None:
     """VOP-59: a segmentation offload frame of the largest size passes in one piece."""
     with NetPair(MODERN) as p:
@@ -137,7 +133,7 @@ def test_vop_59_frames_of_64_kib_pass() -> None:
         assert nbytes / packets > 30000
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.parametrize("features", [MODERN, net.COMPAT_FEATURES], ids=["modern", "compat"])
 @pytest.mark.peer("iperf3")
 def test_iperf3_both_ways(features: int) -> None:
@@ -161,7 +157,7 @@ def test_iperf3_both_ways(features: int) -> None:
         assert ping(p, "host", p.card_ip, 2)
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.peer("ping")
 def test_jumbo_mtu() -> None:
     """With an MTU of 9000 an unfragmented 8972-byte ping passes."""
@@ -170,7 +166,7 @@ def test_jumbo_mtu() -> None:
         assert ping(p, "card", p.host_ip, 2, "-M", "do", "-s", "8972")
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.parametrize("buffers", [0, 50])
 def test_device_reports_a_removed_tap(buffers: int) -> None:
     """When the interface goes away the device's loop says so instead of spinning or sleeping on; also
@@ -210,7 +206,7 @@ def _delete(name: str) -> None:
             raise OSError(-err, os.strerror(-err))
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.peer("ping", "tshark")
 def test_pcap_opens_in_tshark(tmp_path: Path) -> None:
     """A capture at the backend holds both directions without the vnet header; tshark reads it."""
@@ -248,7 +244,7 @@ def test_pcap_opens_in_tshark(tmp_path: Path) -> None:
     assert [float(t) for t in times] == sorted(float(t) for t in times)
 
 
-@needs_ns
+@pytest.mark.tap
 @pytest.mark.parametrize("tap_side", ["host", "card"])
 @pytest.mark.peer("ping")
 def test_vop_59_responder_serves_real_programs(tap_side: str) -> None:
@@ -320,7 +316,7 @@ def _udp_echo(ns: netns.Namespaces, target: str) -> int:
     return 10
 
 
-@needs_ns
+@pytest.mark.tap
 def test_bridge_yardstick_carries_tcp() -> None:
     """The benchmark's yardstick, two TAPs and a plain copier, carries a stream unchanged."""
     with BridgedEnds() as p:
@@ -328,7 +324,7 @@ def test_bridge_yardstick_carries_tcp() -> None:
         assert sent == got
 
 
-@needs_ns
+@pytest.mark.tap
 def test_tap_never_touches_an_existing_interface() -> None:
     """Opening a TAP of a name that exists is an error that says so; the interface stays as it was."""
     with netns.create() as ns, ns.open_tap("mic0"):
@@ -344,7 +340,7 @@ def test_tap_never_touches_an_existing_interface() -> None:
             ns.run(lambda: netif.open_tap("lo").close())
 
 
-@needs_ns
+@pytest.mark.tap
 def test_interface_set_up_by_ioctl() -> None:
     """Address, MTU, MAC and state are what was asked for, without any helper program."""
     with netns.create() as ns, ns.open_tap("mic7"):
@@ -363,7 +359,7 @@ def test_interface_set_up_by_ioctl() -> None:
             ns.run(lambda: netif.set_up("mic9"))
 
 
-@needs_ns
+@pytest.mark.tap
 def test_namespaces_live_by_descriptor_only() -> None:
     """No process and no name is left behind: the pair is gone when its descriptors are closed."""
     ns = netns.create()
@@ -401,7 +397,7 @@ def test_each_refusal_names_its_fix(err: str, step: int, fix: str) -> None:
     assert fix in str(e)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_probe_falls_back_when_namespaces_are_used_up() -> None:
     """With the limit of network namespaces at 0 the probe says responder, ENOSPC and which limit to raise."""
     with netns.create() as outer:
@@ -415,7 +411,7 @@ def test_probe_falls_back_when_namespaces_are_used_up() -> None:
         outer.run(work)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_namespaces_as_an_ordinary_user() -> None:
     """An ordinary user becomes root inside its own pair; a TAP there needs an accessible /dev/net/tun."""
     import ctypes

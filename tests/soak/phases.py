@@ -34,6 +34,7 @@ class Phase:
 
 
 def _dma(kind: str, contract: Contract = Contract.TIME, **words: object) -> Phase:
+    """On the soak's own channel."""
     return Phase(kind, {"channel": 7, **words}, contract, "mic1")
 
 
@@ -55,6 +56,9 @@ PHASES = (
     Phase("disk-torn", {**_VDA, "rate": 0.3, "report": "success"}, Contract.DISK_TEARS),
     _dma("dma-delay", delay="1ms", jitter="1ms", rate=0.2),
     _dma("dma-lose-interrupt", rate=0.5),
+    # Every channel of mic0 is SCIF's: the fences of both sides are late, nothing more.
+    Phase("dma-delay", {"delay": "1ms", "jitter": "1ms", "rate": 0.2}),
+    Phase("dma-lose-interrupt", {"rate": 0.5}),
     _dma("dma-corrupt", Contract.DMA_CHANGES, rate=0.1),
     _dma("dma-skip", Contract.DMA_SKIPS, rate=0.1),
 )  # fmt: skip

@@ -4,7 +4,7 @@
 #include <scif.h>
 
 #define WINDOW (4u << 20)
-#define BIG    (3u << 20) /* now and then, for copies that a channel makes */
+#define BIG    (3u << 20) /* now and then: a DMA channel makes the copy */
 #define SMALL  (128u << 10)
 #define RW     (SCIF_PROT_READ | SCIF_PROT_WRITE)
 
@@ -64,10 +64,10 @@ static void read_step(struct rma *r, bool plain, size_t lo, size_t ro, size_t n,
 
 static void step(struct rma *r)
 {
-	bool big = dice(&r->state) % 32 == 0, plain = dice(&r->state) % 2;
+	bool big = dice(&r->state) % 32 == 0, plain = dice(&r->state) % 2 && !big;
 	size_t n = big ? BIG : 1 + dice(&r->state) % SMALL;
 	size_t lo = dice(&r->state) % (WINDOW - n), ro = dice(&r->state) % (WINDOW - n);
-	int flags = dice(&r->state) % 2 ? SCIF_RMA_SYNC : 0;
+	int flags = dice(&r->state) % 2 && !big ? SCIF_RMA_SYNC : 0;
 
 	if (big) {
 		lo &= ~63ul;

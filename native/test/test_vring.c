@@ -24,12 +24,15 @@ struct pair {
 	uint16_t num;
 };
 
-static void sleep_on(int fd)
+/* False: nobody rang, and somebody had to. */
+static bool sleep_on(int fd)
 {
 	struct pollfd p = {.fd = fd, .events = POLLIN};
 
-	poll(&p, 1, 10000);
+	if (poll(&p, 1, 20000) != 1)
+		return false;
 	lab_rang(fd);
+	return true;
 }
 
 /* Echo: writes the readable bytes, plus one each, into the writable part. */
@@ -59,7 +62,7 @@ static void *device(void *arg)
 			serve(p, &chain, iov);
 			done++;
 		} else if (!mic_vq_enable_kick(&p->vq)) {
-			sleep_on(p->kick);
+			CHECK_IN_THREAD(sleep_on(p->kick));
 			mic_vq_disable_kick(&p->vq);
 		}
 	}
@@ -114,7 +117,7 @@ static void drive(struct pair *p)
 		collect(p, &done, &bad);
 		CHECK(!p->dq.broken);
 		if (done == before && !mic_dq_enable_interrupt(&p->dq)) {
-			sleep_on(p->call);
+			CHECK(sleep_on(p->call));
 			mic_dq_disable_interrupt(&p->dq);
 		}
 	}

@@ -1,7 +1,7 @@
 """The instance's init: parent of every process on the host side.
 
 It forks the host process and, when the host asks, boards and backends. It has no threads and few
-descriptors, so a fork is clean and costs about a millisecond. When the host ends, however it ends,
+descriptors, so a fork is clean and costs about a millisecond; one child is forked ahead. When the host ends, however it ends,
 init kills what is left and removes the run directory; when init itself is killed, the kernel kills
 its children (PR_SET_PDEATHSIG) and the next command sweeps up.
 """
@@ -26,7 +26,7 @@ from mic_emu.proc import kill_descendants
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
 
-HOST = "micemu-host"
+HOST, SPARE = "micemu-host", "micemu-spare"
 Target = Callable[[dict[str, Any], list[int]], int]
 
 
@@ -40,23 +40,36 @@ def close_all_but(keep: Sequence[int]) -> None:
     os.closerange(last + 1, max(os.sysconf("SC_OPEN_MAX"), last + 2))
 
 
-def run_child(
-    parent: int, name: str, log_fd: int, target: Target, args: dict[str, Any], fds: list[int]
-) -> NoReturn:
-    """The life of a forked process: attributes, clean descriptors, ``target``, exit status."""
+def settle_in(parent: int, name: str, keep: Sequence[int]) -> None:
+    """What every forked process does first: its life, its name, its signals, its descriptors."""
+    lib.mic_proc_die_with_parent(parent)
+    lib.mic_proc_set_name(name.encode()[:15])
+    for sig in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(sig, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    close_all_but([0, 1, 2, *keep])
+
+
+def live(name: str, log_fd: int, target: Callable[[], int]) -> NoReturn:
+    """The rest of a forked process: ``target``, exit status."""
     status = 70
     try:
-        lib.mic_proc_die_with_parent(parent)
-        lib.mic_proc_set_name(name.encode()[:15])
-        for sig in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(sig, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        close_all_but([0, 1, 2, log_fd, *fds])
-        status = target(args, fds)
+        status = target()
     except BaseException:
         Log(log_fd, process=name).error("ended by an exception", traceback=traceback.format_exc())
     finally:
         os._exit(status)
+
+
+def wait_for_a_name(channel: Channel, log_fd: int, targets: dict[str, Target]) -> int:
+    """The life of a spare process: it becomes what init tells it to be."""
+    try:
+        msg, fds = channel.recv(None, "what to be")
+    except (WireError, OSError):
+        return 0  # init is going
+    channel.close()
+    lib.mic_proc_set_name(msg["name"].encode()[:15])
+    live(msg["name"], log_fd, lambda: targets[msg["kind"]](msg["args"], fds))
 
 
 # By name: init powers the slot, whatever sits in it; host code does not import card code.
@@ -82,15 +95,52 @@ class Launcher:
         self.log = log
         self.targets = targets()
         self.children: dict[int, str] = {}
+        self.spare: tuple[int, Channel] | None = None
 
-    def fork(self, name: str, target: Target, args: dict[str, Any], fds: list[int]) -> int:
+    def fork(self, name: str, target: Callable[[], int], fds: Sequence[int]) -> int:
         """Fork a child with exactly ``fds`` (plus stdio and the log). Returns its pid."""
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            run_child(parent, name, self.log.fd, target, {**args, "log_fd": self.log.fd}, fds)
+
+            def be() -> int:
+                settle_in(parent, name, [self.log.fd, *fds])
+                return target()
+
+            live(name, self.log.fd, be)
         self.children[pid] = name
         return pid
+
+    def start(self, kind: str, name: str, args: dict[str, Any], fds: list[int]) -> int:
+        """A board or backend: the spare becomes it. Returns its pid."""
+        args = {**args, "log_fd": self.log.fd}
+        if self.spare is not None:
+            (pid, channel), self.spare = self.spare, None
+            with channel:
+                try:
+                    channel.send({"kind": kind, "name": name, "args": args}, fds)
+                    self.children[pid] = name
+                    return pid
+                except OSError:
+                    pass  # it was killed; the reaper forgets it
+        return self.fork(name, lambda: self.targets[kind](args, fds), fds)
+
+    def have_a_spare(self) -> None:
+        """Fork the process that becomes the next board or backend: on a busy machine a fresh child waits for its
+        first turn longer than one that has waited for a message."""
+        try:
+            ours, theirs = map(Channel, socket.socketpair())
+        except OSError:
+            return
+        try:
+            pid = self.fork(
+                SPARE, lambda: wait_for_a_name(theirs, self.log.fd, self.targets), [theirs.fileno()]
+            )
+            self.spare = (pid, ours)
+        except OSError:
+            ours.close()  # no process now: the next one is forked when it is asked for
+        finally:
+            theirs.close()
 
     def run(self, host_main: Target, args: dict[str, Any], ready_fd: int) -> None:
         """Fork the host and serve it until it ends; then clean up."""
@@ -100,11 +150,13 @@ class Launcher:
         wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
-        host = self.fork(HOST, host_main, args, [theirs.fileno(), ready_fd])
+        fds = [theirs.fileno(), ready_fd]
+        host = self.fork(HOST, lambda: host_main({**args, "log_fd": self.log.fd}, fds), fds)
         theirs.close()
         os.close(ready_fd)
         self.rundir.write_pids({"init": os.getpid(), "host": host})
         channel = Channel(ours)
+        self.have_a_spare()
         poller = select.poll()
         poller.register(ours, select.POLLIN)
         poller.register(wake_r, select.POLLIN)
@@ -124,13 +176,15 @@ class Launcher:
         except (WireError, OSError):
             return False
         try:
-            pid = self.fork(msg["name"], self.targets[msg["kind"]], msg["args"], fds)
+            pid = self.start(msg["kind"], msg["name"], msg["args"], fds)
             channel.send({"spawned": pid, "id": msg["id"]})
         except OSError as e:
             channel.send({"error": str(e), "id": msg["id"]})
         finally:
             for fd in fds:
                 os.close(fd)
+        if self.spare is None:
+            self.have_a_spare()
         return True
 
     def reap(self, channel: Channel | None) -> None:
@@ -143,6 +197,13 @@ class Launcher:
             if pid == 0:
                 return
             name = self.children.pop(pid, None)
+            if name == SPARE:
+                if self.spare is not None and self.spare[0] == pid:
+                    self.spare[1].close()
+                    self.spare = (
+                        None  # the next process is forked when it is asked for, and then a spare again
+                    )
+                continue
             if name == HOST and status != 0:
                 self.log.error("the host process died", status=os.waitstatus_to_exitcode(status))
                 self.rundir.save_logs()

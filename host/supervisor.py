@@ -40,6 +40,7 @@ class Backend:
         self.channel: AsyncChannel | None = None
         self.device: VopDevice | None = None
         self.facts: dict[str, Any] = {}  # what the backend told about itself (pty, mode, ...)
+        self.leaving: asyncio.Future[None] | None = None  # the removal of its device
         self.ready = asyncio.Event()  # DRIVER_OK seen
         self.restarts = 0
         self.wanted = True  # False: it is being removed for good
@@ -170,13 +171,21 @@ class Supervisor:
         level = self.log.info if self.stopping else self.log.warning
         level(f"{backend.kind} backend ended", event="backend_exit", device=backend.kind, status=status)
         self.on_change()
+        self._take_device(backend)
+        if backend.leaving is not None:
+            leaving, backend.leaving = backend.leaving, None
+            await leaving
+        if status == 0 and backend.facts.get("fatal"):
+            raise MicemuError(backend.facts["fatal"])
+
+    def _take_device(self, backend: Backend) -> None:
+        """Nobody serves the rings any more: the device goes. Called when the backend says that it is done with
+        them, and again when its process has ended, whatever it said."""
         if backend.device is not None:
             device, backend.device = backend.device, None
             self.on_change()
             self.vop.backend_gone(device)
-            await self.vop.remove(device)
-        if status == 0 and backend.facts.get("fatal"):
-            raise MicemuError(backend.facts["fatal"])
+            backend.leaving = asyncio.ensure_future(self.vop.remove(device))
 
     async def _serve(self, backend: Backend, channel: AsyncChannel) -> None:
         try:
@@ -200,6 +209,8 @@ class Supervisor:
             backend.ready.set()
             self.log.info(f"{backend.kind} runs", event="driver_ok", device=backend.kind)
             self.on_change()
+        elif op == "done":
+            self._take_device(backend)
         elif op == "driver_failed":
             backend.trouble = DRIVER_FAILED if msg["failed"] else ""
             if msg["failed"]:

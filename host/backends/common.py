@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -211,12 +213,13 @@ def serve(
     """Entry point of a backend process."""
     process = make(args, fds)
     try:
-        process.open()
-        process.run()
+        with contextlib.closing(process):
+            process.open()
+            process.run()
+        if threading.active_count() == 1:  # else a thread of a user's backend may still look at the rings
+            process.channel.send({"op": "done"})  # the card lets go of the device while this process ends
     except OpenFailed as e:
         process.facts(fatal=f"the device cannot be added: {e}")
     except (PeerClosed, WireError):
         return 0  # the host has gone; init ends us anyway
-    finally:
-        process.close()
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,31 @@ def test_a_disk_that_is_removed_in_order_logs_no_error(machine: Machine) -> None
     records = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
     assert any(r.get("event") == "device_gone" for r in records)
     assert [r["message"] for r in records if r["level"] == "error"] == []
+
+
+def spares(machine: Machine) -> list[int]:
+    """Init's processes that have nothing to do yet."""
+    init = machine.status()["host"]["init"]
+    pids = map(int, Path(f"/proc/{init}/task/{init}/children").read_text().split())
+    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "micemu-spare\n"]
+
+
+def test_the_spare_process_becomes_the_next_backend_and_is_not_missed_when_killed(machine: Machine) -> None:
+    """It has stdio, the log and one socket; a device gets it, with a name; killed, the next one is forked afresh."""
+    machine.boot("--disk", "none", "--net", "none")
+    (spare,) = spares(machine)
+    assert len(list(Path(f"/proc/{spare}/fd").iterdir())) == 5
+    machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / 'hot.img'}", "size=1M")
+    assert machine.device("block1")["pid"] == spare
+    assert Path(f"/proc/{spare}/comm").read_text() == "mic0-block\n"
+    (spare,) = spares(machine)
+    os.kill(spare, signal.SIGKILL)
+    eventually(lambda: gone(spare), 5, "the end of the spare process")
+    machine.micemu("vop", "add", "mic0", "rng")
+    assert machine.device("rng")["state"] == "running"
+    assert len(spares(machine)) == 1
+    machine.micemu("vop", "remove", "mic0", "block1")
+    machine.micemu("vop", "remove", "mic0", "rng")
 
 
 def test_vop_65_backends_follow_the_card(machine: Machine) -> None:

@@ -1,7 +1,9 @@
 """What the real stack's daemon decides, per card: reset after a shutdown or crash, boot after a restart.
 
-Never inside the state machine (design.md section 5). A card that crashes again and again right
-after its boot, or does not come up at all, is booted again with a growing pause, and at last left alone.
+Never inside the state machine (design.md section 5). A card that goes down again and again right after its
+boot, because it crashes or because it restarts itself, or that does not come up at all, is booted again with
+a growing pause, and at last left alone. One count for all of these; a card that ran for a while begins anew,
+and so does one that somebody else boots.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mic_emu.log import Log
 
 STATUS_LIMIT = 60.0  # seconds without a shutdown status until the card is reset anyway (COSM-33)
 OS_END_LIMIT = 20.0
-STABLE_AFTER = 60.0  # seconds online after which earlier crashes are forgiven
+STABLE_AFTER = 60.0  # seconds online after which earlier boots are forgotten
 MAX_PAUSE = 60.0
 
 
@@ -33,21 +35,36 @@ class Policy:
         self.config = config
         self.clock = clock
         self.log = log
-        self.attempts = 0  # boots in a row that ended in a crash
+        self.attempts = 0  # boots of ours in a row, each of which a card soon needed again
         self._boot = boot
         self._os_runs = os_runs
         self._wake = asyncio.Event()
         self._reboot: Status | None = None  # why the card is to be booted once it is ready
+        self._booting = False  # this boot is ours
         self._last = cosm.state
         self._online_since = 0.0
         cosm.on_change.append(self.wake)
 
     def wake(self) -> None:
         """Something changed: the state machine, or the card OS ended."""
-        if self.cosm.state is State.ONLINE and self._last is not State.ONLINE:
+        state, before = self.cosm.state, self._last
+        self._last = state
+        if state is State.BOOTING and not self._booting:
+            self.attempts = 0
+        elif state is State.ONLINE and before is not State.ONLINE:
             self._online_since = self.clock.monotonic()
-        self._last = self.cosm.state
+        elif (
+            before is State.ONLINE
+            and state is not State.ONLINE
+            and self._ran_s > self.clock.limit(STABLE_AFTER)
+        ):
+            # Counted to here: how long it then takes to go down, or to be reset, says nothing good of it.
+            self.attempts = 0
         self._wake.set()
+
+    @property
+    def _ran_s(self) -> float:
+        return self.clock.monotonic() - self._online_since
 
     async def run(self) -> None:
         """Act on state changes until cancelled."""
@@ -104,26 +121,66 @@ class Policy:
         return self.cosm.state is not State.SHUTTING_DOWN or self.cosm.shutdown_status is not Status.NOP
 
     async def _boot_again(self) -> None:
-        """After a restart at once; after a crash, or when the boot fails, with a growing pause."""
-        crashed, self._reboot = self._reboot is Status.CRASHED, None
-        if crashed and self.clock.monotonic() - self._online_since > self.clock.limit(STABLE_AFTER):
-            self.attempts = 0
+        """Until it is up, or in somebody else's hands, or has had its ``max_reboots``."""
+        status, self._reboot = self._reboot, None
+        what = "restarted itself" if status is Status.RESTART else "crashed"
         while self.cosm.state is State.READY:
-            if crashed:
-                self.attempts += 1
-                if self.attempts > self.config.max_reboots:
-                    text = f"crashed {self.attempts} times in a row: left in ready, boot it by hand"
-                    self.log.error(text, event="gave_up", attempts=self.attempts)
-                    self.attempts = 0
-                    return
-                await self.clock.pause(min(2.0**self.attempts, MAX_PAUSE))
+            if self.attempts >= self.config.max_reboots:
+                self._give_up(what)
+                return
+            # A restart is what a card may ask for: the first one has no pause.
+            exponent = self.attempts + (status is not Status.RESTART)
+            self.attempts += 1
+            if exponent and not await self._pause(min(2.0**exponent, MAX_PAUSE), what):
+                return
             try:
-                await self._boot()
+                await self._boot_ours()
                 return
             except StateError:
                 return  # somebody else was faster
             except (MicemuError, OSError, TimeoutError) as e:
-                self.log.error(f"booting the card again failed: {e}")
+                left = (
+                    ""
+                    if self.config.on_crash == "reboot"
+                    else f"; it is left in ready: micemu boot mic{self.cosm.index}"
+                )
+                self.log.error(f"booting the card again failed: {e}{left}")
             if self.config.on_crash != "reboot":
                 return
-            crashed = True
+            status, what = Status.CRASHED, "did not come up"
+
+    async def _boot_ours(self) -> None:
+        self._booting = True
+        try:
+            await self._boot()
+        finally:
+            self._booting = False
+
+    async def _pause(self, seconds: float, what: str) -> bool:
+        """False when somebody else took the card meanwhile."""
+        self.log.info(
+            f"it {what}: to be booted again in {self.clock.delay(seconds):g} s",
+            event="boot_again", attempt=self.attempts, of=self.config.max_reboots, pause_s=self.clock.delay(seconds),
+        )  # fmt: skip
+        changes = self.cosm.changes
+        pause = asyncio.ensure_future(self.clock.pause(seconds))
+        taken = asyncio.ensure_future(self._until(lambda: self.cosm.changes != changes))
+        try:
+            await asyncio.wait({pause, taken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pause.cancel()
+            taken.cancel()
+            await asyncio.gather(pause, taken, return_exceptions=True)
+        if self.cosm.changes == changes:
+            return True
+        self._wake.set()  # the change that ended the pause may need us
+        return False
+
+    def _give_up(self, what: str) -> None:
+        name, times = f"mic{self.cosm.index}", self.attempts + 1
+        limit, self.attempts = self.clock.limit(STABLE_AFTER), 0
+        self.log.error(
+            f"it {what}: {times} times down in a row without {limit:g} s online in between (max_reboots = "
+            f"{self.config.max_reboots}), so it is left in ready. Look at its console.log, then micemu boot {name}",
+            event="gave_up", attempts=times, cause=what,
+        )  # fmt: skip

@@ -73,7 +73,7 @@ class CardConfig:
     interrupts: str = "msix"  # the best that the card offers; the driver falls back to it
     personality: str = "modern"
     on_crash: str = "keep"
-    max_reboots: int = 5  # boots in a row that end in a crash, until on_crash = "reboot" gives up
+    max_reboots: int = 5  # after crashes and restarts in a row, until the card is left alone
     autoboot: bool = True  # boot when ``micemu host`` starts
     restart: str = "always"  # of a backend that died
     namespaces: bool = True

@@ -10,7 +10,7 @@ from lab import Lab
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError
-from mic_emu.testing.cosm import FakeConnection, settle
+from mic_emu.testing.cosm import FakeConnection, message, settle
 
 S = State
 
@@ -94,6 +94,94 @@ async def test_cosm_64_crashes_long_after_the_boot_are_forgiven() -> None:
         await d.clock.advance(5)
         assert (len(d.boots), d.dev.state) == (n + 1, S.ONLINE)
         ep = d.ep
+
+
+async def restarts(d: Daemon, times: int) -> None:
+    """The card asks for a restart as soon as it is online, and is booted, so often; then once more."""
+    ep = await d.online()
+    for _ in range(times):
+        began = len(d.boots)
+        await d.run_down(ep, Status.RESTART)
+        await d.clock.advance(20)
+        assert len(d.boots) == began + 1
+        assert d.ep
+        ep = d.ep
+    await d.run_down(ep, Status.RESTART)
+
+
+async def test_cosm_64_card_that_restarts_for_ever_is_booted_with_growing_pauses_and_then_left() -> None:
+    """At once, after 2 and after 4 s; the fourth restart in a row leaves it ready, and the event says why and what next."""
+    d = Daemon(max_reboots=3)
+    pauses = []
+    ep = await d.online()
+    for _ in range(3):
+        await d.run_down(ep, Status.RESTART)
+        down = d.clock.monotonic()
+        await d.clock.advance(20)
+        pauses.append(d.boots[-1] - down)
+        assert (d.dev.state, d.ep is not None) == (S.ONLINE, True)
+        ep = d.ep or ep
+    assert pauses == pytest.approx([0, 2, 4])
+    await d.run_down(ep, Status.RESTART)
+    await d.clock.advance(1000)
+    assert (len(d.boots), d.dev.state) == (3, S.READY)
+    (end,) = [r for r in d.records.records if r.get("event") == "gave_up"]
+    assert (end["attempts"], end["cause"]) == (4, "restarted itself")
+    assert "it restarted itself: 4 times down in a row" in end["message"]
+    assert "micemu boot mic0" in end["message"]
+
+
+async def test_cosm_64_restarts_and_crashes_are_one_count() -> None:
+    """Two restarts, then a crash: the third boot is the last of max_reboots = 3, with the pause of the third."""
+    d = Daemon("reboot", max_reboots=3)
+    await restarts(d, 2)
+    await d.clock.advance(20)
+    assert (len(d.boots), d.dev.state) == (3, S.ONLINE)
+    await d.clock.advance(1000)  # the card says nothing any more
+    assert (len(d.boots), d.dev.state) == (3, S.READY)
+    assert [r["cause"] for r in d.records.records if r.get("event") == "gave_up"] == ["crashed"]
+
+
+async def test_cosm_64_restart_long_after_the_boot_is_forgiven() -> None:
+    """One that was online for a minute may restart as often as it likes, each time without a pause."""
+    d = Daemon(max_reboots=1)
+    ep: FakeConnection | None = await d.online()
+    for n in range(4):
+        assert ep
+        for _ in range(3):
+            await d.clock.advance(30)
+            ep.say(message("HEARTBEAT"))
+        await d.run_down(ep, Status.RESTART)
+        await d.clock.advance(1)
+        assert (len(d.boots), d.dev.state) == (n + 1, S.ONLINE)
+        ep = d.ep
+
+
+async def test_policy_minutes_of_going_down_are_no_time_online() -> None:
+    """A card that is online for a moment and then takes a minute to show its status has not run well."""
+    d = Daemon(max_reboots=1)
+    ep = await d.online()
+    for n in range(2):
+        await d.clock.advance(10)
+        await d.dev.shutdown()
+        await d.clock.advance(59)
+        await d.run_down(ep, Status.RESTART)
+        await d.clock.advance(5)
+        assert (len(d.boots), d.dev.state) == (1, [S.ONLINE, S.READY][n])
+        ep = d.ep or ep
+
+
+async def test_policy_boot_by_hand_starts_a_new_count_and_ends_a_pause() -> None:
+    """Somebody boots while the policy waits: it neither boots once more nor counts what was before."""
+    d = Daemon(max_reboots=3)
+    await restarts(d, 2)
+    await d.clock.advance(1)
+    assert (d.dev.state, len(d.boots)) == (S.READY, 2)
+    ep = await d.online()
+    assert d.daemon.attempts == 0
+    await d.run_down(ep, Status.RESTART)
+    await d.clock.advance(1)
+    assert (d.dev.state, len(d.boots)) == (S.ONLINE, 3)
 
 
 async def test_cosm_65_reset_failed_is_left_alone_and_goes_on_by_hand() -> None:

@@ -146,6 +146,21 @@ def test_cosm_64_crash_policy_reboot_gives_up_after_its_limit(machine: Machine, 
     assert seen(machine) == ("ready", "nop")
 
 
+def test_cosm_64_card_that_restarts_again_and_again_is_left(machine: Machine, tmp_path: Path) -> None:
+    """max_reboots = 1: its first `reboot` boots it again, the second leaves it ready, and the event stream says why."""
+    config = tmp_path / "mic.toml"
+    config.write_text('[[card]]\nmax_reboots = 1\ndisk = "none"\nnet = "none"\n')
+    machine.micemu("boot", "--config", str(config))
+    machine.on_card("reboot", check=False)
+    eventually(lambda: machine.card()["boots"] == 2 and seen(machine)[0] == "online", 20, "the second boot")
+    machine.on_card("reboot", check=False)
+    log = machine.run_dir / "log.jsonl"
+    eventually(lambda: '"gave_up"' in log.read_text(), 20, "the end of its patience")
+    assert seen(machine) == ("ready", "nop")
+    (end,) = [r for r in map(json.loads, log.read_text().splitlines()) if r.get("event") == "gave_up"]
+    assert "it restarted itself: 2 times down in a row without 15 s online" in end["message"]
+
+
 def test_cosm_21_66_command_line_reaches_the_card_and_is_cut(machine: Machine) -> None:
     """` mem=<MiB>M`, the daemon's network words, the administrator's text with stray quotes; 2047 characters."""
     machine.boot("--memory", "256M", "--cmdline", "don't=panic " + "x" * 3000, *QUICK)

@@ -173,6 +173,7 @@ class _Loop(EventLoop):
         self.config = config
         self.listener = listener
         self.control = control
+        self.card_os = os.getppid()
         self.root = root
         self.clients: dict[int, _Client] = {}  # by pid
         self.ending = False
@@ -375,10 +376,20 @@ class _Loop(EventLoop):
             pass
 
     def finish(self, client: _Client) -> None:
-        """The program ended: tell, forget."""
+        """The program ended: tell, forget.
+
+        A program may end because it has seen the card OS go, before we have: then the card went down under it,
+        and the connection, which closes without a word, says so.
+        """
         self.clients.pop(client.pid, None)
-        self.tell(client, {"exited": client.status})
+        if not self.card_os_gone():
+            self.tell(client, {"exited": client.status})
         self.release(client)
+
+    def card_os_gone(self) -> bool:
+        """Does the card OS end, or has it? A process that dies closes its descriptors one after the other, and
+        ours may come long after the one that the program looked at."""
+        return os.getppid() != self.card_os or program.ends(self.card_os)
 
     def refuse(self, client: _Client, number: int, text: str, stage: str = "exec") -> None:
         self.tell(client, {"error": number, "stage": stage, "message": text})

@@ -22,6 +22,7 @@ from mic_emu.runproto import LIMITS
 _TIOCGPTN = 0x80045430
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTPEER = 0x5441
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat
 
 
 class Root(Protocol):
@@ -221,6 +222,15 @@ def processes() -> dict[int, ProcessRow]:
         if fields[0] not in "ZX":
             found[int(entry)] = ProcessRow(int(fields[1]), int(fields[3]), fields[4] != "0")
     return found
+
+
+def ends(pid: int) -> bool:
+    """Is this process on its way out, or a zombie? The kernel marks it before it closes anything of it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _PF_EXITING)
 
 
 def descendants(ancestor: int) -> set[int]:

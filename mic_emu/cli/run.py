@@ -75,4 +75,14 @@ def command(card: str, program: tuple[str, ...], tty: bool | None, sysfs: bool) 
         raise UsageError("--sysfs is for the host side: a card has no /sys/class/mic")
     where = client.ask("run", card=card)
     status = run_client.run(connect_unix(where["socket"]), list(program), where=card, tty=tty)
+    if status:
+        tell_loss(card, program[0])
     run_client.leave(status)
+
+
+def tell_loss(card: str, program: str) -> None:
+    """A program that failed may have seen the end of its card before anybody else."""
+    try:
+        client.ask("run", card=card)
+    except (MicemuError, OSError):
+        click.echo(f"micemu: {card} went down while {program} was running", err=True)

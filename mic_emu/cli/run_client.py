@@ -177,13 +177,20 @@ class _Relay:
                 terminal.set_window_size(self.master, terminal.window_size(0))
             elif number == signal.SIGTSTP:
                 # The program's group has no parent in its session, so SIGTSTP would be ignored there.
-                self.channel.send({"signal": int(signal.SIGSTOP)})
+                self.send_signal(signal.SIGSTOP)
                 os.kill(os.getpid(), signal.SIGSTOP)
             else:
                 if number == signal.SIGCONT and self.raw:
                     self.raw.again()
                     terminal.set_window_size(self.master, terminal.window_size(0))
-                self.channel.send({"signal": number})
+                self.send_signal(number)
+
+    def send_signal(self, number: int) -> None:
+        """To the program. When it has ended meanwhile, what it left in the channel tells how."""
+        try:
+            self.channel.send({"signal": int(number)})
+        except PeerClosed:
+            pass
 
     def read_input(self) -> None:
         try:
@@ -194,7 +201,7 @@ class _Relay:
             self.input += typed
         else:
             self.typing = False
-            self.channel.send({"signal": int(signal.SIGHUP)})  # our terminal has gone
+            self.send_signal(signal.SIGHUP)  # our terminal has gone
 
     def relay(self) -> bool:
         """Move what can be moved; False when the program's side has nothing (more)."""
@@ -217,7 +224,7 @@ class _Relay:
         try:
             terminal.write_all(1, shown)
         except OSError:  # nobody sees it any more: hang up
-            self.channel.send({"signal": int(signal.SIGHUP)})
+            self.send_signal(signal.SIGHUP)
             self.close()
             return False
         return True

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drill import signal_tree
@@ -85,6 +86,27 @@ def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
     machine.micemu("reset")
     assert seen(machine) == ("ready", "nop")
     assert machine.boot(*QUICK)["cards"][0]["state"] == "online"
+
+
+def test_program_that_fails_on_a_card_that_was_lost_keeps_its_status_and_run_says_so(
+    machine: Machine,
+) -> None:
+    """The card OS hangs and is declared crashed; a program on it ends by itself: its status, and what became of the card."""
+    pid = machine.boot(*QUICK)["cards"][0]["pids"]["os"]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    with machine.popen("run", "mic0", "--", "sh", "-c", "echo go; read x; exit 3", **pipes) as program:
+        assert program.stdout
+        assert program.stdout.readline() == "go\n"
+        os.kill(pid, signal.SIGSTOP)
+        machine.micemu("wait", "crashed", "--timeout", "20")
+        _, err = program.communicate("\n", timeout=20)
+    assert (program.returncode, err) == (3, "micemu: mic0 went down while sh was running\n")
+    assert machine.on_card("true", check=False).returncode == 4
 
 
 def test_cosm_51_heartbeat_off_keeps_a_hung_card_online(machine: Machine, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -31,6 +32,7 @@ from mic_emu.runproto import RunRequest
 from mic_emu.wire import PeerClosed
 
 CONTAINED = not namespaces.refusals()
+PIDFD_GETFD = 438  # system call
 
 
 @pytest.fixture(scope="module", params=["contained", "plain"])
@@ -526,6 +528,56 @@ def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
         assert p.returncode == 1
         assert err == b"mic0 went down while sh was running\n"
         eventually(lambda: not _running("sleep", "1007"), 5, "the program gone")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to forbid namespaces")
+def test_program_that_sees_the_loss_before_init_does() -> None:
+    """The card OS is dead, but its connection to init not closed yet, when a program ends: the caller hears of the card."""
+    with booted(plain=True) as c:
+        p = c.client(["sh", "-c", "echo go; read x; exit 3"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                     stderr=subprocess.PIPE)  # fmt: skip
+        assert p.stdin
+        assert p.stdout
+        assert p.stdout.readline() == b"go\n"
+        held = _sockets_of(c.board.os_pid)
+        parent = int(_fields(c.board.os_pid)[1])
+        os.kill(parent, signal.SIGSTOP)  # it would end everything itself
+        eventually(lambda: _letter(parent) == "T", 5, "it stopped")
+        try:
+            os.kill(c.board.os_pid, signal.SIGKILL)
+            eventually(lambda: _letter(c.board.os_pid) == "Z", 5, "the card OS dead")
+            p.stdin.close()
+            assert p.wait(10) == 1
+            assert p.stderr
+            assert p.stderr.read() == b"mic0 went down while sh was running\n"
+        finally:
+            os.kill(parent, signal.SIGCONT)
+            for fd in held:
+                os.close(fd)
+
+
+def _fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _letter(pid: int) -> str:
+    """State of a process, as ps shows it."""
+    return _fields(pid)[0]
+
+
+def _sockets_of(pid: int) -> list[int]:
+    """Our duplicates of its sockets: they do not close with it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        numbers = [int(p.name) for p in Path(f"/proc/{pid}/fd").iterdir() if "socket" in os.readlink(p)]
+        found = [libc.syscall(PIDFD_GETFD, pidfd, n, 0) for n in numbers]
+    finally:
+        os.close(pidfd)
+    assert found
+    assert min(found) >= 0, os.strerror(ctypes.get_errno())
+    return found
 
 
 def _outer(os_pid: int, inner: int) -> int:

@@ -49,7 +49,7 @@ class Admin:
         path = self.instance.rundir.path / "metrics.sock"
         self._metrics = await asyncio.start_unix_server(self._scrape, str(path))
         restrict(path)
-        self._rotation = asyncio.ensure_future(keep_small(self.instance.rundir.log))
+        self._rotation = asyncio.ensure_future(keep_small(self.instance.rundir.log, self.instance.log))
 
     async def close(self) -> None:
         """Stop serving."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import select
 import sys
 import time
@@ -13,11 +11,10 @@ from pathlib import Path
 
 import click
 
+from mic_emu import inotify
 from mic_emu.cli import client
 from mic_emu.errors import NotRunning
 from mic_emu.log import LEVELS
-
-IN_MODIFY, IN_ATTRIB, IN_DELETE_SELF = 0x2, 0x4, 0x400
 
 
 def text(line: str) -> str:
@@ -51,9 +48,7 @@ class Filter:
 
 def follow(path: Path, position: int, chosen: Filter) -> None:
     """Print what is appended, until the file goes away with its instance."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    watch = libc.inotify_init1(os.O_CLOEXEC)
-    libc.inotify_add_watch(watch, os.fsencode(path), IN_MODIFY | IN_ATTRIB | IN_DELETE_SELF)
+    watch = inotify.watch(path, inotify.MODIFY | inotify.ATTRIB | inotify.DELETE_SELF)
     with path.open() as f:
         f.seek(position)
         while True:
@@ -66,7 +61,7 @@ def follow(path: Path, position: int, chosen: Filter) -> None:
                 f.seek(0)
                 continue
             select.select([watch], [], [])
-            os.read(watch, 65536)
+            inotify.drain(watch)
 
 
 @click.command()

@@ -11,7 +11,10 @@ from mic_emu import layout as L
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection
 from mic_emu.scif.state import State as EndpointState
+from mic_emu.scif.traffic import checked
 from mic_emu.version import VERSION
+from mic_emu.wire import connect_unix
+from mic_emu.wire_aio import AsyncChannel
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -53,6 +56,14 @@ HELP = {
     ),
     "micemu_dma_engine_descriptors_total": ("counter", "Descriptors that a DMA channel has carried out."),
     "micemu_dma_engine_faults_total": ("counter", "Times that a DMA channel halted."),
+    "micemu_scif_bytes_total": (
+        "counter",
+        "Bytes of SCIF messages that a node's programs and services have sent to a peer, and received from it.",
+    ),
+    "micemu_scif_dma_bytes_total": (
+        "counter",
+        "Bytes that a node's DMA channels have copied for its programs, to windows of a peer or from them.",
+    ),
     "micemu_scif_nodes": ("gauge", "Online SCIF nodes, the host included."),
     "micemu_scif_endpoints": ("gauge", "Endpoints of node 0 by state."),
 }
@@ -134,12 +145,46 @@ async def counters(instance: Instance, limit_s: float = 1.0) -> dict[tuple[str, 
     return found
 
 
+async def traffic(instance: Instance, limit_s: float = 1.0) -> dict[int, dict[int, dict[str, int]]]:
+    """SCIF bytes by node and peer; a card that does not answer in time is left out."""
+    cards = [c for c in instance.cards.values() if c.is_online]
+    asked = (asyncio.wait_for(_ask_card(c), limit_s) for c in cards)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    found = {instance.node.id: instance.node.traffic.sums()}
+    for card, answer in zip(cards, answers, strict=True):
+        if isinstance(answer, dict):
+            found[card.index + 1] = answer
+    return found
+
+
+async def _ask_card(card: Card) -> dict[int, dict[str, int]]:
+    """What the card's node has counted. Raises OSError."""
+    async with AsyncChannel(connect_unix(str(card.dir / "os.sock"), wait=False)) as channel:
+        await channel.send({"op": "traffic"})
+        answer, _ = await channel.recv(None, "what the card's SCIF node has counted")
+    return checked(answer.get("peers"))
+
+
+SCIF_NAMES = {
+    "sent": ("micemu_scif_bytes_total", "sent"), "received": ("micemu_scif_bytes_total", "received"),
+    "dma_written": ("micemu_scif_dma_bytes_total", "written"), "dma_read": ("micemu_scif_dma_bytes_total", "read"),
+}  # fmt: skip
+
+
 async def _counters(instance: Instance) -> list[Sample]:
-    return [
+    """What others count: backends and cards, all asked at once."""
+    stats, nodes = await asyncio.gather(counters(instance), traffic(instance))
+    found: list[Sample] = [
         ("micemu_device_stats_total", {"card": card, "device": device, "stat": name}, value)
-        for (card, device), stats in (await counters(instance)).items()
-        for name, value in stats.items()
+        for (card, device), row in stats.items()
+        for name, value in row.items()
     ]
+    for node, peers in nodes.items():
+        for peer, row in peers.items():
+            for counter, value in row.items():
+                name, direction = SCIF_NAMES[counter]
+                found.append((name, {"node": str(node), "peer": str(peer), "direction": direction}, value))
+    return found
 
 
 def _quote(value: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
 from mic_emu.host.metrics import counters
+from mic_emu.scif.traffic import COUNTERS
 from mic_emu.vop import device_page as dp
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def one(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> dict[str, A
             "enabled": cosm.heartbeat_enable, "count": cosm.heartbeats,
             "silent_s": None if silent is None else round(silent, 3),
         },
+        "scif": card.node.traffic.sums().get(card.index + 1, dict.fromkeys(COUNTERS, 0)),
         "devices": devices(card, stats), "dma": channels(card), "smpt_mapped_bytes": card.driver.smpt.mapped_bytes,
     }  # fmt: skip
 

@@ -261,10 +261,14 @@ class _Reached:
         os.close(self._fd)
 
 
-def connect_unix(path: str) -> socket.socket:
-    """Connect to a stream socket at a path of any length. Raises OSError with the path in it."""
+def connect_unix(path: str, wait: bool = True) -> socket.socket:
+    """Connect to a stream socket at a path of any length. Raises OSError with the path in it.
+
+    wait:  for a listener whose queue is full; else EAGAIN
+    """
     reach = _Reached(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(wait)
     try:
         with reach as at:
             sock.connect(at(reach.name))

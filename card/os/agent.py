@@ -10,6 +10,7 @@ from typing import Any
 from mic_emu.card.os.disk import BlockDriver
 from mic_emu.card.os.drivers import Environment, NetworkDriver
 from mic_emu.card.os.pydriver import add_driver
+from mic_emu.scif.node import Node
 from mic_emu.vop.loading import LoadError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -19,8 +20,9 @@ REQUEST_LIMIT_S = 10.0
 class Agent:
     """Serves requests that need the card's drivers."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, node: Node) -> None:
         self._env = environment
+        self._node = node
         self._server: UnixServer | None = None
 
     async def open(self) -> None:
@@ -34,7 +36,12 @@ class Agent:
 
     async def _serve(self, channel: AsyncChannel) -> None:
         msg, _ = await channel.recv(REQUEST_LIMIT_S, "a request to the card OS")
-        requests = {"ping": self._ping, "bench": self._bench, "driver": self._driver}
+        requests = {
+            "ping": self._ping,
+            "bench": self._bench,
+            "driver": self._driver,
+            "traffic": self._traffic,
+        }
         try:
             handler = requests.get(msg.get("op", ""))
             if handler is None:
@@ -42,6 +49,9 @@ class Agent:
             await channel.send({"done": True, **await handler(msg)})
         except OSError as e:
             await channel.send({"error": e.strerror or str(e), "errno": e.errno})
+
+    async def _traffic(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"peers": self._node.traffic.sums()}
 
     async def _driver(self, msg: dict[str, Any]) -> dict[str, Any]:
         try:  # in a thread: importing runs the user's code

@@ -88,7 +88,7 @@ def _dma_rates(channel: Any, old: Any, seconds: float) -> dict[str, float | None
 
 
 def add_rates(look: Look, before: Look | None) -> Look:
-    """``rates`` for devices and DMA channels and ``used_s`` for rings, per second; null where there is no earlier look."""
+    """``rates`` for devices, DMA channels and SCIF, and ``used_s`` for rings, per second; null without an earlier look."""
     seconds = look["time_s"] - before["time_s"] if before else 0.0
     old_cards = _key(before["cards"] if before else [], "name")
     for card in look["cards"]:
@@ -96,6 +96,10 @@ def add_rates(look: Look, before: Look | None) -> Look:
         devices, channels = _key(old["devices"], "type"), _key(old["dma"], "channel")
         for device in card["devices"]:
             device["rates"] = _device_rates(device, devices.get((device["type"],)), seconds)
+        was = old.get("scif", {})
+        card["scif_rates"] = {
+            f"{k}_s": _rate(v, was.get(k), seconds) for k, v in card.get("scif", {}).items()
+        }
         for channel in card["dma"]:
             channel["rates"] = _dma_rates(channel, channels.get((channel["channel"],)), seconds)
     return look
@@ -150,6 +154,17 @@ def _device_row(device: Any) -> Row:
     return Row(cells, STYLES.get(device["state"], "") if device["state"] != "running" else "")
 
 
+def _scif_rows(card: Any) -> Iterator[Row]:
+    """Messages, and copies by the host's channels, between the host's programs and the card."""
+    rates = card.get("scif_rates")
+    if rates and card["state"] == "online":
+        yield Row(("  scif", "messages", "", _speed(rates["sent_s"]), _speed(rates["received_s"]), ""))
+        if any(card["scif"][k] for k in ("dma_written", "dma_read")):
+            yield Row(
+                ("  scif", "DMA copies", "", _speed(rates["dma_written_s"]), _speed(rates["dma_read_s"]), "")
+            )
+
+
 def _dma_rows(channels: list[Any]) -> Iterator[Row]:
     idle = 0
     for ch in channels:
@@ -178,6 +193,7 @@ def rows(look: Look) -> list[Row]:
     for card in look["cards"]:
         found.append(_card_row(card))
         found += [_device_row(d) for d in card["devices"]]
+        found += _scif_rows(card)
         found += _dma_rows(card["dma"])
     return found
 

@@ -66,7 +66,7 @@ class Endpoint:
         self._gone: Callable[[], None] | None = None  # the peer's DISCNCT_ACK
         self._limit: Deadline | None = None
         self._serving = False
-        self._was_connected = self._was_closed = self._peer_closed = False
+        self.was_connected = self._was_closed = self._peer_closed = False
         node.endpoints[self.id] = self
 
     @property
@@ -96,7 +96,7 @@ class Endpoint:
     def set_state(self, state: State) -> None:
         """A new state."""
         self.state = state
-        self._was_connected |= state is State.CONNECTED
+        self.was_connected |= state is State.CONNECTED
         self.changed()
 
     # --- bind, listen -------------------------------------------------------------------------
@@ -221,6 +221,7 @@ class Endpoint:
         """Give the queue pair back; copies that still run in it harm nobody."""
         self.link = None
         if self.qp is not None:
+            self.node.traffic.end(self)
             self.node.notifier.give_back(self.slot)
             if self._peer_is_open:
                 self.node.queue_pairs.hold(self.id, self.qp, self.peer[0])
@@ -230,6 +231,10 @@ class Endpoint:
             self.slot = -1
             if self._windows is not None:
                 self._windows.lists.look()
+
+    def message_bytes(self) -> tuple[int, int] | None:
+        """(sent, received) of this connection; None when it never had one."""
+        return None
 
     # --- what the peer did, and checks ------------------------------------------------------------
 
@@ -340,11 +345,11 @@ class Endpoint:
     def _peer_is_open(self) -> bool:
         """Have programs of the peer been able to reach our queue pair, and can they still?"""
         reachable = self.path is not None and self.node.path(self.peer[0]) is self.path
-        return self._was_connected and not self._peer_closed and reachable
+        return self.was_connected and not self._peer_closed and reachable
 
     def _say_closed(self) -> None:
         """DISCNCT: to a peer that is connected, and to one that closed before us and keeps its queue pair."""
-        if self._was_connected and self.path is not None and self.node.path(self.peer[0]) is self.path:
+        if self.was_connected and self.path is not None and self.node.path(self.peer[0]) is self.path:
             self._was_closed = True
             self.path.send(Msg(Op.DISCNCT, (self.node.id, self.port), self.peer, self.id, self.remote_id))
 

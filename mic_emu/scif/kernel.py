@@ -26,7 +26,11 @@ class KernelEndpoint(Endpoint):
 
     def __init__(self, node: Node) -> None:
         self._waiters: set[asyncio.Future[bool]] = set()
+        self._sent = self._received = 0  # bytes
         super().__init__(node)
+
+    def message_bytes(self) -> tuple[int, int] | None:
+        return (self._sent, self._received) if self.was_connected else None
 
     # --- waiting ------------------------------------------------------------------------------
 
@@ -123,6 +127,7 @@ class KernelEndpoint(Endpoint):
                 if n:
                     rings.put(data[done : done + n])
                     done, wanted = done + n, False
+                    self._sent += n
                 elif wanted:
                     break
                 else:  # and look again: who made room before we asked for it tells nobody
@@ -165,6 +170,7 @@ class KernelEndpoint(Endpoint):
         except ScifError:
             self._damaged()
             raise ScifError(errno.ECONNRESET, "the peer damaged its ring") from None
+        self._received += len(data)
         if not data and self.state is State.DISCONNECTED:
             raise ScifError(errno.ECONNRESET, "the peer has closed")
         if data and self.state is State.CONNECTED:

@@ -35,6 +35,7 @@ from mic_emu.scif.questions import Questions
 from mic_emu.scif.queue_pairs import QueuePairs
 from mic_emu.scif.records import Records
 from mic_emu.scif.rma import Rma
+from mic_emu.scif.traffic import Traffic
 from mic_emu.scif.windows import WindowTable
 
 
@@ -100,6 +101,7 @@ class Node:
         self.windows = WindowTable(self)
         self.rma = Rma(self)
         self.fences = Fences(self)
+        self.traffic = Traffic(self)
 
     def add_handler(self, op: Op, handler: Callable[[Msg, Link | None], None]) -> None:
         """Serve an opcode."""

@@ -160,6 +160,7 @@ class Rma:
         except OSError:
             work.let_go(engine.memory.unmap)
             raise
+        work.then.append(lambda good: self.node.traffic.copied(ep.peer[0], length, write) if good else None)
         engine.submit(lane, work, lambda ch: ch.prep_memcpy_sg(pieces, INTERRUPT))
 
     def idle(self, windows: Sequence[Window], then: Callable[[], None]) -> None:

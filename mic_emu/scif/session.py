@@ -43,6 +43,11 @@ class UserEndpoint(Endpoint):
         self._published = EP_NONE
         return qp
 
+    def message_bytes(self) -> tuple[int, int] | None:
+        if self.qp is None or not self.was_connected:
+            return None
+        return self.qp.control.sent, self.qp.control.received
+
     @property
     def leaving(self) -> bool:
         return super().leaving or self.session is None or self.session.released

@@ -54,6 +54,20 @@ def test_top_rates_are_per_second_between_two_looks() -> None:
     assert second["cards"][0]["dma"][0]["rates"] == {"descriptors_s": 25.0}
 
 
+def test_top_shows_scif_bytes_per_second() -> None:
+    """Messages always, DMA copies once there were any."""
+    looks = []
+    for time_s, sent, read in ((10, 0, 0), (12, 8000, 64000)):
+        looks.append(look(time_s))
+        looks[-1]["cards"][0]["scif"] = {"sent": sent, "received": 0, "dma_written": 0, "dma_read": read}
+    first = add_rates(looks[0], None)
+    assert not [r for r in rows(first) if "DMA copies" in r.cells]
+    second = add_rates(looks[1], first)
+    assert second["cards"][0]["scif_rates"]["sent_s"] == 4000.0
+    shown = {r.cells[1]: r.cells[3:5] for r in rows(second) if r.cells[0].strip() == "scif"}
+    assert shown == {"messages": ("4 kB/s", "0 B/s"), "DMA copies": ("0 B/s", "32 kB/s")}
+
+
 def test_top_rates_wrap_around_and_new_beginnings() -> None:
     """Ring and DMA indices wrap; a backend that was started again, and a card that came back, have no rate at first."""
     before = add_rates(look(0, used=65530, count=990, reads=100), None)

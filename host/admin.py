@@ -67,10 +67,7 @@ class Admin:
         return {"data": (await self.sysfs.file(msg["path"]).read()).decode("latin-1")}
 
     async def _sysfs_write(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        try:
-            await self.sysfs.write(msg["path"], msg["data"].encode("latin-1"))
-        except ScifError as e:
-            raise MicemuError(str(e), e.errno or errno.EIO) from e
+        await self.sysfs.write(msg["path"], msg["data"].encode("latin-1"))
         return {}
 
     async def _sysfs_watch(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

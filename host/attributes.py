@@ -24,44 +24,45 @@ class Refused(MicemuError):
     """What the kernel would answer; ``errno`` is what the writer's ``write`` returns."""
 
 
-def _invalid(name: str, text: str) -> Refused:
-    return Refused(f"{name}: {text[:40]!r} is not accepted", errno.EINVAL)
+def invalid(text: str, expected: str) -> Refused:
+    """EINVAL; ``expected`` says what would be accepted. Whoever knows the file puts its name in front."""
+    return Refused(f"{text[:40]!r} is not accepted; write {expected}", errno.EINVAL)
 
 
-def parse_int(name: str, text: str) -> int:
+def parse_int(text: str) -> int:
     """Decimal with an optional sign. Raises EINVAL, ERANGE (beyond 32 bits)."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise _invalid(name, text)
+        raise invalid(text, "a decimal number")
     value = int(text)
     if not -(1 << 31) <= value < 1 << 31:
-        raise Refused(f"{name}: {value} does not fit in 32 bits", errno.ERANGE)
+        raise Refused(f"{value} does not fit in 32 bits", errno.ERANGE)
     return value
 
 
-def parse_hex(name: str, text: str) -> int:
+def parse_hex(text: str) -> int:
     """Hexadecimal with or without 0x. Raises EINVAL, ERANGE (beyond 64 bits)."""
     if not re.fullmatch(r"\+?(0[xX])?[0-9a-fA-F]+", text):
-        raise _invalid(name, text)
+        raise invalid(text, "a hexadecimal number")
     value = int(text, 16)
     if value >= 1 << 64:
-        raise Refused(f"{name}: {value:#x} does not fit in 64 bits", errno.ERANGE)
+        raise Refused(f"{value:#x} does not fit in 64 bits", errno.ERANGE)
     return value
 
 
 async def _store_state(cosm: CosmDevice, text: str) -> None:
     requests = {"boot": cosm.boot, "reset": cosm.reset, "shutdown": cosm.shutdown}
     if text not in requests:
-        raise Refused(f"state: {text[:40]!r} is not accepted; write {', '.join(requests)}", errno.EINVAL)
+        raise invalid(text, ", ".join(requests))
     await requests[text]()
 
 
 async def _store_heartbeat(cosm: CosmDevice, text: str) -> None:
-    cosm.set_heartbeat(parse_int("heartbeat_enable", text) != 0)
+    cosm.set_heartbeat(parse_int(text) != 0)
 
 
 async def _store_bootmode(cosm: CosmDevice, text: str) -> None:
     if text not in BOOTMODES:
-        raise _invalid("bootmode", text)
+        raise invalid(text, " or ".join(BOOTMODES))
     cosm.bootmode = text
 
 
@@ -74,7 +75,7 @@ def _string(name: str) -> tuple[Show, Store]:
 
 def _address(name: str) -> tuple[Show, Store]:
     async def store(cosm: CosmDevice, text: str) -> None:
-        setattr(cosm, name, parse_hex(name, text))
+        setattr(cosm, name, parse_hex(text))
 
     return lambda cosm: f"{getattr(cosm, name):016x}", store
 

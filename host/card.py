@@ -15,7 +15,7 @@ from mic_emu.bar import Bus, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
-from mic_emu.errors import MicemuError, StateError
+from mic_emu.errors import MicemuError, StateError, UsageError
 from mic_emu.host.board import Board
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check
@@ -240,12 +240,17 @@ class Card:
         return self.running.vop.devices if self.running else []
 
     def backend(self, name: str) -> Backend:
-        """A device's backend by name. Raises MicemuError."""
+        """A device's backend by name. Raises StateError when the card is down, UsageError for a wrong name."""
+        if self.running is None:
+            raise StateError(
+                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
+                errno.ENODEV,
+            )
         for b in self.backends:
             if b.name == name:
                 return b
-        known = ", ".join(b.name for b in self.backends) or "none; the card is not online"
-        raise MicemuError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
+        known = ", ".join(b.name for b in self.backends) or "none"
+        raise UsageError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
 
     def not_online(self) -> StateError:
         """Why a request that needs an online card fails, and how to mend it."""

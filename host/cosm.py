@@ -151,11 +151,14 @@ class CosmDevice:
         """T1 to T6. Raises StateError (EINVAL) or what the start operation raises; state then as before."""
         async with self._lock:
             if self.bootmode is None:
-                raise StateError("bootmode is not set", errno.EINVAL)
+                raise StateError("bootmode is not set: write linux to it first", errno.EINVAL)
             if self.state is State.READY and not self.ops.ready():
                 await self._hardware_reset()
             if self.state is not State.READY:
-                raise StateError(f"boot is not allowed in state {self.state.word}", errno.EINVAL)
+                fix = (
+                    "reset it first" if self.state is not State.ONLINE else "shut it down, or reset it, first"
+                )
+                raise StateError(f"boot is not allowed in state {self.state.word}: {fix}", errno.EINVAL)
             request = BootRequest(self.bootmode, self.firmware or "", self.ramdisk or "", self.cmdline or "")
             try:
                 await self.ops.start(request)

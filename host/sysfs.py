@@ -1,6 +1,7 @@
 """The sysfs and debugfs trees as paths, for the FUSE mount and for ``micemu sysfs`` (COSM 6, 7, 9).
 
 class/mic/micN/<attribute>          class/mic/micN/device/{config,uevent,vendor,...}
+class/mic/micN/{uevent,subsystem}   class/mic/micN/power/{control,runtime_status,...}
 kernel/debug/mic_cosm/micN/{log_buf,force_reset}
 kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}
 kernel/debug/scif/scif_dev          kernel/debug/vopN/{dp,vdev_info}
@@ -10,17 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
-from mic_emu.errors import MicemuError
+from mic_emu.errors import MicemuError, NoSuchCard, WaitTimeout
 from mic_emu.host import debugfs, inspection
 from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused, parse_int
 from mic_emu.host.cosm import CosmDevice
+from mic_emu.host.device_class import DeviceClass, File, Read, constant
 from mic_emu.memory import View
 from mic_emu.pciconfig import ConfigSpace
+from mic_emu.scif.errors import ScifError
 from mic_emu.wire_aio import AsyncChannel
 
 if TYPE_CHECKING:
@@ -28,18 +31,6 @@ if TYPE_CHECKING:
     from mic_emu.host.daemon import Instance
 
 C = L.CONSTANTS
-Read = Callable[[], Awaitable[bytes]]
-Write = Callable[[bytes], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of the tree. ``wakes``: the card whose state changes wake its pollers, or ""."""
-
-    mode: int
-    read: Read
-    write: Write | None = None
-    wakes: str = ""
 
 
 def log_buffer(gddr: View, addr: int, len_addr: int) -> bytes:
@@ -50,13 +41,6 @@ def log_buffer(gddr: View, addr: int, len_addr: int) -> bytes:
         return b""
     size = int.from_bytes(gddr.read(length, 4), "little")  # the address need not be aligned
     return gddr.read(text, size) if size <= gddr.size - text else b""
-
-
-def _constant(content: bytes) -> Read:
-    async def read() -> bytes:
-        return content
-
-    return read
 
 
 def _lazy(make: Callable[[], str | bytes]) -> Read:
@@ -73,6 +57,7 @@ class Sysfs:
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.switches = {"en_msg_log": 0, "p2p_enable": 1}
+        self.device_class = DeviceClass()
 
     def tree(self) -> dict[str, File]:
         """All files by path."""
@@ -91,9 +76,9 @@ class Sysfs:
             return b"%d\n" % self.switches[name]
 
         async def write(data: bytes) -> None:
-            value = parse_int(name, data.decode("latin-1").removesuffix("\n"))
+            value = parse_int(data.decode("latin-1").removesuffix("\n"))
             if not 0 <= value <= 255:
-                raise Refused(f"{name}: {value} does not fit in a byte", errno.ERANGE)
+                raise Refused(f"{value} does not fit in a byte", errno.ERANGE)
             self.switches[name] = value
 
         return File(0o666, read, write)
@@ -103,14 +88,30 @@ class Sysfs:
         try:
             return self.tree()[path]
         except KeyError:
-            raise MicemuError(f"there is no {path}", errno.ENOENT) from None
+            pass
+        card = re.match(r"class/mic/(mic[0-9]+)(/|$)", path)
+        if card and card[1] not in self.instance.cards:
+            known = ", ".join(self.instance.cards) or "none is plugged in"
+            missing = NoSuchCard(f"there is no {path}: there is no card {card[1]}; cards: {known}")
+            missing.errno = errno.ENOENT  # as a shell sees it
+            raise missing
+        raise MicemuError(f"there is no file {path} (micemu sysfs ls shows those that are)", errno.ENOENT)
 
     async def write(self, path: str, data: bytes) -> None:
-        """Write to a file. Raises MicemuError with the errno that the kernel would give."""
+        """Write to a file. Raises MicemuError with the errno that the kernel would give, and the file's name."""
         target = self.file(path)
+        name = path.removeprefix("class/mic/")
         if target.write is None:
-            raise Refused(f"{path} cannot be written", errno.EACCES)
-        await target.write(data)
+            raise Refused(f"{name} cannot be written", errno.EACCES)
+        try:
+            await target.write(data)
+        except MicemuError as e:
+            e.args = (f"{name}: {e}",)
+            raise
+        except ScifError as e:
+            raise MicemuError(f"{name}: {e}", e.errno or errno.EIO) from e
+        except TimeoutError as e:
+            raise WaitTimeout(f"{name}: {e}") from e
 
     # --- class/mic/micN ---------------------------------------------------------------------------
 
@@ -118,9 +119,9 @@ class Sysfs:
         base, cosm = f"class/mic/{card.name}", card.cosm
         pci = ConfigSpace(card.bus)
         files = {
-            f"{base}/family": File(0o444, _constant(f"{pci.family or 'Unknown'}\n".encode())),
-            f"{base}/stepping": File(0o444, _constant(f"{pci.stepping}\n".encode())),
-            f"{base}/uevent": File(0o644, _constant(b"")),
+            f"{base}/family": File(0o444, constant(f"{pci.family or 'Unknown'}\n".encode())),
+            f"{base}/stepping": File(0o444, constant(f"{pci.stepping}\n".encode())),
+            **self.device_class.files(card.name),
         }
         for name, attribute in ATTRIBUTES.items():
 
@@ -134,7 +135,7 @@ class Sysfs:
             wakes = card.name if name == "state" else ""
             files[f"{base}/{name}"] = File(attribute.mode, read, writable, wakes)
         for name, text in self._device(card, pci).items():
-            files[f"{base}/device/{name}"] = File(0o444, _constant(text))
+            files[f"{base}/device/{name}"] = File(0o444, constant(text))
         files[f"{base}/device/config"] = File(0o444, _lazy(pci.raw))
         return files
 

@@ -29,8 +29,9 @@ def command(recent: bool, count: int, sample: float | None) -> None:
       micemu events --recent | jq -c 'select(.event == "state")'
     """
     seen = 0
+    channel = client.connect()
     try:
-        with client.connect() as channel:
+        with channel:
             for msg, _ in client.converse(channel, "events", recent=recent, sample=sample):
                 if msg.get("done"):
                     return

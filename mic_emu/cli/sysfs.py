@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 import sys
 
 import click
@@ -41,7 +42,8 @@ def ls() -> None:
       micemu sysfs ls
     """
     for path, (mode, _) in sorted(client.ask("sysfs_list")["files"].items()):
-        click.echo(f"{mode:04o} {path}")
+        target = f" -> {client.ask('sysfs_read', path=path)['data']}" if stat.S_ISLNK(mode) else ""
+        click.echo(f"{stat.S_IMODE(mode):04o} {path}{target}")
 
 
 @command.command()
@@ -101,15 +103,23 @@ def mount(directory: str, foreground: bool) -> None:
 @command.command()
 @click.argument("directory", type=click.Path(resolve_path=True))
 def umount(directory: str) -> None:
-    """Take the mount at DIRECTORY away.
+    """Take the mount at DIRECTORY away. An error when no tree of ours is mounted there.
 
     \b
     Examples:
       micemu sysfs umount /tmp/sys
     """
     from mic_emu.cosm.fuse import unmount
+    from mic_emu.cosm.mount import is_mounted
 
+    if not is_mounted(directory):
+        raise MicemuError(
+            f"{directory}: no tree of micemu is mounted there (micemu sysfs mount {directory} mounts it)",
+            errno.EINVAL,
+        )
     unmount(directory)
+    if is_mounted(directory):
+        raise MicemuError(f"{directory}: the mount cannot be taken away: it is another user's", errno.EPERM)
 
 
 @command.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -11,6 +11,7 @@ import array
 import asyncio
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -31,8 +32,8 @@ _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 _ATTR = struct.Struct("<6Q10I")
 _NOTIFY_POLL, _SCHEDULE_NOTIFY, _DIRECT_IO = 1, 1, 1
-(LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, STATFS, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR,
- INTERRUPT, DESTROY, POLL, BATCH_FORGET) = (1, 2, 3, 4, 14, 15, 16, 17, 18, 26, 27, 28, 29, 36, 38, 40, 42)  # fmt: skip
+(LOOKUP, FORGET, GETATTR, SETATTR, READLINK, OPEN, READ, WRITE, STATFS, RELEASE, INIT, OPENDIR, READDIR, RELEASEDIR,
+ INTERRUPT, DESTROY, POLL, BATCH_FORGET) = (1, 2, 3, 4, 5, 14, 15, 16, 17, 18, 26, 27, 28, 29, 36, 38, 40, 42)  # fmt: skip
 # Making and removing things, as sysfs answers it.
 _REFUSED = {
     8: errno.EPERM, 9: errno.EPERM, 10: errno.EPERM, 11: errno.EPERM, 12: errno.EPERM, 6: errno.EPERM,
@@ -49,7 +50,10 @@ class Stat:
 
 
 class Tree(Protocol):
-    """The files. Paths are relative, "" is the root; every method may raise OSError for the caller."""
+    """The files. Paths are relative, "" is the root; every method may raise OSError for the caller.
+
+    ``read`` of a symbolic link is its target.
+    """
 
     async def stat(self, path: str) -> Stat: ...
     async def names(self, path: str) -> dict[str, Stat]: ...
@@ -82,7 +86,7 @@ class Server:
         self._next = 1
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._handlers: dict[int, Callable[[int, bytes], Awaitable[bytes]]] = {
-            LOOKUP: self._lookup, GETATTR: self._getattr, SETATTR: self._getattr, OPEN: self._open,
+            LOOKUP: self._lookup, GETATTR: self._getattr, SETATTR: self._getattr, OPEN: self._open, READLINK: self._readlink,
             READ: self._read, WRITE: self._write, STATFS: self._statfs, RELEASE: self._release,
             OPENDIR: self._opendir, READDIR: self._readdir, RELEASEDIR: self._release, INIT: self._init, POLL: self._poll,
         }  # fmt: skip
@@ -217,6 +221,9 @@ class Server:
         path = self._path(node)
         return struct.pack("<QII", 0, 0, 0) + self._attr(path, await self.tree.stat(path))
 
+    async def _readlink(self, node: int, body: bytes) -> bytes:
+        return await self.tree.read(self._path(node))
+
     async def _open(self, node: int, body: bytes) -> bytes:
         flags, path = struct.unpack_from("<I", body)[0], self._path(node)
         st = await self.tree.stat(path)
@@ -317,7 +324,8 @@ def _fusermount(target: str, source: str, fstype: str, refusal: OSError) -> int:
     if helper is None:
         raise OSError(
             refusal.errno,
-            f"{target}: the kernel refuses the mount ({refusal.strerror}) and there is no fusermount3",
+            f"{target}: the kernel refuses the mount ({refusal.strerror}) and there is no fusermount3: install fuse3; "
+            "micemu sysfs ls, cat and write need no FUSE",
         )
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -337,6 +345,18 @@ def _fusermount(target: str, source: str, fstype: str, refusal: OSError) -> int:
         ours.settimeout(5.0)
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_LEN(4))
         return array.array("i", ancillary[0][2][:4])[0]
+
+
+def mounted(target: str, source: str, fstype: str) -> bool:
+    """Is the topmost mount at ``target`` such a one?"""
+    found = False
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
+        for line in f:
+            place, _, kind = line.rstrip("\n").partition(" - ")
+            where = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), place.split()[4])
+            if where == target:
+                found = kind.split()[:2] == [f"fuse.{fstype}", source]
+    return found
 
 
 def unmount(target: str) -> None:

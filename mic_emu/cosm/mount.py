@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from mic_emu import namespaces
 from mic_emu._native import lib
-from mic_emu.cosm.fuse import Server, Stat, mount_at, unmount
+from mic_emu.cosm.fuse import Server, Stat, mount_at, mounted, unmount
 from mic_emu.wire import WireError, connect_unix
 from mic_emu.wire_aio import AsyncChannel
 
@@ -56,7 +56,9 @@ class RemoteTree:
         return self._files
 
     def _file(self, path: str, mode: int) -> Stat:
-        return Stat(stat.S_IFREG | mode, PAGE if path.startswith("class/") else 0)
+        return Stat(
+            mode if stat.S_IFMT(mode) else stat.S_IFREG | mode, PAGE if path.startswith("class/") else 0
+        )
 
     async def stat(self, path: str) -> Stat:
         files = await self._list()
@@ -107,6 +109,11 @@ class RemoteTree:
                     return
                 self._events[msg["card"]] = msg["changes"]
                 changed()
+
+
+def is_mounted(target: str) -> bool:
+    """Is a tree of ours mounted at this (absolute, real) path?"""
+    return mounted(target, SOURCE, FSTYPE)
 
 
 async def serve(fd: int, control: Path) -> None:

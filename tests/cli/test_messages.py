@@ -45,6 +45,9 @@ def test_no_emulator(machine: Machine) -> None:
     """SCIF tables are of an emulator, too."""
     assert said(machine, "scif", "endpoints")[0] == 3
     assert said(machine, "scif", "windows", "mic0")[0] == 3
+    for words in (["events"], ["events", "--recent"], ["events", "--sample", "1"]):
+        status, text = said(machine, *words)
+        assert (status, "no emulator runs" in text) == (3, True)
 
 
 def test_card_that_does_not_run_or_exist(machine: Machine) -> None:
@@ -61,7 +64,34 @@ def test_card_that_does_not_run_or_exist(machine: Machine) -> None:
     ):
         assert said(machine, *command) == (4, "micemu: mic0 is ready: boot it first (micemu boot mic0)\n")
     status, text = said(machine, "sysfs", "write", "mic0/state", "fly")
-    assert (status, text) == (1, "micemu: state: 'fly' is not accepted; write boot, reset, shutdown\n")
+    assert (status, text) == (1, "micemu: mic0/state: 'fly' is not accepted; write boot, reset, shutdown\n")
+    assert said(machine, "sysfs", "write", "mic0/state", "shutdown") == (
+        4, "micemu: mic0/state: shutdown is not allowed in state ready\n"
+    )  # fmt: skip
+    assert said(machine, "sysfs", "write", "mic0/power/control", "off") == (
+        1, "micemu: mic0/power/control: 'off' is not accepted; write auto or on\n"
+    )  # fmt: skip
+    for words in (["cat", "mic9/state"], ["write", "mic9/state", "boot"]):
+        status, text = said(machine, "sysfs", *words)
+        assert (status, text) == (
+            6, "micemu: there is no class/mic/mic9/state: there is no card mic9; cards: mic0\n"
+        )  # fmt: skip
+    assert said(machine, "sysfs", "cat", "mic0/colour") == (
+        1, "micemu: there is no file class/mic/mic0/colour (micemu sysfs ls shows those that are)\n"
+    )  # fmt: skip
+
+
+def test_devices_and_mounts_that_are_not_there(machine: Machine, tmp_path: Path) -> None:
+    """A wrong device name is wrong usage wherever it is written; a card that is down is a matter of its state."""
+    machine.boot("--disk", "none", "--net", "none")
+    for words in (["vop", "remove", "mic0", "tape"], ["vop", "swap", "mic0", "tape", "path=x"]):
+        assert said(machine, *words) == (2, "micemu: mic0 has no device 'tape'; devices: console\n")
+    machine.micemu("shutdown")
+    assert said(machine, "vop", "remove", "mic0", "tape") == (
+        4, "micemu: mic0 is ready: boot it first (micemu boot mic0)\n"
+    )  # fmt: skip
+    status, text = said(machine, "sysfs", "umount", str(tmp_path))
+    assert (status, f"{tmp_path}: no tree of micemu is mounted there" in text) == (1, True)
 
 
 def test_scif_ports(machine: Machine) -> None:

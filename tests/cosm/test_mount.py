@@ -109,6 +109,32 @@ def test_cosm_1_2_3_9_11_56_files_modes_and_errnos(machine: Machine, tree: Path)
         os.close(fd)
 
 
+def test_what_every_class_device_has(machine: Machine, tree: Path) -> None:
+    """COSM 6: uevent, the link to the class, power/ with the values of a device that has no power management."""
+    mic = tree / "class/mic/mic0"
+    assert (mic / "subsystem").is_symlink()
+    assert os.path.basename(os.readlink(mic / "subsystem")) == "mic"
+    assert (mic / "subsystem").resolve() == (tree / "class/mic").resolve()
+    assert stat.S_ISLNK((mic / "subsystem").lstat().st_mode)
+    assert (mic / "uevent").read_bytes() == b""
+    assert [put(mic / "uevent", text) for text in (b"change\n", b"add", b"fly")] == [0, 0, errno.EINVAL]
+    power = mic / "power"
+    assert ((power / "control").read_text(), (power / "runtime_status").read_text()) == (
+        "auto\n",
+        "unsupported\n",
+    )
+    assert [put(power / "control", text) for text in (b"on\n", b"off")] == [0, errno.EINVAL]
+    assert (power / "control").read_text() == "on\n"
+    assert put(power / "runtime_status", b"active") == errno.EACCES
+    assert (power / "runtime_active_time").read_text() == "0\n"
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        (power / "autosuspend_delay_ms").read_text()
+    assert machine.micemu("sysfs", "umount", str(tree)).stderr == ""
+    again = machine.micemu("sysfs", "umount", str(tree), check=False)
+    assert (again.returncode, "no tree of micemu is mounted there" in again.stderr) == (1, True)
+    machine.micemu("sysfs", "mount", str(tree))
+
+
 def test_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree: Path) -> None:
     """COSM 7: every file of the table, its mode, and the two switches of SCIF with their errnos."""
     debug = tree / "kernel/debug"

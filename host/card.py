@@ -18,7 +18,7 @@ from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError, UsageError
 from mic_emu.host.board import Board
 from mic_emu.host.cosm import CosmDevice
-from mic_emu.host.devices import check
+from mic_emu.host.devices import check, check_classes
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.faults import CardFaults, configured
 from mic_emu.host.network import Network
@@ -221,13 +221,14 @@ class Card:
         self.policy.config = config
         self.cosm.set_heartbeat(config.heartbeat)
 
-    def prepare(self, firmware: str) -> None:
+    async def prepare(self, firmware: str) -> None:
         """Look at what a boot needs before anything is touched. Raises MicemuError with the fix."""
         for path, what in ((firmware, "card image"), (self.config.ramdisk, "ramdisk")):
             if path:
                 check_file(path, what, self.name)
         if self.running is None:  # else the devices of a crashed boot still hold what they need
             check(self)
+        await check_classes(self)
 
     @property
     def backends(self) -> list[Backend]:

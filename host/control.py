@@ -137,7 +137,7 @@ class Control:
             images = {c.name: self._image(c) for c in cards}
             for card in cards:
                 card.cwd = msg.get("cwd", "/")
-                card.prepare(images[card.name])
+                await card.prepare(images[card.name])
             results = await asyncio.gather(
                 *(self._boot_one(channel, c, images[c.name]) for c in cards), return_exceptions=True
             )

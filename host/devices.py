@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
 from typing import TYPE_CHECKING, Any
 
 from mic_emu.config import CardConfig, format_size, parse_size
@@ -11,10 +13,13 @@ from mic_emu.errors import MicemuError, UsageError
 from mic_emu.host.disk import open_image
 from mic_emu.host.supervisor import Backend
 from mic_emu.peers import group_of
-from mic_emu.wire import listen_unix
+from mic_emu.wire import PeerClosed, WireTimeout, listen_unix
+from mic_emu.wire_aio import AsyncChannel
 
 # Devices of our own that are served as users' are.
 PYTHON = {"rng": "mic_emu.virtio.rng:Rng", "vsock": "mic_emu.virtio.vsock:Vsock"}
+
+IMPORT_LIMIT_S = 20.0
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -46,6 +51,38 @@ def check(card: Card) -> None:
         card.network.check(card.index, card.config.net)
     if card.config.disk != "none":
         os.close(open_image(card.config, disk_path(card), card.name))
+
+
+async def check_classes(card: Card) -> None:
+    """Can the classes of the card's own devices be had? Raises UsageError naming the device and the fix."""
+    for device in card.config.devices:
+        if device not in PYTHON and (why := await _import_fails(card, device)):
+            raise UsageError(
+                f"{card.name}: device {device!r}: {why}; mend devices in the configuration (--device), or the module: "
+                "it is looked for in the Python path and where micemu boot is called"
+            )
+
+
+async def _import_fails(card: Card, device: str) -> str:
+    """Why ``device`` (MODULE:CLASS) cannot be imported, "". By a process of its own, as its backend will be: it is
+    the user's code that runs."""
+    ours, theirs = socket.socketpair()
+    args = {"check": device, "folder": card.cwd}
+    async with AsyncChannel(ours) as channel:
+        try:
+            pid = await card.spawner.start(
+                "python", f"{card.name}-import", args, [theirs.fileno()], lambda status: None
+            )
+        finally:
+            theirs.close()
+        try:
+            answer, _ = await channel.recv(IMPORT_LIMIT_S, "the import")
+        except WireTimeout:
+            os.kill(pid, signal.SIGKILL)
+            return f"importing it takes longer than {IMPORT_LIMIT_S:g} s"
+        except PeerClosed:
+            return "importing it ends the process"
+    return str(answer.get("error", ""))
 
 
 def console(card: Card) -> Backend:

@@ -65,7 +65,7 @@ class Backend:
     ) -> dict[str, Any]:
         """Ask the backend something (``stats``, ``pcap``). Raises MicemuError."""
         if self.channel is None:
-            raise MicemuError(f"the {self.kind} backend of {self.name} does not run")
+            raise MicemuError(f"the backend of {self.name} does not run")
         self._next += 1
         fut: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._replies[self._next] = fut
@@ -74,11 +74,9 @@ class Backend:
             await self.channel.send({"op": op, "id": ident, **fields}, fds or ())
             reply = await asyncio.wait_for(fut, limit_s)
         except asyncio.TimeoutError:
-            raise MicemuError(
-                f"the {self.kind} backend of {self.name} did not answer {op!r} in {limit_s:g} s"
-            ) from None
+            raise MicemuError(f"the backend of {self.name} did not answer {op!r} in {limit_s:g} s") from None
         except OSError as e:
-            raise MicemuError(f"the {self.kind} backend of {self.name} is gone: {e}") from e
+            raise MicemuError(f"the backend of {self.name} is gone: {e}") from e
         finally:
             self._replies.pop(ident, None)
         if "error" in reply:
@@ -129,7 +127,7 @@ class Supervisor:
                 await self._run(backend)
             except MicemuError as e:
                 backend.failed = str(e)
-                self.log.error(f"{backend.kind}: {e}", device=backend.kind)
+                self.log.error(f"{backend.name}: {e}", device=backend.name)
                 break
             if self.stopping or not backend.wanted:
                 break
@@ -138,7 +136,7 @@ class Supervisor:
                 break
             pause = 0.05 if self.clock.monotonic() - began > 10 else min(2 * pause, MAX_PAUSE_S)
             backend.restarts += 1
-            self.log.warning(f"{backend.kind} backend starts again", device=backend.kind, pause_s=pause)
+            self.log.warning(f"{backend.name} backend starts again", device=backend.name, pause_s=pause)
             await asyncio.sleep(pause)
         self.on_change()
 
@@ -154,7 +152,7 @@ class Supervisor:
 
         try:
             backend.pid = await self.spawner.start(
-                backend.kind, f"{self.card}-{backend.kind}", {**backend.args, "card": self.card},
+                backend.kind, f"{self.card}-{backend.name}", {**backend.args, "card": self.card, "device": backend.name},
                 [theirs.fileno(), *self.bus_fds, *backend.fds], on_exit,
             )  # fmt: skip
         finally:
@@ -169,7 +167,7 @@ class Supervisor:
         backend.channel, backend.pid = None, 0
         backend.ready.clear()
         level = self.log.info if self.stopping else self.log.warning
-        level(f"{backend.kind} backend ended", event="backend_exit", device=backend.kind, status=status)
+        level(f"{backend.name} backend ended", event="backend_exit", device=backend.name, status=status)
         self.on_change()
         self._take_device(backend)
         if backend.leaving is not None:
@@ -190,7 +188,7 @@ class Supervisor:
     async def _serve(self, backend: Backend, channel: AsyncChannel) -> None:
         try:
             while True:
-                msg, fds = await channel.recv(None, f"a message of the {backend.kind} backend")
+                msg, fds = await channel.recv(None, f"a message of the {backend.name} backend")
                 for fd in fds:
                     os.close(fd)
                 await self._message(backend, channel, msg)
@@ -207,14 +205,14 @@ class Supervisor:
             backend.facts.update(msg["facts"])
         elif op == "driver_ok":
             backend.ready.set()
-            self.log.info(f"{backend.kind} runs", event="driver_ok", device=backend.kind)
+            self.log.info(f"{backend.name} runs", event="driver_ok", device=backend.name)
             self.on_change()
         elif op == "done":
             self._take_device(backend)
         elif op == "driver_failed":
             backend.trouble = DRIVER_FAILED if msg["failed"] else ""
             if msg["failed"]:
-                self.log.error(f"{backend.kind}: {DRIVER_FAILED}", event="driver_failed", device=backend.kind)
+                self.log.error(f"{backend.name}: {DRIVER_FAILED}", event="driver_failed", device=backend.name)
             self.on_change()
         elif op == "driver_lost":
             backend.ready.clear()
@@ -226,7 +224,7 @@ class Supervisor:
             self._changes.add(task)
             task.add_done_callback(self._changes.discard)
         elif op == "event":
-            self.log.info(msg["message"], device=backend.kind, **msg.get("fields", {}))
+            self.log.info(msg["message"], device=backend.name, **msg.get("fields", {}))
 
     async def _add_device(self, backend: Backend, channel: AsyncChannel, msg: dict[str, Any]) -> None:
         if backend.device is not None:  # VOP-38

@@ -38,9 +38,7 @@ class BackendProcess(ABC):
 
     def __init__(self, args: dict[str, Any], fds: list[int]) -> None:
         self.args = args
-        self.log = Log(
-            args["log_fd"], process="backend", card=args["card"], device=type(self).__name__.lower()
-        )
+        self.log = Log(args["log_fd"], process="backend", card=args["card"], device=args["device"])
         self.channel = Channel(socket.socket(fileno=fds[0]))
         self.bus = Bus(fds[1 : 1 + FD_COUNT])
         self.extra = fds[1 + FD_COUNT :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mic_emu import layout as L
 from mic_emu.host.backends.common import BackendProcess, OpenFailed, serve
 from mic_emu.vop.backend import Backend, DeviceLoop, Place
 from mic_emu.vop.loading import LoadError, load_class
+from mic_emu.wire import Channel
 
 C = L.CONSTANTS
 DEVICE_BITS = (1 << 24) - 1
@@ -73,6 +75,18 @@ class PythonDevice(BackendProcess):
             self.backend.close()
 
 
+def tell_import(args: dict[str, Any], fds: list[int]) -> int:
+    """Import the class ``args["check"]`` and tell the host process what became of it."""
+    with Channel(socket.socket(fileno=fds[0])) as channel:
+        try:
+            load_class(args["check"], Backend, args["folder"])
+        except LoadError as e:
+            channel.send({"error": str(e).removeprefix(f"{args['check']}: ")})
+        else:
+            channel.send({})
+    return 0
+
+
 def main(args: dict[str, Any], fds: list[int]) -> int:
     """Entry point in the process that init forked."""
-    return serve(PythonDevice, args, fds)
+    return tell_import(args, fds) if "check" in args else serve(PythonDevice, args, fds)

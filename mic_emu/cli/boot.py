@@ -143,6 +143,8 @@ def command(
         config.cards += [CardConfig() for _ in range(needed - len(config.cards))]
     if timing:
         config.timing = timing
+    from mic_emu.cli.status import failures, render
+
     names = names or [f"mic{i}" for i in range(count or len(config.cards))]
     for name in names:
         card = config.cards[card_index(name)]
@@ -166,10 +168,13 @@ def command(
     if as_json:
         client.emit(msg["status"])
     else:
-        from mic_emu.cli.status import render
-
         render(msg["status"])
         hint(msg["status"])
+    failed = failures(msg["status"], names)
+    for text in failed:
+        click.echo(f"micemu: {text}", err=True)
+    if failed:
+        raise click.exceptions.Exit(MicemuError.code)
 
 
 def _stop_empty() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
+from mic_emu.cli.status import failures
 from mic_emu.cli.stop import kill_instance, stop_instance
 from mic_emu.config import NoCards, load
 from mic_emu.errors import MicemuError, StateError, WaitTimeout
@@ -65,7 +66,9 @@ class Service:
         names = [f"mic{i}" for i, card in enumerate(self.config.cards) if card.autoboot]
         if names:
             try:
-                client.ask("boot", cards=self._cards(), names=names, cwd="/")
+                status = client.ask("boot", cards=self._cards(), names=names, cwd="/")["status"]
+                for text in failures(status, names):
+                    self.say("error", text)
             except MicemuError as e:
                 self.say("error", str(e))
 

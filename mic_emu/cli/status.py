@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -10,6 +11,19 @@ from mic_emu.cli import client
 from mic_emu.config import format_size
 from mic_emu.errors import NotRunning
 from mic_emu.version import VERSION
+
+RESPONDER = "user-mode responder: ping, DHCP, TCP and UDP echo work; for all of TCP/IP it would take a TAP"
+
+
+def failures(status: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """A sentence for each device of these cards that could not be brought up."""
+    return [
+        f"{card['name']}: device {device['type']}: {device['error']}; the rest of the card runs "
+        f"(micemu log {card['name']}, then micemu reboot {card['name']})"
+        for card in status["cards"]
+        for device in card["devices"]
+        if card["name"] in names and device["state"] == "failed" and device.get("error")
+    ]
 
 
 def render(status: dict[str, Any]) -> None:
@@ -34,10 +48,12 @@ def render(status: dict[str, Any]) -> None:
             names = (f"{f['id']} {f['kind']} ({f['hits']})" for f in card["faults"])
             click.echo(f"  faults     {', '.join(names)}")
         for device in card["devices"]:
-            extra = {k: v for k, v in device.items() if k in ("path", "size", "pty", "nbd", "error", "why")}
+            extra = {k: v for k, v in device.items() if k in ("path", "size", "pty", "nbd", "error")}
             if device.get("restarts"):
                 extra["restarts"] = device["restarts"]
             text = ", ".join(f"{k} {v}" for k, v in extra.items())
+            if device.get("why"):
+                text = f"{RESPONDER} ({device['why']})"
             click.echo(
                 f"  {device['type']:<10} {device['state']:<10} pid {device['pid'] or '-'}  {text}".rstrip()
             )

@@ -142,16 +142,60 @@ def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -
 
 @pytest.mark.root
 def test_small_shared_memory_is_enomem_for_the_devices_that_do_not_fit(machine: Machine) -> None:
-    """/dev/shm of 24 MiB: the card comes online, status says which devices could not start; nothing dies by SIGBUS."""
+    """/dev/shm of 24 MiB: the card comes online, boot and status say which devices could not start; nothing dies by
+    SIGBUS."""
     script = 'mount -t tmpfs -o size=24m none /dev/shm && exec "$@"'
     boot = subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *MICEMU, "boot", "--json"],
         env=machine.env, cwd=machine.home, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert boot.returncode == 0, boot.stderr + machine.report()
+    assert boot.returncode == 1, boot.stderr + machine.report()
     card = machine.card()
     assert card["state"] == "online"
     failed = [d for d in card["devices"] if d["state"] == "failed"]
     assert failed
     assert all("could not start" in d["error"] for d in failed)
+    for device in failed:
+        assert f"micemu: mic0: device {device['type']}: the card's driver could not start" in boot.stderr
     assert machine.on_card("true").returncode == 0
+
+
+BROKEN = {
+    "no:Such": "there is no module 'no' in the Python path, nor in {home}",
+    "broken:Device": "importing it failed: ZeroDivisionError: division by zero",
+    "empty:Device": "module 'empty' has no attribute 'Device'",
+    "ends:Device": "importing it ends the process",
+}
+
+
+@pytest.mark.parametrize("device", BROKEN)
+def test_device_whose_class_cannot_be_imported(machine: Machine, device: str) -> None:
+    """By option or file: known before the boot, wrong configuration, nothing runs; the sentence names device and fix."""
+    for name, text in {"broken": "1 / 0", "empty": "", "ends": "import os; os._exit(3)"}.items():
+        (machine.home / f"{name}.py").write_text(text + "\n")
+    (machine.home / "lab.toml").write_text(f'[[card]]\ndisk = "none"\nnet = "none"\ndevices = ["{device}"]\n')
+    for words in (["--config", "lab.toml"], [*SMALL, "--device", device]):
+        line = refused(machine, "boot", *words, status=2)
+        why = BROKEN[device].format(home=machine.home)
+        assert line.startswith(
+            f"micemu: mic0: device {device!r}: {why}; mend devices in the configuration"
+        ), line
+        assert machine.status()["host"]["pid"] is None
+
+
+def test_device_that_cannot_be_opened(machine: Machine) -> None:
+    """Only the boot shows it: exit status 1 and a sentence; card and other devices run; the log has the device's name."""
+    text = """from mic_emu.vop import Backend
+class Pump(Backend):
+    device_type = 42
+    def open(self): raise OSError(5, "no water")
+    def process(self, chain): return 0
+"""
+    (machine.home / "garden.py").write_text(text)
+    done = machine.micemu("boot", *SMALL, "--device", "garden:Pump", check=False)
+    assert done.returncode == 1
+    assert "micemu: mic0: device pump: the device cannot be added: [Errno 5] no water" in done.stderr
+    card = machine.card()
+    assert (card["state"], [d["type"] for d in card["devices"]]) == ("online", ["console", "pump"])
+    assert "pump: the device cannot be added" in machine.micemu("log", "--level", "error").stdout
+    assert "python" not in machine.micemu("log").stdout.partition("online")[2]

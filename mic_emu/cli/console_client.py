@@ -13,6 +13,7 @@ import socket
 import string
 import struct
 from contextlib import ExitStack
+from typing import Protocol
 
 from mic_emu.cli import terminal
 from mic_emu.errors import UsageError
@@ -49,11 +50,19 @@ def frames(kind: int, content: bytes) -> bytes:
     return b"".join(struct.pack("<BH", kind, len(p)) + p for p in pieces)
 
 
-def attach(sock: socket.socket, name: str, detach: bytes = b"\x1d") -> bool:
+class Watch(Protocol):
+    """Of the card behind the console; ``look`` ends everything by an exception."""
+
+    def fileno(self) -> int: ...
+    def look(self) -> None: ...
+
+
+def attach(sock: socket.socket, name: str, detach: bytes = b"\x1d", watch: Watch | None = None) -> bool:
     """Relay until the user detaches (True) or the console goes away (False).
 
     sock:    connected to the console backend; closed afterwards
     detach:  the key that ends it, b"" for none
+    watch:   is asked to look when its descriptor is readable; what it raises comes out here
     The terminal is restored, whatever happens.
     """
     with sock, ExitStack() as stack:
@@ -67,11 +76,15 @@ def attach(sock: socket.socket, name: str, detach: bytes = b"\x1d") -> bool:
             # Undone first, so that the last line is printed in the mode it expects.
             stack.callback(_say, f"\nDetached from {name}.")
             raw = stack.enter_context(terminal.Raw(0))
-        relay = _Relay(sock, signals, detach if interactive else b"", raw if interactive else None)
+        relay = _Relay(sock, signals, detach if interactive else b"", raw if interactive else None, watch)
         return relay.run()
 
 
 def _say(text: str) -> None:
+    poller = select.poll()
+    poller.register(2, select.POLLOUT)
+    if not poller.poll(0):
+        return  # nobody reads the terminal: no reason to stay
     try:
         os.write(2, text.encode() + b"\n")  # unbuffered: nothing is left to fail at exit
     except OSError:
@@ -79,11 +92,14 @@ def _say(text: str) -> None:
 
 
 class _Relay:
-    def __init__(self, sock: socket.socket, signals: int, detach: bytes, raw: terminal.Raw | None) -> None:
+    def __init__(
+        self, sock: socket.socket, signals: int, detach: bytes, raw: terminal.Raw | None, watch: Watch | None
+    ) -> None:
         self.sock = sock
         self.signals = signals
         self.detach = detach
         self.raw = raw
+        self.watch = watch
         self.output = b""  # messages that the backend did not take yet
         self.reading = True
         self.lost = False
@@ -97,6 +113,8 @@ class _Relay:
                 return True  # piped input ended and the card has nothing more to say
             if self.signals in events and self.on_signals():
                 return True
+            if self.watch and self.watch.fileno() in events:
+                self.watch.look()
             if 0 in events and self.reading and self.on_input():
                 return True
             if self.sock.fileno() in events and not self.on_socket():
@@ -108,6 +126,8 @@ class _Relay:
         poller.register(self.sock, select.POLLIN | (select.POLLOUT if self.output else 0))
         if self.reading and len(self.output) < 0x10000:
             poller.register(0, select.POLLIN)
+        if self.watch and self.watch.fileno() >= 0:
+            poller.register(self.watch.fileno(), select.POLLIN)
         return {fd for fd, _ in poller.poll(None if self.reading or self.output else _LINGER_MS)}
 
     def on_signals(self) -> bool:
@@ -154,7 +174,10 @@ class _Relay:
         except OSError:
             return False
         try:
-            terminal.write_all(1, shown)
+            with terminal.interruptible():
+                terminal.write_all(1, shown)
+        except terminal.Interrupted:
+            return True  # the signal's turn comes now
         except OSError:
             self.lost = True
         return bool(shown) and not self.lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import termios
@@ -85,8 +86,32 @@ def caught(signals: Iterable[int]) -> Iterator[int]:
         os.close(w)
 
 
-def _noted(_sig: int, _frame: FrameType | None) -> None:
-    pass  # the wake-up descriptor has it
+class Interrupted(Exception):
+    """One of ENDING came inside ``interruptible``, or before; the wake-up descriptor has it, too."""
+
+
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_ended = _interruptible = False  # handlers have no other way to know
+
+
+def _noted(sig: int, _frame: FrameType | None) -> None:
+    global _ended
+    _ended |= sig in ENDING
+    if _ended and _interruptible:
+        raise Interrupted  # else the wake-up descriptor alone has it
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A caught signal of ENDING ends what blocks in here. Raises Interrupted."""
+    global _interruptible
+    _interruptible = True
+    try:
+        if _ended:
+            raise Interrupted
+        yield
+    finally:
+        _interruptible = False
 
 
 def read_signals(fd: int) -> bytes:
@@ -99,8 +124,6 @@ def read_signals(fd: int) -> bytes:
 
 def write_all(fd: int, data: bytes) -> None:
     """Write everything; waits while the reader does. Raises OSError."""
-    import select
-
     rest = memoryview(data)
     while rest:
         try:

@@ -19,6 +19,7 @@ import pytest
 from mic_emu.cli.console_client import frames, key_name, parse_key
 from mic_emu.cli.terminal import set_window_size
 from mic_emu.errors import UsageError
+from mic_emu.testing.machine import Machine, eventually
 
 CLIENT = """
 import socket, sys
@@ -226,3 +227,81 @@ def test_long_content_is_split() -> None:
     blob = frames(1, bytes(70000))
     assert blob[:3] == struct.pack("<BH", 1, 65535)
     assert len(blob) == 70000 + 6
+
+
+# --- a card that goes down -----------------------------------------------------------------------------
+
+
+def attached(machine: Machine, slave: int) -> subprocess.Popen[bytes]:
+    """``micemu console`` on a terminal."""
+    return machine.popen(
+        "console",
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_controlling,
+    )
+
+
+@pytest.mark.system
+def test_console_of_a_crashed_card_says_so(machine: Machine) -> None:
+    """Before and after: exit status 4 at once, what has happened, what to do, and the terminal as it was."""
+    pid = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["os"]
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    with attached(machine, slave) as client:
+        eventually(lambda: termios.tcgetattr(slave) != before, 20, "raw mode")
+        os.kill(pid, signal.SIGKILL)
+        _, err = client.communicate(timeout=20)
+    assert client.returncode == 4
+    assert b"mic0 has crashed, its console is dead" in err
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+    late = machine.micemu("console", check=False, timeout=20)
+    assert late.returncode == 4
+    for words in ("mic0 has crashed", "micemu dump log mic0", "mic0/console.log", "micemu boot mic0"):
+        assert words in late.stderr
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_console_of_a_card_that_hangs_ends_by_a_signal(machine: Machine, number: int) -> None:
+    """The card takes no input and shows nothing: the signal ends the command, and the terminal is as it was."""
+    pid = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["os"]
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with attached(machine, slave) as client:
+            eventually(lambda: termios.tcgetattr(slave) != before, 20, "raw mode")
+            os.write(master, b"x" * 1000)
+            client.send_signal(number)
+            client.communicate(timeout=5)
+        assert client.returncode == 0
+        assert termios.tcgetattr(slave) == before
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        os.close(slave)
+        os.close(master)
+
+
+def test_console_ends_by_a_signal_although_nobody_reads_its_output() -> None:
+    """A card that prints without end into a terminal that is not read: no write keeps SIGTERM waiting."""
+    console = Console()
+    try:
+        console.expect("Attached")
+        console.backend.setblocking(False)
+        stuck = 0
+        while stuck < 50:  # looks at intervals: nothing tells that somebody does not read
+            try:
+                console.backend.send(b"y" * 65536)
+                stuck = 0
+            except BlockingIOError:
+                stuck += 1
+                time.sleep(0.01)
+        console.process.send_signal(signal.SIGTERM)
+        eventually(lambda: console.process.poll() is not None, 5, "the end")
+    finally:
+        console.close()

@@ -11,6 +11,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import StateError
 from mic_emu.rundir import RunDir, base_dir
+from mic_emu.testing import homes
 
 
 def leftovers(where: RunDir) -> list[int]:
@@ -53,18 +54,20 @@ def sweep(where: RunDir) -> list[str]:
 def command(as_json: bool) -> None:
     """Remove what a crash left behind. Refuses while the emulator runs.
 
+    Also the machines of test runs that were killed (/tmp/mt-*): never those of a run that lives, nor another user's.
+
     \b
     Example:
       micemu clean
     """
     where = client.rundir()
-    if not base_dir().exists():
-        done: list[str] = []
-    else:
+    done = [text for home in homes.abandoned() for text in homes.remove(home)]
+    if base_dir().exists():
         with where.locked():
-            if where.read_pids():
+            if not where.read_pids():
+                done += sweep(where)
+            elif not done:
                 raise StateError(f"the emulator runs (instance {where.instance}): micemu stop ends it")
-            done = sweep(where)
     if as_json:
         client.emit({"done": done})
     else:

@@ -124,6 +124,7 @@ def peers() -> Finding:
 
 def leftovers() -> Finding:
     from mic_emu.cli.clean import leftovers as stray
+    from mic_emu.testing import homes
 
     where = client.rundir()
     if where.path.exists() and not where.read_pids():
@@ -131,6 +132,14 @@ def leftovers() -> Finding:
             "leftovers",
             "degraded",
             f"{where.path} of a dead instance, processes {stray(where) or 'none'}",
+            "micemu clean",
+        )
+    if machines := homes.abandoned():
+        running = sum(len(homes.processes(home)) for home in machines)
+        return Finding(
+            "leftovers",
+            "degraded",
+            f"machines of a test run that was killed: {', '.join(map(str, machines))}, with {running} processes",
             "micemu clean",
         )
     names = [p.name for p in Path("/dev/shm").glob(f"micemu-{os.getuid()}-*")]

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mic_emu.testing import homes
 from mic_emu.testing.faults import ActiveFault, fault
 
 MICEMU = [sys.executable, "-m", "mic_emu.cli"]
@@ -56,7 +56,7 @@ class Leftovers:
 def left_behind(mark: str, before: Leftovers) -> list[str]:
     """What the test run with ``mark`` in its environment (SESSION) left: a line each."""
     found = [f"shared memory {name}" for name in sorted(Leftovers.now().shm - before.shm)]
-    found += [f"folder {path}" for path in Path("/tmp").glob(f"mt-{mark}*")]
+    found += [f"folder {path}" for path in homes.PLACE.glob(f"{homes.PREFIX}{mark}*")]
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             name = (environ.parent / "comm").read_text().strip()
@@ -74,8 +74,8 @@ class Machine:
         self, environment: Mapping[str, str] | None = None, program: Sequence[str] = tuple(MICEMU)
     ) -> None:
         self.program = list(program)
-        self.home = Path(tempfile.mkdtemp(prefix=f"mt-{os.environ.get(SESSION, '')}", dir="/tmp"))
-        runtime = self.home / "run"
+        self.home = homes.make(os.environ.get(SESSION, ""))
+        runtime = homes.runtime_dir(self.home)
         runtime.mkdir(mode=0o700)
         self.run_dir = runtime / "micemu" / "default"
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

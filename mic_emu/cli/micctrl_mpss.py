@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mic_emu.cli import client
@@ -132,13 +132,9 @@ class Mpss:
 
     def _each(self, rows: list[Card], verb: str, act: Callable[[str], str]) -> int:
         """``act`` returns the line of a card that went well."""
-        failed = 0
-        for row in rows:
+        failed = self._missing(rows)
+        for row in self._existing(rows, f"{verb} aborted"):
             name = row["name"]
-            if row["state"] is None:
-                print(f"{name}: {verb} aborted - non existent MIC device")
-                failed += 1
-                continue
             try:
                 print(f"{name}: {act(name)}")
             except MicemuError as e:
@@ -150,6 +146,19 @@ class Mpss:
                 print(f"  [Error] {text}")
                 failed += 1
         return failed
+
+    @staticmethod
+    def _existing(rows: list[Card], verdict: str) -> Iterator[Card]:
+        """The cards that exist, in order; in place of each other one a line."""
+        for row in rows:
+            if row["state"] is None:
+                print(f"{row['name']}: {verdict} - non existent MIC device")
+            else:
+                yield row
+
+    @staticmethod
+    def _missing(rows: list[Card]) -> int:
+        return sum(row["state"] is None for row in rows)
 
     def _word(self, card: str) -> str:
         state, status = read(card, "state"), read(card, "shutdown_status")
@@ -193,17 +202,11 @@ class Mpss:
         return self._each(rows, "Reset", down) or self._each(rows, "Boot", ready)
 
     def status(self, rows: list[Card]) -> int:
-        failed = 0
-        for row in rows:
-            name = row["name"]
-            if row["state"] is None:
-                print(f"{name}: State failed - non existent MIC device")
-                failed += 1
-                continue
-            running = row["state"] in ("online", "booting")
+        for row in self._existing(rows, "State failed"):
+            name, running = row["name"], row["state"] in ("online", "booting")
             detail = f" (mode: {read(name, 'bootmode')} image: {read(name, 'firmware')})" if running else ""
             print(f"{name}: {self._word(name)}{detail}")
-        return failed
+        return self._missing(rows)
 
     def _limit(self, rows: list[Card]) -> float:
         """90 s, 60 more per further card, between 300 and 600."""

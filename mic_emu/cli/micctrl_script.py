@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mic_emu.cli import client
-from mic_emu.errors import MicemuError, NotRunning, WaitTimeout
+from mic_emu.errors import MicemuError, NoSuchCard, NotRunning, WaitTimeout
 
 Card = dict[str, Any]
 ENDED = ("ready", "online", "reset_failed")
@@ -53,7 +53,11 @@ def _echo(card: str, name: str, text: str) -> int:
 
 
 def _script_status(card: str) -> int:
-    print(f"{card} state: {read(card, 'state')} shutdown_status: {read(card, 'shutdown_status')}")
+    try:
+        print(f"{card} state: {read(card, 'state')} shutdown_status: {read(card, 'shutdown_status')}")
+    except NoSuchCard as e:  # as cat in the real script
+        print(f"micctrl: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

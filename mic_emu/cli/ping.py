@@ -21,8 +21,11 @@ NO_PING = "there is no ping program here: install iputils-ping, or boot with --n
 @click.option(
     "-c", "--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many requests."
 )
+@click.option(
+    "-W", "--wait", type=click.IntRange(1, 60), default=1, show_default=True, help="Seconds for an answer."
+)
 @client.json_option
-def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
+def command(card: str, from_card: bool, count: int, wait: int, as_json: bool) -> None:
     """Ping across a card's virtual network, whatever its mode. Exit status 1 when an answer is missing.
 
     With a TAP the system's own ping runs on that side; without one the user-space responder pings.
@@ -42,13 +45,13 @@ def command(card: str, from_card: bool, count: int, as_json: bool) -> None:
         raise StateError(f"{card} has no network: boot it without --net none")
     target = info["addresses"]["host" if from_card else "card"]
     if from_card:
-        rtts = from_the_card(info, target, count)
+        rtts = from_the_card(info, target, count, wait)
     elif info["net"] == "responder":
-        request = {"op": "ping", "target": target, "count": count, "interval": 0.2, "timeout": 1.0}
-        reply = client.ask("backend", card=card, device="net", request=request, limit=count * 0.2 + 5)
+        request = {"op": "ping", "target": target, "count": count, "interval": 0.2, "timeout": wait}
+        reply = client.ask("backend", card=card, device="net", request=request, limit=count * 0.2 + wait + 4)
         rtts = reply["rtts"]
     else:
-        rtts = system_ping(target, count)
+        rtts = system_ping(target, count, wait)
     lost = count - len(rtts)
     if as_json:
         client.emit(
@@ -75,12 +78,12 @@ def parse(output: str) -> list[float]:
     return [float(line.split("time=")[1].split()[0]) / 1e3 for line in output.splitlines() if "time=" in line]
 
 
-def system_ping(target: str, count: int) -> list[float]:
+def system_ping(target: str, count: int, wait: int = 1) -> list[float]:
     """ping(8) inside the emulator's own namespaces. Raises MicemuError when there is no such program."""
     with client.connect() as channel:
         for _, fds in client.converse(channel, "host_ns"):
             pass
-    argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
+    argv = ["ping", "-n", "-i", "0.2", "-W", str(wait), "-c", str(count), target]
     if fds:
         code = (
             "import sys, os\nfrom mic_emu.namespaces import join\n"
@@ -96,14 +99,14 @@ def system_ping(target: str, count: int) -> list[float]:
     return parse(done.stdout)
 
 
-def from_the_card(card: dict[str, Any], target: str, count: int) -> list[float]:
+def from_the_card(card: dict[str, Any], target: str, count: int, wait: int = 1) -> list[float]:
     """From the card's side: the responder of its network driver, or the card's own ping program."""
-    reply = client.ask_card(card, "ping", target=target, count=count, interval=0.2, timeout=1.0)
+    reply = client.ask_card(card, "ping", target=target, count=count, interval=0.2, timeout=wait)
     if "rtts" in reply:
         return list(reply["rtts"])
     if reply["errno"] != errno.EOPNOTSUPP:
         raise MicemuError(f"{card['name']}: {reply['error']}", reply["errno"])
-    argv = ["ping", "-n", "-i", "0.2", "-W", "1", "-c", str(count), target]
+    argv = ["ping", "-n", "-i", "0.2", "-W", str(wait), "-c", str(count), target]
     micemu = [sys.executable, "-m", "mic_emu.cli", "--instance", client.rundir().instance]
     done = subprocess.run(
         [*micemu, "run", card["name"], "--", *argv], capture_output=True, text=True, check=False

@@ -29,8 +29,9 @@ $(VENV)/.dev: pyproject.toml | build
 boot: build ## build, boot a card and show it
 	$(BIN)/micemu boot
 
-test: build ## all tests, or TESTS=tests/scif, JOBS=2 at a time; those that need a missing peer program are skipped
-	$(BIN)/python -m pytest -q $(if $(JOBS),-n $(JOBS) --dist loadfile) $(TESTS)
+JOBS ?= 2
+test: build ## all tests, or TESTS=tests/scif, JOBS=2 files at a time; those that need a missing peer program are skipped
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 check: build ## fast tests: no whole machine
 	$(BIN)/python -m pytest -q -m 'not system and not peer'

@@ -11,7 +11,6 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import StateError
 from mic_emu.rundir import RunDir, base_dir
-from mic_emu.testing import homes
 
 
 def leftovers(where: RunDir) -> list[int]:
@@ -60,6 +59,8 @@ def command(as_json: bool) -> None:
     Example:
       micemu clean
     """
+    from mic_emu.testing import homes  # an emulator needs nothing of it
+
     where = client.rundir()
     done = [text for home in homes.abandoned() for text in homes.remove(home)]
     if base_dir().exists():

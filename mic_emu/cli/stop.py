@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import suppress
 
 import click
 
 from mic_emu.cli import client
-from mic_emu.errors import MicemuError, WaitTimeout
+from mic_emu.errors import MicemuError, NotRunning, WaitTimeout
 from mic_emu.rundir import RunDir
 
 
@@ -48,6 +49,15 @@ def kill_instance(where: RunDir) -> bool:
     return True
 
 
+def sweep_dead(where: RunDir) -> None:
+    """Remove what an instance without processes left behind."""
+    from mic_emu.cli.clean import sweep
+
+    with where.locked():
+        if not where.read_pids():
+            sweep(where)
+
+
 @click.command()
 @click.option("--force", is_flag=True, help="Kill everything at once; always works.")
 @click.option(
@@ -63,14 +73,15 @@ def command(force: bool, timeout: float, as_json: bool) -> None:
       micemu stop --force
     """
     where = client.rundir()
-    if force:
-        from mic_emu.cli.clean import sweep
-
-        kill_instance(where)
-        with where.locked():
-            if not where.read_pids():
-                sweep(where)
-    else:
-        stop_instance(where, orderly=True, limit_s=timeout)
+    try:
+        if force:
+            kill_instance(where)
+            sweep_dead(where)
+        else:
+            stop_instance(where, orderly=True, limit_s=timeout)
+    except NotRunning:
+        with suppress(MicemuError):  # another user's is not ours to sweep
+            sweep_dead(where)  # init may have been killed
+        raise
     if as_json:
         client.emit({"stopped": where.instance})

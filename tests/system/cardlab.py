@@ -67,7 +67,7 @@ def userland() -> tuple[str, dict[str, str]]:
     shutil.rmtree(root, ignore_errors=True)
     atexit.register(forget_userland)
     shared, card = Path(mic_emu.__path__[0]), Path(mic_emu.card.__path__[0])
-    skip = shutil.ignore_patterns("__pycache__", "*.c", "testing")
+    skip = shutil.ignore_patterns("__pycache__", "*.c")
     shutil.copytree(shared, root / "mic_emu", ignore=skip)
     shutil.copytree(card, root / "mic_emu/card", ignore=skip, dirs_exist_ok=True)
     shutil.copytree(card.parent / "host", root / "mic_emu/host", ignore=skip, dirs_exist_ok=True)

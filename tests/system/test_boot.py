@@ -121,6 +121,17 @@ def test_killed_host_takes_everything_along_and_boot_works_at_once(machine: Mach
     machine.check_clean()
 
 
+def test_stop_sweeps_what_a_killed_init_left(machine: Machine) -> None:
+    """kill -9 of init, and nobody boots again: stop says that nothing runs, and nothing is left."""
+    status = machine.boot()
+    os.kill(status["host"]["init"], signal.SIGKILL)
+    eventually(lambda: not machine.processes(), 10, "the end of all processes")
+    assert machine.run_dir.is_dir()
+    assert machine.micemu("stop", check=False).returncode == 3
+    assert not machine.run_dir.exists()
+    machine.check_clean()
+
+
 def test_second_boot_of_an_online_card_is_refused(machine: Machine) -> None:
     """One clear sentence with the fix, exit status 4, the card unharmed (COSM-18)."""
     pids = machine.boot()["cards"][0]["pids"]

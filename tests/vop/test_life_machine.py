@@ -69,7 +69,7 @@ def test_the_spare_process_becomes_the_next_backend_and_is_not_missed_when_kille
     assert len(list(Path(f"/proc/{spare}/fd").iterdir())) == 5
     machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / 'hot.img'}", "size=1M")
     assert machine.device("block1")["pid"] == spare
-    assert Path(f"/proc/{spare}/comm").read_text() == "mic0-block\n"
+    assert Path(f"/proc/{spare}/comm").read_text() == "mic0-block1\n"
     (spare,) = spares(machine)
     os.kill(spare, signal.SIGKILL)
     eventually(lambda: gone(spare), 5, "the end of the spare process")

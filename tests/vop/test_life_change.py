@@ -84,7 +84,8 @@ async def test_vop_13_reset_waits_for_a_running_copy() -> None:
         dev = await life.add(served=False)
         ours, theirs = socket.socketpair()
         process = _Process(
-            {"log_fd": life._null, "card": "t", "device": "t"}, [theirs.detach(), *[os.dup(f) for f in life.bus.fds]]
+            {"log_fd": life._null, "card": "t", "device": "t"},
+            [theirs.detach(), *[os.dup(f) for f in life.bus.fds]],
         )
         process.slot, process.kick_fd, process.bottom = (
             dev.slot,

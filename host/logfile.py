@@ -29,19 +29,20 @@ def rotate(path: Path, keep: int = KEEP) -> None:
     A line written between copy and truncation is lost, as with logrotate's copytruncate. Where there is no room
     for the copy, the whole content is: a log that is never cut would take what room is left.
     """
-    for n in range(keep, 1, -1):
-        with suppress(FileNotFoundError):
-            Path(f"{path}.{n - 1}").replace(f"{path}.{n}")
-    copy = Path(f"{path}.1")
+    copy = Path(f"{path}.new")
     try:
         shutil.copyfile(path, copy)
         copy.chmod(stat.S_IMODE(path.stat().st_mode))
     except OSError:
-        copy.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)  # and the old ones stay where they are
         raise
     finally:
         with path.open("r+b") as f:
             f.truncate()
+    for n in range(keep, 1, -1):
+        with suppress(FileNotFoundError):
+            Path(f"{path}.{n - 1}").replace(f"{path}.{n}")
+    copy.replace(f"{path}.1")
 
 
 async def keep_small(path: Path, log: Log, limit: int = MAX_BYTES, quiet_s: float = QUIET_S) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -69,7 +70,7 @@ def remove(home: Path) -> list[str]:
     """End what runs of an abandoned machine and remove its folder; what was done."""
     done = []
     deadline = time.monotonic() + END_S
-    while (left := processes(home)) and time.monotonic() < deadline:
+    while (left := processes(home)) and time.monotonic() < deadline:  # again: they may have had children
         for pid in left:
             try:
                 watch = os.pidfd_open(pid)
@@ -78,11 +79,11 @@ def remove(home: Path) -> list[str]:
             try:
                 if pid in processes(home):  # the number is still the same process's: we hold it
                     signal.pidfd_send_signal(watch, signal.SIGKILL)
+                    select.select([watch], [], [], max(0.0, deadline - time.monotonic()))
                     done.append(f"killed process {pid}")
             except ProcessLookupError:
                 pass
             finally:
                 os.close(watch)
-        time.sleep(0.02)  # between two looks: children of the killed end by themselves
     shutil.rmtree(home, ignore_errors=True)
     return [*done, f"removed {home}"]

@@ -109,6 +109,8 @@ async def test_rotation_on_a_full_disk_cuts_the_log(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(shutil, "copyfile", full)
+    for n in (1, 2, 3):
+        Path(f"{path}.{n}").write_text(f"old {n}")
     path.write_bytes(b"x" * 101)
     async with kept_small(path, 100) as records:
         await until(lambda: not path.stat().st_size, "the cut")
@@ -116,4 +118,5 @@ async def test_rotation_on_a_full_disk_cuts_the_log(tmp_path: Path, monkeypatch:
     assert records.texts("warning") == [
         "the log could not be kept when it was rotated: No space left on device"
     ]
-    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", *(f"log.jsonl.{n}" for n in (1, 2, 3))]
+    assert [Path(f"{path}.{n}").read_text() for n in (1, 2, 3)] == ["old 1", "old 2", "old 3"]

@@ -111,13 +111,19 @@ static int guard_mprotect(uintptr_t addr, size_t len)
 /* A userfaultfd that blocks writers of the range; closing it lets them go. -errno: not possible. */
 static int guard_uffd(uintptr_t addr, size_t len)
 {
+	static uint32_t unknown; /* a tool or filter that does not know the call: asked once */
 	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED};
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+	int fd;
 
-	if (fd < 0)
+	if (mic_load_relaxed(&unknown))
+		return -ENOSYS;
+	fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+	if (fd < 0 && errno != ENOSYS)
 		fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
-	if (fd < 0)
+	if (fd < 0) {
+		mic_store_relaxed(&unknown, errno == ENOSYS);
 		return -errno;
+	}
 	if (ioctl(fd, UFFDIO_API, &api) < 0)
 		goto no;
 	struct uffdio_register reg = {{addr, len}, UFFDIO_REGISTER_MODE_WP, 0};

@@ -5,6 +5,8 @@
  * buffers again pays nothing. */
 #include "internal.h"
 
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #ifndef MADV_POPULATE_READ
@@ -62,13 +64,42 @@ static int check(const void *p, size_t len, uintptr_t *seen, int advice)
 	return rc;
 }
 
+/* memcheck takes msync for an access, and what lies beside a small buffer in its page for a mistake. */
+static bool under_valgrind(void)
+{
+	static uint32_t known; /* 1 no, 2 yes */
+	uint32_t k = mic_load_relaxed(&known);
+
+	if (!k) {
+		const char *preload = getenv("LD_PRELOAD");
+
+		k = preload && strstr(preload, "/vgpreload_") ? 2 : 1;
+		mic_store_relaxed(&known, k);
+	}
+	return k == 2;
+}
+
+static bool resident(uintptr_t first, uintptr_t end)
+{
+	unsigned char pages[256];
+
+	for (size_t n; first < end; first += n) {
+		n = end - first < sizeof pages * PAGE ? end - first : sizeof pages * PAGE;
+		if (mincore((void *)first, n, pages) < 0)
+			return false;
+	}
+	return true;
+}
+
 /* Asks for write-back of memory that has none: all that it does is to look for holes, in a tenth of a
  * microsecond whatever the length. */
 int user_mapped(const void *p, size_t len)
 {
 	uintptr_t first = (uintptr_t)p & ~(PAGE - 1), end = ((uintptr_t)p + len + PAGE - 1) & ~(PAGE - 1);
-	int saved = errno, rc = msync((void *)first, end - first, MS_ASYNC) < 0 ? -EFAULT : 0;
+	int saved = errno, rc = 0;
 
+	if (under_valgrind() ? !resident(first, end) : msync((void *)first, end - first, MS_ASYNC) < 0)
+		rc = -EFAULT;
 	errno = saved;
 	return rc;
 }

@@ -69,6 +69,7 @@ static int report_death(struct ep *ep)
 
 int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen)
 {
+	static uint32_t refused; /* before Linux 5.16, or by a tool or filter that does not know the call */
 	uint32_t *alive = (uint32_t *)(void *)ep->own_notify->alive;
 	uint32_t owner = mic_load_acquire(alive);
 	struct waitv w[2] = {{seen, (uint64_t)(uintptr_t)word, WAITV_U32, 0},
@@ -78,16 +79,17 @@ int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen)
 	if (owner & FUTEX_OWNER_DIED)
 		return report_death(ep);
 	/* Without a time-out both calls are restarted after a handler with SA_RESTART (SCIF 2.7). */
-	if (syscall(SYS_futex_waitv, w, 2, 0, NULL, 0) < 0) {
-		if (errno == ENOSYS || errno == EPERM)
-			rc = syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0) < 0 && errno == EINTR;
-		else
-			rc = errno == EINTR;
+	if (!mic_load_relaxed(&refused)) {
+		rc = syscall(SYS_futex_waitv, w, 2, 0, NULL, 0) < 0 ? errno : 0;
+		if (rc == ENOSYS || rc == EPERM)
+			mic_store_relaxed(&refused, 1u);
 	}
+	if (mic_load_relaxed(&refused))
+		rc = syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0) < 0 ? errno : 0;
 	errno = saved;
 	if (node_dead(ep))
 		return report_death(ep);
-	return rc ? -EINTR : 0;
+	return rc == EINTR ? -EINTR : 0;
 }
 
 void lock(uint64_t *words)

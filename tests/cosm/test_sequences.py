@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import Lab
@@ -14,7 +14,6 @@ from mic_emu.errors import MicemuError
 from mic_emu.scif.errors import ScifError
 from mic_emu.testing.cosm import FakeConnection, message, settle
 
-SOAK = os.environ.get("MICEMU_SOAK") == "1"
 ACTIONS = (
     "boot", "boot_fails", "reset", "shutdown", "force_reset", "suspend", "connect", "hang_up", "die", "heartbeat", "unknown",
     "halted", "poweroff", "restart", "status_5", "half_message", "heartbeat_off", "heartbeat_on", "firmware_dead",
@@ -114,10 +113,22 @@ async def play(actions: list[str]) -> None:
         run.records.close()
 
 
-@settings(max_examples=2000 if SOAK else 150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.sampled_from(ACTIONS), max_size=40))
+SEQUENCES = given(st.lists(st.sampled_from(ACTIONS), max_size=40))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@SEQUENCES
 def test_cosm_18_22_24_26_35_60_random_sequences_end_in_a_state_of_the_table(actions: list[str]) -> None:
     """Every move is in the table, ready always shows nop, a forced reset always works, nothing is left open."""
+    asyncio.run(play(actions))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@SEQUENCES
+def test_cosm_18_22_24_26_35_60_two_thousand_random_sequences(actions: list[str]) -> None:
+    """The same for longer."""
     asyncio.run(play(actions))
 
 

@@ -161,7 +161,7 @@ static void read1000_then_close(int ep)
 	char buf[1000];
 
 	recv_all(ep, buf, 1000);
-	usleep(20000);
+	usleep(200000); /* the sender fills the ring meanwhile, also on a busy machine */
 }
 
 TEST(scif_65_blocked_send_returns_the_placed_bytes_when_the_peer_closes)
@@ -208,10 +208,10 @@ TEST(scif_66_a_signal_ends_recv_with_the_bytes_that_came)
 
 	pair(e);
 	send_all(e[0], "xyz", 3);
-	poke(30000, 0, &t);
+	poke(200000, 0, &t);
 	EQ(scif_recv(e[1], buf, 10, SCIF_RECV_BLOCK), 3);
 	pthread_join(t, NULL);
-	poke(30000, 0, &t);
+	poke(200000, 0, &t);
 	FAILS(scif_recv(e[1], buf, 10, SCIF_RECV_BLOCK), EINTR);
 	pthread_join(t, NULL);
 	EQ(signalled, 1);

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import json
 import os
+import resource
 import select
 import socket
 import struct
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 BACKLOG = 512
 REQUESTS = 256  # served before the loop goes on with something else
 RETRY_S = 0.5  # no descriptor for a program: one may be free again without our having closed it
+RESERVE = 64  # descriptors; of small limits an eighth
 _WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
 _WATCH_INPUT = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -61,6 +63,12 @@ def _taken(control: Control) -> Call:
     """The request that is being served; who takes it answers it."""
     assert control.call is not None
     return control.call
+
+
+def _leaves_room(fd: int) -> bool:
+    """Programs do not get the last descriptors: whoever serves this node also boots cards and answers commands."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit == resource.RLIM_INFINITY or fd < limit - min(RESERVE, limit // 8)
 
 
 class ScifService:
@@ -149,6 +157,9 @@ class ScifService:
         """Take new connections, at most as many as the socket queues."""
         if self._retry is not None:
             return
+        if self._short is not None and not self._has_room():
+            self._pause(self._short)
+            return
         for _ in range(BACKLOG + 1):
             fd = lib.mic_scif_accept(self.listener.fileno(), self._caller)
             if fd == -errno.ECONNABORTED:
@@ -162,6 +173,17 @@ class ScifService:
             self._fresh[fd] = (self._caller.pid, self._caller.uid)
             if not self._on_first(fd):  # it has usually spoken already
                 self._epoll.register(fd, _WATCH_INPUT)
+            if not _leaves_room(fd):
+                self._pause(errno.EMFILE)
+                return
+
+    def _has_room(self) -> bool:
+        try:
+            fd = os.dup(self.listener.fileno())
+        except OSError:
+            return False
+        os.close(fd)
+        return _leaves_room(fd)
 
     def _pause(self, why: int) -> None:
         """No descriptor: programs wait in the socket's queue until one is free. Said once per shortage."""

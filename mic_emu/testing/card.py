@@ -136,8 +136,12 @@ class Card:
         from mic_emu.scif import Endpoint
 
         ep = Endpoint()
+        try:
+            ep.connect((self.node, port))
+        except BaseException:
+            ep.close()
+            raise
         self._endpoints.append(ep)
-        ep.connect((self.node, port))
         return ep
 
     def close(self) -> None:

@@ -27,18 +27,24 @@ static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 static int socket_path(struct sockaddr_un *sa)
 {
 	const char *env = getenv("MICEMU_SCIF_SOCKET"), *run = getenv("XDG_RUNTIME_DIR");
-	const char *named = getenv("MICEMU_RUNDIR");
+	const char *named = getenv("MICEMU_RUNDIR"), *instance = getenv("MICEMU_INSTANCE");
 	int n;
+
+	if (!instance || !*instance)
+		instance = "default";
+	if (strchr(instance, '/'))
+		return -ENOENT;
 
 	sa->sun_family = AF_UNIX;
 	if (env && *env)
 		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s", env);
 	else if (named && *named)
-		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/default/scif.sock", named);
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/%s/scif.sock", named, instance);
 	else if (run && *run)
-		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/micemu/default/scif.sock", run);
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "%s/micemu/%s/scif.sock", run, instance);
 	else
-		n = snprintf(sa->sun_path, sizeof sa->sun_path, "/tmp/micemu-%u/default/scif.sock", getuid());
+		n = snprintf(sa->sun_path, sizeof sa->sun_path, "/tmp/micemu-%u/%s/scif.sock", getuid(),
+			     instance);
 	return n < 0 || (size_t)n >= sizeof sa->sun_path ? -ENOENT : 0;
 }
 

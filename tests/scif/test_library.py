@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,27 @@ def start_python(server: Server, code: str, node: int = 0) -> subprocess.Popen[s
         [sys.executable, "-c", code],
         env=environment(server, node), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def test_the_instance_is_found_as_commands_find_it(server: Server) -> None:
+    """Without a socket by name: $MICEMU_INSTANCE or default, below $MICEMU_RUNDIR, the run-time directory or /tmp."""
+    plain = {k: v for k, v in server.env().items() if not k.startswith("MICEMU_")}
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:  # short: sockets have at most 107 characters
+        for place in (f"{home}/micemu/other", f"{home}/default"):
+            os.makedirs(place)
+            os.symlink(server.where / "node0.sock", f"{place}/scif.sock")
+
+        def opens(**env: str) -> str:
+            code = "import errno\nfrom mic_emu import scif\ntry: scif.Endpoint(); print('open')\n"
+            code += "except scif.ScifError as e: print(errno.errorcode[e.errno])"
+            argv = [sys.executable, "-c", code]
+            return subprocess.check_output(argv, env={**plain, **env}, text=True).strip()
+
+        assert opens(XDG_RUNTIME_DIR=home, MICEMU_INSTANCE="other") == "open"
+        assert opens(XDG_RUNTIME_DIR=home) == "ENOENT"
+        assert opens(MICEMU_RUNDIR=home, MICEMU_INSTANCE="") == "open"
+        assert opens(MICEMU_RUNDIR=home, MICEMU_INSTANCE="micemu/other") == "ENOENT"
+        assert opens(MICEMU_RUNDIR=home, MICEMU_INSTANCE="x" * 200) == "ENOENT"
 
 
 def test_scif_18_ordinary_users_cannot_bind_low_ports(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ MAX_PATH = 108 - len("/mic255/console.sock") - 1
 
 
 def default_instance() -> str:
-    """The instance that commands act on: ``MICEMU_INSTANCE`` or ``default``."""
-    return os.environ.get("MICEMU_INSTANCE", "default")
+    """The instance that commands act on: ``MICEMU_INSTANCE`` or, when it is not set or empty, ``default``."""
+    return os.environ.get("MICEMU_INSTANCE") or "default"
 
 
 def named_dir() -> Path | None:
@@ -75,7 +75,7 @@ def _make_base() -> None:
     """The folder of all instances. Raises MicemuError."""
     if (named := named_dir()) is None:
         _private_dir(base_dir())
-    elif not named.is_dir():
+    elif not os.path.isdir(named):
         raise MicemuError(f"MICEMU_RUNDIR is {named}: make that directory first")
 
 
@@ -177,43 +177,78 @@ class RunDir:
         """Refuse a directory of somebody else (it may be a trap), unless MICEMU_RUNDIR names it, and one in which
         anybody may lay a trap."""
         if named := named_dir():
-            if named.is_dir() and named.stat().st_mode & stat.S_IWOTH:
+            if os.path.isdir(named) and named.stat().st_mode & stat.S_IWOTH:
                 raise MicemuError(f"MICEMU_RUNDIR is {named}, and anybody can write to it: chmod o-w {named}")
             return
         for p in (base_dir(), self.path):
             if p.exists():
                 _private_dir(p)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Serialise starting and cleaning. The lock file goes with the instance."""
-        path = base_dir() / f".{self.instance}.lock"
+    @property
+    def _lock(self) -> Path:
+        """The lock file. It goes with the instance."""
+        return base_dir() / f".{self.instance}.lock"
+
+    def _open_lock(self) -> int:
+        """The open lock file, made with its folder. Raises MicemuError."""
         while True:
             _make_base()
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except FileNotFoundError:
-                continue  # the last instance took the directory away in between
+                return os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except PermissionError as e:
                 raise MicemuError(
                     f"the instance {self.instance} in {base_dir()} is not yours to start, kill or clean",
                     e.errno or 0,
                 ) from e
+            except OSError as e:
+                if isinstance(e, FileNotFoundError) and not named_dir():
+                    continue  # the last instance took the directory away in between
+                raise MicemuError(
+                    f"no instance can be made in {base_dir()}: {e.strerror}", e.errno or 0
+                ) from e
+
+    def _holds(self, fd: int) -> bool:
+        """Is this the lock file still? Its last holder may have removed it."""
+        try:
+            return os.fstat(fd).st_ino == os.stat(self._lock).st_ino
+        except FileNotFoundError:
+            return False
+
+    def _unlock(self, fd: int) -> None:
+        """The holder leaves nothing of an instance that is not there."""
+        if not self.path.exists():
+            self._lock.unlink(missing_ok=True)
+            if not named_dir():
+                with suppress(OSError):
+                    base_dir().rmdir()  # other instances may be there
+        os.close(fd)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Serialise starting and cleaning."""
+        while True:
+            fd = self._open_lock()
             fcntl.flock(fd, fcntl.LOCK_EX)
-            try:
-                if os.fstat(fd).st_ino == os.stat(path).st_ino:
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(fd)  # its last holder removed it: take the new one
+            if self._holds(fd):
+                break
+            os.close(fd)
         try:
             yield
         finally:
-            if not self.path.exists():
-                path.unlink(missing_ok=True)
-                if not named_dir():
-                    with suppress(OSError):
-                        base_dir().rmdir()  # other instances may be there
+            self._unlock(fd)
+
+    def check_startable(self) -> None:
+        """Raise the MicemuError that keeps an instance from being started here. Never waits, leaves nothing."""
+        self.check_owner()
+        fd = self._open_lock()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = self._holds(fd)
+        except BlockingIOError:
+            mine = False  # somebody starts or cleans: so it can be done
+        if mine:
+            self._unlock(fd)
+        else:
             os.close(fd)
 
     @property

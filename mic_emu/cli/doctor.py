@@ -53,12 +53,16 @@ def shared_memory() -> Finding:
 
 def run_directory() -> Finding:
     from mic_emu.errors import MicemuError
+    from mic_emu.rundir import named_dir
 
+    variable = "MICEMU_RUNDIR" if named_dir() else "XDG_RUNTIME_DIR"
     try:
         where = client.rundir()
         where.check_owner()
+        if not os.access(where.control, os.W_OK):  # else it is in use, by us or by one who shares it with us
+            where.check_startable()
     except MicemuError as e:
-        return Finding("run directory", "broken", str(e), "set XDG_RUNTIME_DIR to a directory of your own")
+        return Finding("run directory", "broken", str(e), f"set {variable} to a directory of your own")
     return Finding("run directory", "ok", str(where.path))
 
 
@@ -82,6 +86,33 @@ def network() -> Finding:
     if found.mode == "ns":
         return Finding("network", "ok", "TAPs in namespaces of our own")
     return Finding("network", "degraded", "user-space responder", found.reason)
+
+
+def fuse() -> Finding:
+    from mic_emu.cosm.fuse import open_device
+
+    try:
+        os.close(open_device())
+    except OSError as e:
+        return Finding(
+            "sysfs mount", "degraded", f"/dev/fuse: {e.strerror}",
+            "only micemu sysfs ls, cat and write work; for the mount: modprobe fuse, or chmod 666 /dev/fuse, or "
+            "docker run --device /dev/fuse",
+        )  # fmt: skip
+    return Finding("sysfs mount", "ok", "/dev/fuse")
+
+
+def userfaultfd() -> Finding:
+    from mic_emu._native import lib
+
+    rc = lib.mic_proc_userfaultfd()
+    if rc < 0:
+        return Finding(
+            "userfaultfd", "degraded", os.strerror(-rc),
+            "scif_register protects pages with mprotect and a handler for SIGSEGV; for userfaultfd: Linux 6.4, and in a "
+            "container a seccomp profile that permits it",
+        )  # fmt: skip
+    return Finding("userfaultfd", "ok", "write protection")
 
 
 def cpus() -> Finding:
@@ -127,7 +158,7 @@ def leftovers() -> Finding:
     from mic_emu.testing import homes
 
     where = client.rundir()
-    if where.path.exists() and not where.read_pids():
+    if os.path.exists(where.path) and not where.read_pids():
         return Finding(
             "leftovers",
             "degraded",
@@ -149,7 +180,7 @@ def leftovers() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    python, shared_memory, run_directory, namespaces, network, cpus, descriptors, peers, leftovers,
+    python, shared_memory, run_directory, namespaces, network, fuse, userfaultfd, cpus, descriptors, peers, leftovers,
 )  # fmt: skip
 
 

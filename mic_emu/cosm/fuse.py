@@ -296,6 +296,11 @@ class Server:
 # --- mounting -------------------------------------------------------------------------------------
 
 
+def open_device() -> int:
+    """A descriptor of ``/dev/fuse``. Raises OSError."""
+    return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+
+
 def mount_at(target: str, source: str, fstype: str) -> int:
     """Mount an empty FUSE file system at ``target``; returns the descriptor to serve.
 
@@ -303,7 +308,7 @@ def mount_at(target: str, source: str, fstype: str) -> int:
     with a sentence.
     """
     try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        fd = open_device()
     except OSError as e:
         raise OSError(
             e.errno, f"/dev/fuse cannot be opened: {e.strerror}; micemu sysfs ls, cat and write need no FUSE"

@@ -7,21 +7,15 @@
 #include "memory.h"
 
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 
-#ifndef UFFD_USER_MODE_ONLY
-#define UFFD_USER_MODE_ONLY 1
-#endif
+#include "mic/uffd.h"
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
-#endif
-#ifndef UFFD_FEATURE_WP_UNPOPULATED
-#define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
 #endif
 
 #define PART ((size_t)256 << 10) /* of a copy: fits into any cache of a core */
@@ -112,27 +106,20 @@ static int guard_mprotect(uintptr_t addr, size_t len)
 static int guard_uffd(uintptr_t addr, size_t len)
 {
 	static uint32_t unknown; /* a tool or filter that does not know the call: asked once */
-	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED};
 	int fd;
 
 	if (mic_load_relaxed(&unknown))
 		return -ENOSYS;
-	fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
-	if (fd < 0 && errno != ENOSYS)
-		fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+	fd = mic_uffd_open();
 	if (fd < 0) {
-		mic_store_relaxed(&unknown, errno == ENOSYS);
-		return -errno;
+		mic_store_relaxed(&unknown, fd == -ENOSYS);
+		return fd;
 	}
-	if (ioctl(fd, UFFDIO_API, &api) < 0)
-		goto no;
 	struct uffdio_register reg = {{addr, len}, UFFDIO_REGISTER_MODE_WP, 0};
 	struct uffdio_writeprotect wp = {{addr, len}, UFFDIO_WRITEPROTECT_MODE_WP};
 
-	if (ioctl(fd, UFFDIO_REGISTER, &reg) < 0 || ioctl(fd, UFFDIO_WRITEPROTECT, &wp) < 0)
-		goto no;
-	return fd;
-no:
+	if (ioctl(fd, UFFDIO_REGISTER, &reg) == 0 && ioctl(fd, UFFDIO_WRITEPROTECT, &wp) == 0)
+		return fd;
 	close(fd);
 	return -EINVAL;
 }

@@ -7,6 +7,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "mic/uffd.h"
+
 int mic_proc_die_with_parent(int expected_parent)
 {
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
@@ -34,4 +36,14 @@ int mic_proc_no_core(void)
 	/* The hard limit stays: a program that is run later may want its core. */
 	core.rlim_cur = 0;
 	return setrlimit(RLIMIT_CORE, &core) < 0 ? -errno : 0;
+}
+
+int mic_proc_userfaultfd(void)
+{
+	int fd = mic_uffd_open();
+
+	if (fd < 0)
+		return fd;
+	close(fd);
+	return 0;
 }

@@ -247,8 +247,11 @@ class Control:
     async def _events(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if msg.get("recent"):
-            for event in list(self._recent):  # it grows while we send
+            last = msg.get("last") or 0  # 0: all, and then what comes
+            for event in list(self._recent)[-last:]:  # a copy: it grows while we send
                 await channel.send(event)
+            if last:
+                return {}
         self._listeners.add(queue)
         gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))
         sampler = None
@@ -281,10 +284,7 @@ class Control:
     async def _run(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
         if card.cosm.state is not State.ONLINE:
-            raise StateError(
-                f"{card.name} is {card.cosm.state.word}: boot it first (micemu boot {card.name})",
-                errno.EINVAL,
-            )
+            raise card.not_online()
         return {"socket": str(card.dir / "run.sock"), "node": card.index + 1}
 
     async def _host_ns(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

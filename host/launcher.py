@@ -55,8 +55,9 @@ def live(name: str, log_fd: int, target: Callable[[], int]) -> NoReturn:
     status = 70
     try:
         status = target()
-    except BaseException:
-        Log(log_fd, process=name).error("ended by an exception", traceback=traceback.format_exc())
+    except BaseException as e:
+        what = traceback.format_exception_only(e)[-1].rstrip()
+        Log(log_fd, process=name).error(f"ended by an exception: {what}", traceback=traceback.format_exc())
     finally:
         os._exit(status)
 

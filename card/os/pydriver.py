@@ -8,6 +8,7 @@ import importlib
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,9 @@ class PythonDriver(LoopDriver):
             return -(e.errno or 5)
         except Exception as e:  # a user's code must not take the card down
             if self.dev:
-                self.dev.log.error(f"{self.kind.__name__} ended: {type(e).__name__}: {e}")
+                self.dev.log.error(
+                    f"{self.kind.__name__} ended: {type(e).__name__}: {e}", traceback=traceback.format_exc()
+                )
         return 0
 
     def config_changed(self) -> None:

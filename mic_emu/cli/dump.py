@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from mic_emu.cli import client
+from mic_emu.cli.log import clock
 from mic_emu.fields import words
 from mic_emu.layout import CONSTANTS as C
 
@@ -25,7 +27,8 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
     """Look into a card: registers, device page, vrings, address map, interrupt vectors to the host and lines to
     the card, DMA channels, the real drivers' debug files, kernel log.
 
-    Works in every state; the log of a dead card stays readable until its reset.
+    Works in every state; the log of a dead card stays readable until its reset. Its times are local time; --json and
+    the file log_buf have it as it lies in card memory, with seconds since 1970.
 
     \b
     Examples:
@@ -37,13 +40,18 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
     if as_json:
         client.emit(data)
     elif isinstance(data, str):
-        click.echo(data, nl=False)
+        click.echo(kernel_log(data) if what == "log" else data, nl=False)
     else:
         views: dict[str, Callable[[Any, bool], None]] = {
             "registers": registers, "page": page, "vring": vrings, "smpt": table,
             "interrupts": interrupts, "lines": lines, "dma": channels,
         }  # fmt: skip
         views[what](data, everything)
+
+
+def kernel_log(data: str) -> str:
+    """The card's kernel log with times as ``micemu log`` shows them."""
+    return re.sub(r"^\[(\d+\.\d{6})\]", lambda m: clock(float(m[1])), data, flags=re.M)
 
 
 def registers(rows: list[dict[str, Any]], everything: bool) -> None:

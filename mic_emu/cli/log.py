@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,20 @@ from mic_emu.errors import NotRunning
 from mic_emu.log import LEVELS
 
 
+def clock(seconds: float) -> str:
+    """Seconds since 1970 as people read them: local time with milliseconds."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03d}"
+
+
 def text(line: str) -> str:
-    """A record as people read it."""
+    """A record as people read it: a line, and below it the traceback of an exception."""
     try:
         r = json.loads(line)
     except ValueError:
         return line.rstrip("\n")
-    when = time.strftime("%H:%M:%S", time.localtime(r["time"])) + f"{r['time'] % 1:.3f}"[1:]
     who = " ".join(str(r[k]) for k in ("process", "card", "device") if r.get(k))
-    return f"{when} {r['level']:<7} {who}: {r['message']}"
+    trace = textwrap.indent(r.get("traceback", "").rstrip("\n"), "    ")
+    return f"{clock(r['time'])} {r['level']:<7} {who}: {r['message']}" + (f"\n{trace}" if trace else "")
 
 
 @dataclass

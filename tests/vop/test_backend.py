@@ -197,6 +197,26 @@ def test_vop_rng_stream_on_the_card(machine: Machine) -> None:
 
 
 @pytest.mark.system
+def test_log_says_which_exception_ended_a_backend(machine: Machine, tmp_path: Path) -> None:
+    """The message holds the exception's last line, and ``micemu log`` shows the traceback below it."""
+    (tmp_path / "mine.py").write_text(
+        "from mic_emu.vop.backend import Backend\nclass Boom(Backend):\n    device_type = 4\n"
+        "    def driver_ok(self): raise ValueError('boom on purpose')\n    def process(self, chain): return 0\n"
+    )
+    machine.boot("--disk", "none", "--net", "none")
+    machine.micemu("vop", "add", "mic0", "--backend", "mine:Boom", cwd=tmp_path, check=False)
+
+    def shown() -> str:
+        return machine.micemu("log", "--level", "error").stdout
+
+    eventually(lambda: "ended by an exception" in shown(), 10, "the exception in the log")
+    line, trace = shown().split("ended by an exception: ValueError: boom on purpose\n", 1)
+    assert line.count("\n") == 0
+    assert trace.startswith("    Traceback (most recent call last):\n")
+    assert "in driver_ok" in trace
+
+
+@pytest.mark.system
 def test_vop_20_own_backend_dies_and_comes_back(machine: Machine, tmp_path: Path) -> None:
     """kill -9, an exception, a wrong name: removed and started again, or refused with the reason."""
     machine.boot("--disk", "none", "--net", "none")

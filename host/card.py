@@ -243,20 +243,23 @@ class Card:
     def backend(self, name: str) -> Backend:
         """A device's backend by name. Raises StateError when the card is down, UsageError for a wrong name."""
         if self.running is None:
-            raise StateError(
-                f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})",
-                errno.ENODEV,
-            )
+            raise self.not_online(errno.ENODEV)
         for b in self.backends:
             if b.name == name:
                 return b
         known = ", ".join(b.name for b in self.backends) or "none"
         raise UsageError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
 
-    def not_online(self) -> StateError:
+    def not_online(self, number: int = errno.EINVAL) -> StateError:
         """Why a request that needs an online card fails, and how to mend it."""
+        if self.cosm.shutdown_status is Status.CRASHED:
+            return StateError(
+                f"{self.name} has crashed: micemu dump log {self.name} shows its last words, "
+                f"micemu boot {self.name} resets and boots it",
+                number,
+            )
         return StateError(
-            f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})", errno.EINVAL
+            f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})", number
         )
 
     def online(self) -> Running:
@@ -342,7 +345,10 @@ class Card:
             await self._reset_and_wait()
         if self.board.refused:
             raise MicemuError(f"{self.name}: the bootstrap refused {self.driver.firmware}: {why}")
-        raise MicemuError(f"{self.name} did not boot: {why}" + (f"; its last words: {log}" if log else ""))
+        using = f" with the ramdisk {self.driver.ramdisk}" if self.driver.ramdisk else ""
+        raise MicemuError(
+            f"{self.name} did not boot{using}: {why}" + (f"; its last words: {log}" if log else "")
+        )
 
     def kernel_command_line(self, text: str) -> str:
         """What the daemon adds for the card's network (COSM-66) and our own words, then ``text``."""

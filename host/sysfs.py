@@ -92,7 +92,7 @@ class Sysfs:
         card = re.match(r"class/mic/(mic[0-9]+)(/|$)", path)
         if card and card[1] not in self.instance.cards:
             known = ", ".join(self.instance.cards) or "none is plugged in"
-            missing = NoSuchCard(f"there is no {path}: there is no card {card[1]}; cards: {known}")
+            missing = NoSuchCard(f"there is no card {card[1]}; cards: {known}")
             missing.errno = errno.ENOENT  # as a shell sees it
             raise missing
         raise MicemuError(f"there is no file {path} (micemu sysfs ls shows those that are)", errno.ENOENT)

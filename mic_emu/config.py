@@ -189,17 +189,17 @@ def check_card(card: CardConfig, name: str) -> None:
     """Raise UsageError for values that contradict each other or the machine."""
     for device in card.devices:
         if device not in DEVICES and not re.fullmatch(r"[\w.]+:\w+", str(device)):
-            raise UsageError(f"{name}: device {device!r}: use {', '.join(DEVICES)} or MODULE:CLASS")
+            raise UsageError(f"{name}: devices: {device!r}: use {', '.join(DEVICES)} or MODULE:CLASS")
         if card.devices.count(device) > 1:
-            raise UsageError(f"{name}: device {device!r} is there twice")
+            raise UsageError(f"{name}: devices: {device!r} is there twice")
     if card.memory < MIN_MEMORY or card.memory % (1 << 20):
-        raise UsageError(f"{name}: memory {format_size(card.memory)}: use whole MiB, at least 64M")
+        raise UsageError(f"{name}: memory: {format_size(card.memory)}: use whole MiB, at least 64M")
     if not 0x2250 <= card.device_id <= 0x225E:
-        raise UsageError(f"{name}: device_id {card.device_id:#x} is no MIC X100: use 0x2250 to 0x225e")
+        raise UsageError(f"{name}: device_id: {card.device_id:#x} is no MIC X100: use 0x2250 to 0x225e")
     if card.max_reboots < 0:
-        raise UsageError(f"{name}: max_reboots {card.max_reboots}: use 0 or more")
+        raise UsageError(f"{name}: max_reboots: {card.max_reboots}: use 0 or more")
     if card.disk_size < 512 or card.disk_size % 512:
-        raise UsageError(f"{name}: disk_size {card.disk_size}: use a multiple of 512 bytes")
+        raise UsageError(f"{name}: disk_size: {card.disk_size}: use a multiple of 512 bytes")
 
 
 def load(path: Path | None, cards: int | None = None) -> Config:
@@ -220,10 +220,15 @@ def load(path: Path | None, cards: int | None = None) -> Config:
         _set(config, plain, str(path), base, also=("card",))
         tables = plain.get("card", [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
-            raise UsageError(f"{path}: write cards as [[card]] tables")
+            below = (
+                "" if isinstance(tables, list) else ", and [[card.fault]] below the [[card]] that it is about"
+            )
+            raise UsageError(f"{path}: write cards as [[card]] tables{below}")
         for i, table in enumerate(tables):
             card = CardConfig()
-            _set(card, table, f"{path}: [[card]] number {i + 1} (mic{i})", base)
+            where = f"{path}: [[card]] number {i + 1} (mic{i})"
+            _set(card, table, where, base)
+            check_card(card, where)
             config.cards.append(card)
         if plain.get("card") == [] and cards is None:
             raise NoCards(f"{path}: the list of cards is empty")
@@ -233,6 +238,4 @@ def load(path: Path | None, cards: int | None = None) -> Config:
     while len(config.cards) < count:
         config.cards.append(CardConfig())
     del config.cards[count:]
-    for i, card in enumerate(config.cards):
-        check_card(card, f"mic{i}")
     return config

@@ -122,7 +122,7 @@ WORDS: Mapping[str, Word] = {
     "after": Word(_number(0), "N", "Let N events pass first."),
     "count": Word(_number(1), "N", "The filter goes after acting N times."),
     "seed": Word(_number(0, 2**64 - 1), "N", "Of the random decisions (default: the filter's number)."),
-    "delay": Word(duration_ns, "TIME", "How long: 10us, 5ms, 1.5s."),
+    "delay": Word(duration_ns, "TIME", "How long, for example 10us, 5ms or 1.5s."),
     "jitter": Word(duration_ns, "TIME", "At random up to TIME more."),
     "error": Word(_choice(*DMA_ERRORS), "NAME", f"DCHERR bit: {', '.join(DMA_ERRORS)}."),
     "errno": Word(_choice(*DISK_ERRNOS), "NAME", "EIO or EOPNOTSUPP."),
@@ -272,7 +272,8 @@ def parse(words: Mapping[str, Any], where: str = "fault") -> Fault:
             raise UsageError(f"{where}: {word} {text!r}: {why}") from None
     for word in kind.required:
         if word not in values:
-            raise UsageError(f"{where}: {kind.name} needs {word}: {WORDS[word].help}")
+            what = WORDS[word].help.rstrip(".")
+            raise UsageError(f"{where}: {kind.name} needs {word} ({what[0].lower()}{what[1:]})")
     return _complete(kind, values, where)
 
 

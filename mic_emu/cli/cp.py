@@ -20,7 +20,11 @@ set -e
 target=$1 name=$2
 if [ -d "$target" ]; then exec tar --no-same-owner -xf - -C "$target"; fi
 folder=$(dirname -- "$target")
-stage=$(mktemp -d -- "$folder/.micemu-cp.XXXXXX")
+if ! [ -d "$folder" ]; then echo "there is no folder $folder" >&2; exit 1; fi
+if ! stage=$(mktemp -d -- "$folder/.micemu-cp.XXXXXX" 2>/dev/null); then
+    echo "nothing can be made in $folder" >&2
+    exit 1
+fi
 trap 'rm -rf -- "$stage"' EXIT
 tar --no-same-owner -xf - -C "$stage"
 mv -T -- "$stage/$name" "$target"

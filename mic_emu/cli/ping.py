@@ -36,11 +36,10 @@ def command(card: str, from_card: bool, count: int, wait: int, as_json: bool) ->
       micemu ping mic0 --from-card
     """
     (info,) = [c for c in client.ask("status")["status"]["cards"] if c["name"] == card] or [None]
+    if info is None or info["state"] != "online":
+        client.ask("run", card=card)  # raises with the names that exist, or with what to do
     if info is None:
-        client.ask("run", card=card)  # raises with the names that exist
         return
-    if info["state"] != "online":
-        raise StateError(f"{card} is {info['state']}: boot it first (micemu boot {card})")
     if info["net"] == "none":
         raise StateError(f"{card} has no network: boot it without --net none")
     target = info["addresses"]["host" if from_card else "card"]

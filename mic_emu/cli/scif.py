@@ -30,6 +30,11 @@ def _socket(node: str) -> Path:
     return base / "scif.sock" if node == "host" else base / node / "scif.sock"
 
 
+def _name(node: str) -> str:
+    """``host``, ``mic0``, ... also when it is given by its number, as ``scif nodes`` shows it."""
+    return node if not node.isdecimal() else "host" if int(node) == 0 else f"mic{int(node) - 1}"
+
+
 def _tables(node: str) -> dict[str, Any]:
     from mic_emu.scif.inspect import ask_tables
 
@@ -89,8 +94,8 @@ def _peer(ep: dict[str, Any]) -> str:
 @click.argument("node", default="host")
 @client.json_option
 def endpoints(node: str, as_json: bool) -> None:
-    """Show the endpoints of a node (host, mic0, ...) with their owners; pid 0 is the node itself."""
-    table = _tables(node)
+    """Show the endpoints of a node (host, mic0, ..., or its number) with their owners; pid 0 is the node itself."""
+    table = _tables(_name(node))
     if as_json:
         client.emit(table)
         return
@@ -103,8 +108,8 @@ def endpoints(node: str, as_json: bool) -> None:
 @click.argument("node", default="host")
 @client.json_option
 def windows(node: str, as_json: bool) -> None:
-    """Show the registered windows of a node."""
-    table = _tables(node)
+    """Show the registered windows of a node (host, mic0, ..., or its number)."""
+    table = _tables(_name(node))
     rows = [{"pid": ep["pid"], "port": ep["port"], **w} for ep in table["endpoints"] for w in ep["windows"]]
     if as_json:
         client.emit({"registered_bytes": table["registered_bytes"], "windows": rows})

@@ -8,11 +8,23 @@ from mic_emu.cli import client
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import WaitTimeout
 
-WORDS = [s.word for s in State] + [s.word for s in Status if s is not Status.NOP]
+STATES = [s.word for s in State]
+STATUSES = [s.word for s in Status if s is not Status.NOP]
+HELP = f"""Wait until cards reach a state or a shutdown status. Exit status 5 on time-out.
+
+\b
+States: {", ".join(STATES)}.
+Shutdown statuses: {", ".join(STATUSES)}.
+
+\b
+Examples:
+  micemu wait online
+  micemu wait crashed mic0 --timeout 5
+"""
 
 
-@click.command()
-@click.argument("state", type=click.Choice(WORDS))
+@click.command(help=HELP)
+@click.argument("state", type=click.Choice(STATES + STATUSES), metavar="STATE")
 @client.cards_argument
 @click.option(
     "--timeout",
@@ -23,13 +35,7 @@ WORDS = [s.word for s in State] + [s.word for s in Status if s is not Status.NOP
     help="Give up after this long.",
 )
 def command(state: str, cards: tuple[str, ...], timeout: float) -> None:
-    """Wait until cards reach a state or a shutdown status. Exit status 5 on time-out.
-
-    \b
-    Examples:
-      micemu wait online
-      micemu wait crashed mic0 --timeout 5
-    """
+    """``micemu wait``."""
     if timeout <= 0:
         raise WaitTimeout(f"--timeout {timeout:g}: use a positive number of seconds")
     client.ask("wait", states=[state], cards=list(cards), timeout=timeout)

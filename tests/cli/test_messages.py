@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from mic_emu import config
 from mic_emu.errors import UsageError
+from mic_emu.rundir import RunDir
 from mic_emu.testing.machine import MICEMU, Machine
 
 
@@ -27,6 +31,14 @@ def said(machine: Machine, *args: str) -> tuple[int, str]:
         (
             '[[card]]\ndevices = "rng"',
             "[[card]] number 1 (mic0): devices: 'rng' is not a list: write it in brackets",
+        ),
+        (
+            "[[card]]\n[[card]]\nmemory = 8",
+            "[[card]] number 2 (mic1): memory: 8: use whole MiB, at least 64M",
+        ),
+        (
+            '[[card.fault]]\nkind = "packet-loss"',
+            "write cards as [[card]] tables, and [[card.fault]] below the [[card]] that it is about",
         ),
     ],
 )
@@ -74,7 +86,7 @@ def test_card_that_does_not_run_or_exist(machine: Machine) -> None:
     for words in (["cat", "mic9/state"], ["write", "mic9/state", "boot"]):
         status, text = said(machine, "sysfs", *words)
         assert (status, text) == (
-            6, "micemu: there is no class/mic/mic9/state: there is no card mic9; cards: mic0\n"
+            6, "micemu: there is no card mic9; cards: mic0\n"
         )  # fmt: skip
     assert said(machine, "sysfs", "cat", "mic0/colour") == (
         1, "micemu: there is no file class/mic/mic0/colour (micemu sysfs ls shows those that are)\n"
@@ -92,6 +104,74 @@ def test_devices_and_mounts_that_are_not_there(machine: Machine, tmp_path: Path)
     )  # fmt: skip
     status, text = said(machine, "sysfs", "umount", str(tmp_path))
     assert (status, f"{tmp_path}: no tree of micemu is mounted there" in text) == (1, True)
+
+
+CRASHED = "micemu: mic0 has crashed: micemu dump log mic0 shows its last words, micemu boot mic0 resets and boots it\n"
+
+
+def test_crashed_card(machine: Machine, tmp_path: Path) -> None:
+    """Every command that needs an online card says what has happened; the last events are there, and end."""
+    pid = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["os"]
+    os.kill(pid, signal.SIGKILL)
+    machine.micemu("wait", "crashed")
+    (tmp_path / "f").write_text("")
+    for command in (
+        ["run", "mic0", "--", "hostname"],
+        ["shell", "mic0"],
+        ["ping", "mic0"],
+        ["cp", str(tmp_path / "f"), "mic0:/tmp"],
+        ["vop", "add", "mic0", "rng"],
+    ):
+        assert said(machine, *command) == (4, CRASHED)
+    everything = machine.micemu("events", "--recent", "--count", "1000").stdout.splitlines()
+    assert len(everything) > 3
+    assert machine.micemu("events", "--recent", "--count", "3").stdout.splitlines() == everything[-3:]
+    assert said(machine, "events", "--recent", "--count", "3", "--sample", "1")[0] == 2
+
+
+def test_folder_that_is_not_on_the_card(machine: Machine, tmp_path: Path) -> None:
+    """The reason in our words, not in those of the tool that copies."""
+    machine.boot("--disk", "none", "--net", "none")
+    (tmp_path / "f").write_text("")
+    for folder, why in (("/nosuch", "there is no folder /nosuch"), ("/proc", "nothing can be made in /proc")):
+        assert said(machine, "cp", str(tmp_path / "f"), f"mic0:{folder}/y") == (
+            1, f"micemu: cannot write mic0:{folder}/y: {why}\n"
+        )  # fmt: skip
+
+
+def test_wrong_words(machine: Machine) -> None:
+    """The choice once; what is missing in a sentence."""
+    status, text = said(machine, "wait", "flying")
+    assert (status, text.count("reset_failed")) == (2, 1)
+    assert said(machine, "fault", "add", "mic0", "packet-delay") == (
+        2, "micemu: fault add mic0: packet-delay needs delay (how long, for example 10us, 5ms or 1.5s)\n"
+    )  # fmt: skip
+
+
+def test_nodes_by_number(machine: Machine) -> None:
+    """0 is the host, 1 is mic0, as ``scif nodes`` shows them."""
+    machine.boot("--disk", "none", "--net", "none")
+    for number in (0, 1):
+        assert machine.json("scif", "endpoints", str(number))["node"] == number
+        assert machine.json("scif", "windows", str(number))["windows"] == []
+    assert said(machine, "scif", "endpoints", "2") == (6, "micemu: there is no card mic1; cards: mic0\n")
+
+
+def test_kernel_log_has_the_times_of_the_log(machine: Machine) -> None:
+    """For people the clock; the buffer itself stays as it is (COSM-61)."""
+    machine.boot("--disk", "none", "--net", "none")
+    shown = machine.micemu("dump", "log").stdout.splitlines()
+    kept = machine.micemu("sysfs", "cat", "kernel/debug/mic_cosm/mic0/log_buf").stdout.splitlines()
+    assert machine.json("dump", "log").splitlines() == kept
+    assert [line.partition(" ")[2] for line in shown] == [line.partition(" ")[2] for line in kept]
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} info: ", shown[0])
+    assert re.match(r"\[\d{10}\.\d{6}\] info: ", kept[0])
+
+
+def test_empty_instance_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an empty variable means elsewhere."""
+    monkeypatch.setenv("MICEMU_INSTANCE", "")
+    assert RunDir().instance == "default"
 
 
 def test_scif_ports(machine: Machine) -> None:

@@ -63,6 +63,15 @@ def test_hw_38_image_larger_than_the_aperture(machine: Machine) -> None:
     assert "--memory" in line
 
 
+def test_ramdisk_that_is_none_is_named(machine: Machine) -> None:
+    """The card knows bytes only: the host says of which file."""
+    path = machine.home / "ram.cpio"
+    path.write_bytes(b"x" * 4096)
+    line = refused(machine, "boot", *SMALL, "--ramdisk", str(path))
+    assert line.startswith(f"micemu: mic0 did not boot with the ramdisk {path}: ")
+    assert "is no cpio archive in newc form" in line
+
+
 def test_hw_39_cosm_14_missing_ramdisk(machine: Machine) -> None:
     """ENOENT before anything is touched."""
     assert refused(machine, "boot", *SMALL, "--ramdisk", "/nonexistent/ramdisk") == (

@@ -234,7 +234,9 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
     assert words(machine)[-1] == "ready"
     assert put(machine, "mic0/state", "boot") == ""
     machine.micemu("wait", "online", "mic0", "--timeout", "20")
-    assert "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf")
+    eventually(  # it writes that when it hears that it is online
+        lambda: "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf"), 10, "the end of the card's boot in its log"
+    )  # fmt: skip
     assert sysfs(machine, "kernel/debug/mic_host/mic0/post_code") == "FF"
     assert json.loads(machine.micemu("suspend", "--json").stdout)["suspended"] == ["mic0"]
     assert [c["state"] for c in machine.status()["cards"]] == ["ready", "ready"]

@@ -8,11 +8,12 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-from mic_emu.config import CardConfig, format_size, parse_size
+from mic_emu.config import CardConfig
 from mic_emu.errors import MicemuError, UsageError
 from mic_emu.host.disk import open_image
 from mic_emu.host.supervisor import Backend
 from mic_emu.peers import group_of
+from mic_emu.sizes import format_size, parse_size
 from mic_emu.wire import PeerClosed, WireTimeout, listen_unix
 from mic_emu.wire_aio import AsyncChannel
 

@@ -7,8 +7,9 @@ import fcntl
 import os
 import stat
 
-from mic_emu.config import CardConfig, format_size
+from mic_emu.config import CardConfig
 from mic_emu.errors import MicemuError
+from mic_emu.sizes import format_size
 
 
 def open_image(config: CardConfig, path: str, name: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mic_emu.errors import UsageError
 from mic_emu.faults import parse as parse_fault
+from mic_emu.sizes import format_size, parse_size
 from mic_emu.timing import PROFILES
 
 if sys.version_info >= (3, 11):
@@ -33,23 +34,6 @@ RESTART = ("always", "never")
 INTERRUPTS = ("msix", "msi", "intx")
 DEVICES = ("rng", "vsock")  # served in Python, on request
 STEPPINGS = ("A0", "B0", "B1", "C0")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str | int, what: str) -> int:
-    """Bytes from ``8G``, ``64MiB``, ``4096``. Raises UsageError naming ``what``."""
-    m = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.I)
-    if not m:
-        raise UsageError(f"{what}: {text!r} is not a size; write for example 512M or 8G")
-    return int(m[1]) * _UNITS[m[2].upper()]
-
-
-def format_size(n: int) -> str:
-    """The shortest exact spelling of ``n`` bytes."""
-    for unit in "TGMK":
-        if n and n % _UNITS[unit] == 0:
-            return f"{n // _UNITS[unit]}{unit}"
-    return str(n)
 
 
 class NoCards(UsageError):

@@ -16,9 +16,10 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, parse_size, set_disk
+from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import ProcessId, RunDir
+from mic_emu.sizes import parse_size
 from mic_emu.timing import PROFILES
 from mic_emu.wire import Channel
 

@@ -11,6 +11,7 @@ import click
 from mic_emu import config as configuration
 from mic_emu.cli import client
 from mic_emu.errors import NotRunning
+from mic_emu.sizes import format_size
 
 SIZES = ("memory", "disk_size", "host_memory")
 
@@ -25,7 +26,7 @@ def toml(plain: dict[str, Any]) -> str:
 
     def value(key: str, v: Any) -> str:
         if key in SIZES:
-            return f'"{configuration.format_size(v)}"'
+            return f'"{format_size(v)}"'
         if isinstance(v, bool):
             return str(v).lower()
         if isinstance(v, list):

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from mic_emu.cli import client
-from mic_emu.config import format_size
+from mic_emu.sizes import format_size
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.config import format_size
 from mic_emu.errors import NotRunning
+from mic_emu.sizes import format_size
 from mic_emu.version import VERSION
 
 RESPONDER = "user-mode responder: ping, DHCP, TCP and UDP echo work; for all of TCP/IP it would take a TAP"

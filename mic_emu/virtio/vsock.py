@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu.config import parse_size
 from mic_emu.errors import UsageError
+from mic_emu.sizes import parse_size
 from mic_emu.virtio.vsock_conn import HEADER
 from mic_emu.virtio.vsock_node import Node
 from mic_emu.vop.backend import RING_FEATURES, Backend, Chain

@@ -21,10 +21,12 @@ _RUNLEVELS = {ord("0"): "poweroff", ord("6"): "restart"}
 
 _SCRIPT = """#!/bin/sh
 # {name} of this card, not of the machine that emulates it (micemu)
+trap '' HUP TERM # the card can go down faster than this script: it ends with 0 all the same
 echo {word} > "{pipe}"
 """
 _SHUTDOWN = """#!/bin/sh
 # shutdown of this card, not of the machine that emulates it (micemu); takes -r, -H, -h, -P
+trap '' HUP TERM # as in poweroff
 word=poweroff
 for arg; do
 	case "$arg" in

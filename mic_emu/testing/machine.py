@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mic_emu.testing import homes
 from mic_emu.testing.faults import ActiveFault, fault
+from mic_emu.testing.leftovers import SESSION, Leftovers
 
 MICEMU = [sys.executable, "-m", "mic_emu.cli"]
-SESSION = "PYTEST_MICEMU_SESSION"
-"""Environment: a word that folders and processes of one test run have in common."""
 TAIL = 6000  # bytes of a log that a report shows
 DUMP_S = 10.0
 
@@ -36,35 +33,6 @@ def eventually(condition: Callable[[], Any], within_s: float, what: str) -> Any:
             raise AssertionError(f"{what}: not within {within_s:g} s")
         # A pause between two looks at another process's state, where no descriptor tells of a change.
         time.sleep(0.01)
-
-
-@dataclass(frozen=True)
-class Leftovers:
-    """What must be the same before and after: shared memory, processes of ours, mounts, interfaces."""
-
-    shm: frozenset[str]
-    mounts: int
-    interfaces: frozenset[str]
-
-    @classmethod
-    def now(cls) -> Leftovers:
-        names = frozenset(n for n in os.listdir("/dev/shm") if n.startswith("micemu-"))
-        mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
-        return cls(names, mounts, frozenset(os.listdir("/sys/class/net")))
-
-
-def left_behind(mark: str, before: Leftovers) -> list[str]:
-    """What the test run with ``mark`` in its environment (SESSION) left: a line each."""
-    found = [f"shared memory {name}" for name in sorted(Leftovers.now().shm - before.shm)]
-    found += [f"folder {path}" for path in homes.PLACE.glob(f"{homes.PREFIX}{mark}*")]
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            name = (environ.parent / "comm").read_text().strip()
-            if re.match(r"micemu|mic\d+-", name) and f"{SESSION}={mark}".encode() in environ.read_bytes():
-                found.append(f"process {environ.parent.name} {name}")
-        except OSError:
-            continue
-    return found
 
 
 class Machine:
@@ -226,16 +194,8 @@ class Machine:
     def check_clean(self) -> None:
         """Nothing is left: processes, shared memory, mounts, interfaces, run directory."""
         eventually(lambda: not self.processes(), 10, f"the end of all processes, now {self.processes()}")
-        after = Leftovers.now()
-        # Names in /dev/shm live for a moment only; other emulators of this machine come and go meanwhile.
-        eventually(
-            lambda: Leftovers.now().shm <= self._before.shm, 5, f"the end of {after.shm - self._before.shm}"
-        )
-        # Other tests of this machine may have a mount for a moment.
-        eventually(lambda: Leftovers.now().mounts <= self._before.mounts, 15, "the end of all mounts")
-        assert after.interfaces <= self._before.interfaces, (
-            f"interfaces are left: {after.interfaces - self._before.interfaces}"
-        )
+        stays = self._before.stay(self.home)
+        assert not stays, f"left on the machine: {', '.join(stays)}"
         left = [str(p) for p in (self.home / "run").rglob("*")]
         assert not left, f"left in the run directory: {left}"
 

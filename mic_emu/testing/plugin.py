@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mic_emu.bar import Bus
     from mic_emu.testing.backend import BackendRig
     from mic_emu.testing.card import Card
-    from mic_emu.testing.machine import Leftovers, Machine
+    from mic_emu.testing.leftovers import Leftovers
+    from mic_emu.testing.machine import Machine
     from mic_emu.vop.backend import Backend
 
 Sections = list[tuple[str, str]]
@@ -249,7 +250,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """With ``--micemu-leftovers``: note what there is, and mark what this run starts."""
     if not session.config.option.micemu_leftovers or _is_worker(session.config):
         return
-    from mic_emu.testing.machine import SESSION, Leftovers
+    from mic_emu.testing.leftovers import SESSION, Leftovers
 
     os.environ[SESSION] = secrets.token_hex(4)
     session.config.stash[BEFORE] = Leftovers.now()
@@ -261,7 +262,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     before = session.config.stash.get(BEFORE, None)
     if before is None:
         return
-    from mic_emu.testing.machine import SESSION, left_behind
+    from mic_emu.testing.leftovers import SESSION, left_behind
 
     mark, deadline = os.environ.pop(SESSION), time.monotonic() + LEFTOVERS_S
     while (left := left_behind(mark, before)) and time.monotonic() < deadline:

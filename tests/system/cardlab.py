@@ -21,6 +21,7 @@ import pytest
 import mic_emu
 import mic_emu.card
 from mic_emu import _native
+from mic_emu.testing.leftovers import Leftovers
 
 USER = 12345  # an id that owns nothing on this machine
 
@@ -46,14 +47,9 @@ def marked(marker: str) -> list[int]:
     return found
 
 
-def mounts() -> frozenset[str]:
-    """Mounts of this namespace."""
-    return frozenset(Path("/proc/self/mountinfo").read_text().splitlines())
-
-
-def no_more_mounts(before: frozenset[str]) -> None:
-    """Nothing is mounted that was not; other tests of this machine may have a mount for a moment."""
-    eventually(lambda: mounts() <= before, 15, "the end of all mounts")
+def nothing_stays(before: Leftovers) -> None:
+    """No mount, interface or shared memory is there for good that was not before."""
+    assert not (left := before.stay()), ", ".join(left)
 
 
 @functools.lru_cache(maxsize=1)
@@ -166,7 +162,7 @@ def board(
     exe, env = userland() if user else (sys.executable, dict(os.environ))
     marker = f"MICEMU_TEST_MARK={os.getpid()}-{time.monotonic_ns()}"
     name, _, value = marker.partition("=")
-    before = mounts()
+    before = Leftovers.now()
     r, w = os.pipe()
     process = subprocess.Popen(
         [*prefix, *(as_user() if user else []), exe, "-c", BOARD, str(w), *argv],
@@ -189,4 +185,4 @@ def board(
         process.kill()
         process.communicate()
         eventually(lambda: not marked(marker), 5, "every process of the card gone")
-        no_more_mounts(before)
+        nothing_stays(before)

@@ -15,6 +15,7 @@ from pathlib import Path
 import cardlab
 import pytest
 
+from mic_emu.testing.leftovers import Leftovers
 from mic_emu.testing.machine import Machine
 
 OWNER, MEMBER, STRANGER, GROUP = 12345, 12346, 12347, 23456
@@ -82,7 +83,7 @@ class People:
 def people() -> Iterator[People]:
     shared = Path(tempfile.mkdtemp(prefix="mg-", dir="/tmp"))
     shared.chmod(0o755)
-    before = cardlab.mounts()
+    before = Leftovers.now()
     them = People(shared)
     try:
         yield them
@@ -92,7 +93,7 @@ def people() -> Iterator[People]:
         them.owner.run(*them.owner.argv, "stop", "--force")
         shutil.rmtree(shared)
         cardlab.forget_userland()
-    cardlab.no_more_mounts(before)
+    cardlab.nothing_stays(before)
 
 
 def test_members_use_everything_and_strangers_nothing(people: People) -> None:

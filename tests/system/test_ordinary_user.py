@@ -16,6 +16,7 @@ import needs
 import pytest
 from cardlab import eventually
 
+from mic_emu.testing.leftovers import Leftovers
 from mic_emu.testing.machine import Machine
 
 MAIN = "from mic_emu.cli import main; main()"
@@ -46,7 +47,7 @@ def person() -> Iterator[Person]:
         for p in (home, home / "run"):
             os.chown(p, cardlab.USER, cardlab.USER)
     (home / "run").chmod(0o700)
-    before = cardlab.mounts()
+    before = Leftovers.now()
     p = Person(home)
     try:
         yield p
@@ -54,7 +55,7 @@ def person() -> Iterator[Person]:
         p.micemu("stop", "--force", check=False)
         shutil.rmtree(home)
         cardlab.forget_userland()
-    cardlab.no_more_mounts(before)
+    cardlab.nothing_stays(before)
 
 
 @pytest.mark.contained

@@ -20,6 +20,7 @@ $(BIN)/python:
 $(VENV)/.built: pyproject.toml setup.py native/build_native.py $(NATIVE) | $(BIN)/python
 	@if [ $(VENV)/.deps -nt pyproject.toml ]; then set -x; $(PIP) --no-deps -e .; \
 	else set -x; $(PIP) -e '.[test]' && touch $(VENV)/.deps; fi
+	@$(BIN)/python -m compileall -q mic_emu host card  # a start compiles nothing, PYTHONDONTWRITEBYTECODE or not
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | build

@@ -20,8 +20,15 @@
 
 static struct lab lab;
 static uint8_t before[2 * MIB], source[2 * MIB];
+static uint32_t smpt[MIC_SMPT_ENTRIES]; /* as they are before the descriptor under test */
 
 enum place { NOWHERE, IN_GDDR, IN_HOST, IN_MMIO };
+
+static void read_smpt(void)
+{
+	for (uint32_t i = 0; i < MIC_SMPT_ENTRIES; i++)
+		smpt[i] = mic_mmio_read(lab.bus, MIC_REG_SMPT(i));
+}
 
 static bool master(void)
 {
@@ -36,9 +43,7 @@ static bool host_byte(uint64_t addr, uint64_t *host)
 	if (addr < MIC_SMPT_BASE || addr >= MIC_SMPT_END)
 		return false;
 	uint64_t entry = (addr - MIC_SMPT_BASE) / (16 * GIB);
-	uint32_t reg = mic_mmio_read(lab.bus, MIC_REG_SMPT((uint32_t)entry));
-
-	*host = (uint64_t)(reg / 4) * (16 * GIB) + (addr - MIC_SMPT_BASE) % (16 * GIB);
+	*host = (uint64_t)(smpt[entry] / 4) * (16 * GIB) + (addr - MIC_SMPT_BASE) % (16 * GIB);
 	return *host < HOST;
 }
 
@@ -72,12 +77,36 @@ static uint8_t *byte_at(uint64_t addr)
 	return host_byte(addr, &host) ? mic_bus_host(lab.bus) + host : NULL;
 }
 
+/* Up to the next multiple of 64: memories, SMPT entries and copies begin and end there, so a piece is
+ * contiguous wherever it is. */
+static uint64_t piece(uint64_t addr, uint64_t len)
+{
+	uint64_t room = 64 - addr % 64;
+
+	return len < room ? len : room;
+}
+
 static void save(uint8_t *to, uint64_t addr, uint64_t len)
 {
-	for (uint64_t i = 0; i < len; i++) {
+	for (uint64_t i = 0, n; i < len; i += n) {
 		uint8_t *p = byte_at(addr + i);
 
-		to[i] = p ? *p : 0;
+		n = piece(addr + i, len - i);
+		if (p)
+			memcpy(to + i, p, n);
+		else
+			memset(to + i, 0, n);
+	}
+}
+
+/* What is memory there holds ``want``. */
+static void require(uint64_t addr, const uint8_t *want, uint64_t len)
+{
+	for (uint64_t i = 0, n; i < len; i += n) {
+		uint8_t *p = byte_at(addr + i);
+
+		n = piece(addr + i, len - i);
+		REQUIRE(!p || !memcmp(p, want + i, n));
 	}
 }
 
@@ -105,21 +134,14 @@ static int expected(const uint64_t qw[2], uint64_t *src, uint64_t *dst, uint64_t
 	return 0;
 }
 
-/* Bytes around the destination; addresses that are the copy's source or wrap are left out. */
 static void check_effect(const uint64_t qw[2], uint64_t dst, uint64_t len, bool plain_copy)
 {
-	for (uint64_t i = 0; i < len + 2 * MARGIN; i++) {
-		uint8_t *p = dst + i >= MARGIN ? byte_at(dst + i - MARGIN) : NULL;
-
-		if (!p)
-			continue;
-		if (i < MARGIN || i >= MARGIN + len)
-			REQUIRE(*p == before[i]);
-		else if (plain_copy)
-			REQUIRE(*p == source[i - MARGIN]);
-		else if (qw[1] >> 60 != 1)
-			REQUIRE(*p == (uint8_t)(qw[0] >> 8 * (i - MARGIN)));
-	}
+	require(dst - MARGIN, before, MARGIN);
+	if (plain_copy)
+		require(dst, source, len);
+	else if (qw[1] >> 60 != 1)
+		require(dst, (const uint8_t *)qw, len); /* the value is the low bytes of the first quadword */
+	require(dst + len, before + MARGIN + len, MARGIN);
 }
 
 static bool aliases(uint64_t a, uint64_t b)
@@ -140,11 +162,7 @@ static void run_one(const uint64_t qw[2])
 	bool from_memory = copy && !want && place_of(src, len) != IN_MMIO;
 
 	if (memory)
-		for (uint64_t i = 0; i < len + 2 * MARGIN; i++) {
-			uint8_t *p = dst + i >= MARGIN ? byte_at(dst + i - MARGIN) : NULL;
-
-			before[i] = p ? *p : 0;
-		}
+		save(before, dst - MARGIN, len + 2 * MARGIN);
 	if (from_memory)
 		save(source, src, len);
 	int rc = mic_dma_execute(lab.bus, qw, NULL, &effect);
@@ -153,6 +171,8 @@ static void run_one(const uint64_t qw[2])
 	REQUIRE(rc || effect.bytes == (copy ? len : 0));
 	if (memory && !aliases(dst - MARGIN, dst + len + MARGIN))
 		check_effect(qw, dst, len, from_memory);
+	if (to == IN_MMIO)
+		read_smpt();
 }
 
 /* Move an address into the places where mistakes live: ends of memories, entry boundaries. */
@@ -189,6 +209,7 @@ static void set_up(const uint8_t *data)
 	config[MIC_PCI_COMMAND / 2] = data[0] & 2 ? MIC_PCI_COMMAND_MASTER : 0;
 	for (uint32_t i = 0; i < MIC_SMPT_ENTRIES; i++)
 		mic_mmio_write(lab.bus, MIC_REG_SMPT(i), (uint32_t)data[1 + i % 8] % 5 << 2);
+	read_smpt();
 }
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);

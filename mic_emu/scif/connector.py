@@ -86,7 +86,7 @@ class Attempt:
         """Nobody answered in time: ECONNREFUSED, or ENODEV when the link is stuck or gone."""
         if self.ep.attempt is not self:
             return
-        if getattr(self._path, "stuck", False) or self.ep.node.path(self.ep.peer[0]) is None:
+        if self._path.stuck or self.ep.node.path(self.ep.peer[0]) is None:
             self.fail(errno.ENODEV)
         else:
             self.withdraw(errno.ECONNREFUSED)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 class Path(Protocol):
-    """How messages and memory of one online node are reached."""
+    """How messages and memory of one online node are reached. ``stuck``: the last ones were dropped, nobody took them."""
 
+    @property
+    def stuck(self) -> bool: ...
     def send(self, msg: Msg) -> None: ...
     def own_addr(self, offset: int) -> int: ...
     def peer_view(self, addr: int, length: int) -> View: ...
@@ -27,6 +29,8 @@ class Path(Protocol):
 
 class SelfPath:
     """Loopback: the node is its own peer; messages go through the loop, never through the caller."""
+
+    stuck = False
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -68,6 +72,11 @@ class RelayPath:
 
     def __init__(self, link: Link, memory: View, fd: int) -> None:
         self.link, self.memory, self.fd = link, memory, fd
+
+    @property
+    def stuck(self) -> bool:
+        """Of the way to the host; whether the other card takes what the host forwards, only the host sees."""
+        return self.link.stuck
 
     def send(self, msg: Msg) -> None:
         """Hand it to the host, which forwards it."""

@@ -13,6 +13,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "block_pool.h"
 #include "mic/barrier.h"
 
 #define PAGE       4096u
@@ -44,9 +45,7 @@ struct mic_blk_drv {
 	struct mic_blk_req *inflight[MIC_MAX_VRING_ENTRIES];
 	uint16_t free_slot[MIC_MAX_VRING_ENTRIES];
 	unsigned free_slots;
-	uint64_t pool_addr; /* GDDR: data pages */
-	uint32_t pages, pages_free;
-	uint8_t *page_used; /* one byte per page */
+	struct mic_blk_pool pool;
 };
 
 /* --- life ------------------------------------------------------------------------------------- */
@@ -68,12 +67,9 @@ struct mic_blk_drv *mic_blk_drv_create(struct mic_vdrv *vdrv, uint64_t pool_addr
 		return NULL;
 	}
 	struct mic_blk_drv *drv = calloc(1, sizeof *drv);
-	uint32_t pages = (uint32_t)((pool_len - control) / PAGE);
-	uint8_t *used = calloc(1, pages);
 
-	if (!drv || !used) {
+	if (!drv || mic_blk_pool_init(&drv->pool, pool_addr + control, pool_len - control) < 0) {
 		free(drv);
-		free(used);
 		errno = ENOMEM;
 		return NULL;
 	}
@@ -85,9 +81,6 @@ struct mic_blk_drv *mic_blk_drv_create(struct mic_vdrv *vdrv, uint64_t pool_addr
 	drv->status = status;
 	drv->slots_addr = pool_addr;
 	drv->slots = pool;
-	drv->pool_addr = pool_addr + control;
-	drv->pages = drv->pages_free = pages;
-	drv->page_used = used;
 	drv->free_slots = MIC_MAX_VRING_ENTRIES;
 	for (uint16_t i = 0; i < MIC_MAX_VRING_ENTRIES; i++)
 		drv->free_slot[i] = (uint16_t)(MIC_MAX_VRING_ENTRIES - 1 - i);
@@ -99,7 +92,7 @@ void mic_blk_drv_destroy(struct mic_blk_drv *drv)
 	if (!drv)
 		return;
 	pthread_mutex_destroy(&drv->lock);
-	free(drv->page_used);
+	mic_blk_pool_fini(&drv->pool);
 	free(drv);
 }
 
@@ -175,29 +168,11 @@ void mic_blk_user_spin(struct mic_blk_user *user, unsigned spin_us)
 
 /* --- the pool --------------------------------------------------------------------------------- */
 
-static uint32_t pages_of(uint32_t len)
-{
-	return len / PAGE + (len % PAGE != 0);
-}
-
 uint64_t mic_blk_alloc(struct mic_blk_drv *drv, uint32_t len)
 {
-	uint32_t want = pages_of(len), run = 0;
-	uint64_t addr = 0;
-
-	if (!want)
-		return 0;
 	pthread_mutex_lock(&drv->lock);
-	/* First fit: what was used last is likely still in the cache. */
-	for (uint32_t i = 0; want <= drv->pages_free && i < drv->pages; i++) {
-		run = drv->page_used[i] ? 0 : run + 1;
-		if (run == want) {
-			memset(drv->page_used + i + 1 - want, 1, want);
-			drv->pages_free -= want;
-			addr = drv->pool_addr + (uint64_t)(i + 1 - want) * PAGE;
-			break;
-		}
-	}
+	uint64_t addr = mic_blk_pool_alloc(&drv->pool, len);
+
 	pthread_mutex_unlock(&drv->lock);
 	return addr;
 }
@@ -205,15 +180,14 @@ uint64_t mic_blk_alloc(struct mic_blk_drv *drv, uint32_t len)
 void mic_blk_free(struct mic_blk_drv *drv, uint64_t addr, uint32_t len)
 {
 	pthread_mutex_lock(&drv->lock);
-	memset(drv->page_used + (addr - drv->pool_addr) / PAGE, 0, pages_of(len));
-	drv->pages_free += pages_of(len);
+	mic_blk_pool_free(&drv->pool, addr, len);
 	pthread_mutex_unlock(&drv->lock);
 }
 
 uint32_t mic_blk_free_pages(struct mic_blk_drv *drv)
 {
 	pthread_mutex_lock(&drv->lock);
-	uint32_t n = drv->pages_free;
+	uint32_t n = drv->pool.free;
 
 	pthread_mutex_unlock(&drv->lock);
 	return n;
@@ -459,19 +433,18 @@ void mic_blk_wake_fds(const struct mic_blk_user *user, int fds[2])
 	fds[1] = user->wake_fd;
 }
 
-/* Sleep until something may have changed for this user. 0 or -ESHUTDOWN. */
-static int wait_for(struct mic_blk_user *user, bool want_slot)
+/* Sleep until something may have changed for this user. */
+static void wait_for(struct mic_blk_user *user, bool want_slot)
 {
 	int fds[3] = {user->drv->vdrv->stop_fd, user->line_fd, user->wake_fd};
 
 	if (mic_blk_spin(user) || !mic_blk_arm(user, want_slot))
-		return 0;
+		return;
 	int mask = mic_wait_fds(fds, 3, -1);
 
 	mic_blk_awake(user);
 	if (mask > 0 && mask & 1)
 		mic_blk_drv_stop(user->drv);
-	return 0;
 }
 
 int mic_blk_execute(struct mic_blk_user *user, uint32_t type, uint64_t sector, uint64_t addr, uint32_t len)

@@ -169,7 +169,7 @@ def test_a_link_is_replaced_not_followed(dest: Path) -> None:
         (b"\xfd7zXZ\0", "compressed with xz"),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
         (b"\x1f\x8b\x08\0garbage", "gzip data is"),
-        (gzip.compress(archive(member("a")))[:-9], "gzip data is truncated"),
+        (gzip.compress(archive(member("a")), mtime=0)[:-9], "gzip data is truncated"),
         (b"070701" + b"zz" * 52 + bytes(10), "no hexadecimal"),
         (b"070701" + b"-0000001" * 13 + bytes(10), "no hexadecimal"),
         (b"070701" + b"  1_0000" * 13 + bytes(10), "no hexadecimal"),

@@ -174,7 +174,7 @@ class _Relay:
     def pass_signals(self) -> None:
         for number in terminal.read_signals(self.signals):
             if number == signal.SIGWINCH:
-                terminal.set_window_size(self.master, terminal.window_size(0))
+                self.resize()
             elif number == signal.SIGTSTP:
                 # The program's group has no parent in its session, so SIGTSTP would be ignored there.
                 self.send_signal(signal.SIGSTOP)
@@ -182,8 +182,13 @@ class _Relay:
             else:
                 if number == signal.SIGCONT and self.raw:
                     self.raw.again()
-                    terminal.set_window_size(self.master, terminal.window_size(0))
+                    self.resize()
                 self.send_signal(number)
+
+    def resize(self) -> None:
+        """The program's terminal gets our size; it may be closed already while the program goes on."""
+        if self.master >= 0:
+            terminal.set_window_size(self.master, terminal.window_size(0))
 
     def send_signal(self, number: int) -> None:
         """To the program. When it has ended meanwhile, what it left in the channel tells how."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -63,9 +64,12 @@ class Raw:
         # Ignored while a background process: it would stop instead of restoring.
         before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         try:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
-        except termios.error:
-            pass  # the terminal has gone
+            while True:
+                try:
+                    return termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
+                except termios.error as e:
+                    if e.args[0] != errno.EINTR:  # a signal while it shows what was printed last
+                        return  # the terminal has gone
         finally:
             signal.signal(signal.SIGTTOU, before)
 

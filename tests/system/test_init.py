@@ -370,6 +370,24 @@ def test_terminal_basics(card: Card) -> None:
         assert termios.tcgetattr(t.slave) == t.before
 
 
+def test_terminal_is_resized_when_the_program_has_let_go_of_it(card: Card, tmp_path: Path) -> None:
+    """A program that lives on without its terminal, as each does for a moment at its end: a new size is nobody's, and
+    the exit status comes through."""
+    os.mkfifo(tmp_path / "end")
+    script = "trap '' HUP; echo ready; exec </dev/null >/dev/null 2>&1; read x <end; exit 5"
+    os.chdir(tmp_path)
+    try:
+        with Terminal(card, ["sh", "-c", script]) as t:
+            t.expect("ready")
+            with (tmp_path / "end").open("w") as end:  # opened by both: it has let go of its terminal
+                for rows in range(30, 40):
+                    t.resize(rows, 100)
+                end.write("\n")
+            assert t.process.wait(20) == 5
+    finally:
+        os.chdir("/")
+
+
 def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
     """Ctrl-C, Ctrl-Z, jobs, fg in a shell on the card."""
     with Terminal(card, ["bash", "--norc", "--noprofile", "-i"]) as t:

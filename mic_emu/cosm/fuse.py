@@ -28,6 +28,7 @@ VERSION = (7, 31)
 ROOT = 1
 BUFFER = 1 << 17
 MAX_WRITE = 1 << 16
+INTERRUPT_S = 1.0  # how long a request whose caller was interrupted may go on
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 _ATTR = struct.Struct("<6Q10I")
@@ -131,9 +132,9 @@ class Server:
         if opcode in (FORGET, BATCH_FORGET):
             return
         if opcode == INTERRUPT:
-            task = self._tasks.get(struct.unpack_from("<Q", body)[0])
-            if task:
-                task.cancel()
+            # Stopped and continued, a program sees nothing of it, as with sysfs; one that is killed while we hang goes.
+            if task := self._tasks.get(struct.unpack_from("<Q", body)[0]):
+                asyncio.get_running_loop().call_later(INTERRUPT_S, task.cancel)
             return
         handler = self._handlers.get(opcode)
         if handler is None:
@@ -141,15 +142,18 @@ class Server:
             return
         task = asyncio.ensure_future(self._serve(unique, handler(node, body)))
         self._tasks[unique] = task
-        task.add_done_callback(lambda _: self._tasks.pop(unique, None))
+        task.add_done_callback(lambda task: self._ended(unique, task))
+
+    def _ended(self, unique: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[unique]
+        if task.cancelled():  # perhaps before its first step: without an answer the program would wait for ever
+            self._reply(unique, -errno.EINTR)
 
     async def _serve(self, unique: int, work: Awaitable[bytes]) -> None:
         try:
             self._reply(unique, 0, await work)
         except OSError as e:
             self._reply(unique, -(e.errno or errno.EIO))
-        except asyncio.CancelledError:
-            self._reply(unique, -errno.EINTR)
         except Exception:
             self._reply(unique, -errno.EIO)
             raise

@@ -27,7 +27,7 @@ from mic_emu.vop.bottom_half import BottomHalf, DeviceSlot
 from mic_emu.vop.device_page import SlotShape
 
 STOP_LIMIT_S = 10.0
-ANSWER_S = 5.0
+ANSWER_S = 20.0
 FEATURE_LEN = 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -198,7 +199,9 @@ class NbdServer:
         self._thread.start()
 
     def _run(self) -> None:
-        self.result = lib.mic_nbd_run(self.ptr, self._stop)
+        while (rc := int(lib.mic_nbd_run(self.ptr, self._stop))) == -errno.EINTR:
+            pass  # this process was stopped and goes on
+        self.result = rc
 
     def stats(self) -> Any:
         """``struct mic_nbd_stats`` now."""

@@ -68,7 +68,7 @@ class Machine:
         self,
         *args: str,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 120,
         cwd: str | Path | None = None,
         stdin: Any = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:

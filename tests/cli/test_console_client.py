@@ -302,6 +302,6 @@ def test_console_ends_by_a_signal_although_nobody_reads_its_output() -> None:
                 stuck += 1
                 time.sleep(0.01)
         console.process.send_signal(signal.SIGTERM)
-        eventually(lambda: console.process.poll() is not None, 5, "the end")
+        eventually(lambda: console.process.poll() is not None, 20, "the end")
     finally:
         console.close()

@@ -116,7 +116,7 @@ def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) 
     assert machine.micemu("shell", "mic1", "-c", "hostname; exit 3", check=False).stdout == "mic1\n"
 
     os.kill(machine.card("mic1")["pids"]["os"], signal.SIGKILL)
-    eventually(lambda: machine.card("mic1")["shutdown_status"] == "crashed", 5, "the crash of mic1")
+    eventually(lambda: machine.card("mic1")["shutdown_status"] == "crashed", 20, "the crash of mic1")
     done = machine.micemu("check", check=False)
     assert done.returncode == 1
     assert "Test 4 (mic1)" in done.stdout

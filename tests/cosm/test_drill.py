@@ -80,7 +80,7 @@ def settled(machine: Machine, control: Control, before: Holdings | None) -> Hold
             control.ask("status")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_cosm_54_55_62_crash_drill_four_rounds(machine: Machine) -> None:
     """Four crashes in a row under full load."""
     drill(machine, 4)

@@ -34,7 +34,7 @@ def tree(machine: Machine, tmp_path: Path) -> Iterator[Path]:
     needs.fuse_mount(machine, target)
     yield target
     machine.micemu("stop", "--force")
-    eventually(lambda: not mounted(target), 10, "the end of the mount")
+    eventually(lambda: not mounted(target), 30, "the end of the mount")
 
 
 def put(path: Path, data: bytes) -> int:
@@ -182,7 +182,7 @@ def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine,
         assert out in ("booting\n", "online\n")
         assert set(wait_for(fd, "online")) <= {"booting", "online"}
         log = tree / "kernel/debug/mic_cosm/mic0/log_buf"
-        eventually(lambda: "card is up" in log.read_text(), 10, "the card's log in debugfs")
+        eventually(lambda: "card is up" in log.read_text(), 30, "the card's log in debugfs")
         assert (tree / "kernel/debug/mic_host/mic0/post_code").read_text() == "FF"
         (mic / "state").write_text("shutdown")
         assert set(wait_for(fd, "ready")) <= {"online", "shutting_down", "resetting", "ready"}
@@ -198,7 +198,7 @@ def test_cosm_40_58_force_reset_by_reading_and_the_end_of_the_instance(machine: 
     assert '"old": "ready", "state": "resetting"' in events
     fd = os.open(tree / "class/mic/mic0/state", os.O_RDONLY)
     machine.micemu("stop")
-    eventually(lambda: not mounted(tree), 10, "the end of the mount")
+    eventually(lambda: not mounted(tree), 30, "the end of the mount")
     with pytest.raises(OSError) as e:
         os.pread(fd, 10, 0)
     assert e.value.errno in (
@@ -217,7 +217,7 @@ def test_mount_goes_when_its_server_is_killed(machine: Machine, tree: Path) -> N
     ]  # fmt: skip
     assert len(servers) == 2
     os.kill(max(servers), signal.SIGKILL)
-    eventually(lambda: not mounted(tree), 10, "the guardian's work")
+    eventually(lambda: not mounted(tree), 30, "the guardian's work")
 
 
 def _cmdline(process: Path) -> bytes:

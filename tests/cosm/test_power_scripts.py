@@ -32,7 +32,7 @@ def test_cosm_32_who_asks_succeeds_however_fast_the_card_goes_down(
     name, *args = command.split()
     script = subprocess.Popen([str(tmp_path / "bin" / name), *args])  # waits for a reader of the pipe
     try:
-        eventually(lambda: ignores(script.pid, signal.SIGTERM), 10, "the script's own signal mask")
+        eventually(lambda: ignores(script.pid, signal.SIGTERM), 30, "the script's own signal mask")
         script.send_signal(signal.SIGTERM)
         pipe = power.open_pipe(str(tmp_path / power.PIPE))
         assert script.wait(10) == 0

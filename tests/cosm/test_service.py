@@ -164,7 +164,7 @@ def test_reload_swaps_the_disk_of_a_card_that_is_up(machine: Machine, tmp_path: 
     reload_by_request(machine, config)
     eventually(
         lambda: machine.device("block")["path"] == str(tmp_path / "two.img") and machine.device("block")["state"] == "running",
-        10, "the other disk",
+        30, "the other disk",
     )  # fmt: skip
     assert machine.card()["pids"] == before["pids"]
 

@@ -127,7 +127,7 @@ def test_cosm_60_one_failing_card_does_not_disturb_others(machine: Machine) -> N
     cards = machine.boot("-n", "2", *QUICK)["cards"]
     signal_tree(cards[0]["pids"]["os"], signal.SIGSTOP)
     reset = machine.popen("reset", "mic0", stdout=subprocess.DEVNULL)
-    eventually(lambda: seen(machine)[0] == "resetting", 10, "the reset")
+    eventually(lambda: seen(machine)[0] == "resetting", 30, "the reset")
     assert machine.on_card("echo", "here", card="mic1").stdout == "here\n"
     signal_tree(cards[0]["pids"]["os"], signal.SIGCONT)
     assert reset.wait(timeout=30) == 0
@@ -235,7 +235,7 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
     assert put(machine, "mic0/state", "boot") == ""
     machine.micemu("wait", "online", "mic0", "--timeout", "20")
     eventually(  # it writes that when it hears that it is online
-        lambda: "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf"), 10, "the end of the card's boot in its log"
+        lambda: "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf"), 30, "the end of the card's boot in its log"
     )  # fmt: skip
     assert sysfs(machine, "kernel/debug/mic_host/mic0/post_code") == "FF"
     assert json.loads(machine.micemu("suspend", "--json").stdout)["suspended"] == ["mic0"]

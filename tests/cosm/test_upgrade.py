@@ -84,7 +84,7 @@ def test_command_of_another_protocol_is_told_what_to_do_and_can_stop(machine: Ma
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_running_instance_needs_no_file_of_its_package(tmp_path: Path) -> None:
     """The package that started it is deleted: programs, a backend's new start, a reboot, a new card and a disk
     swap work, also with the commands of another copy."""
@@ -107,13 +107,13 @@ def everything_works(machine: Machine, host: int) -> None:
     os.kill(net, signal.SIGKILL)
     eventually(lambda: machine.device("net")["pid"] not in (None, net), 20, "the new backend")
     eventually(lambda: machine.device("net")["state"] == "running", 20, "the new backend on the card")
-    assert machine.micemu("ping", "mic0", "-c", "1", check=False).returncode == 0
+    assert machine.micemu("ping", "mic0", "-c", "1", "-W", "20", check=False).returncode == 0
     machine.micemu("reboot", "mic0")
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
-    machine.micemu("wait", "crashed", "--timeout", "5")
+    machine.micemu("wait", "crashed", "--timeout", "30")
     board = machine.card()["pids"]["board"]
     os.kill(board, signal.SIGKILL)
-    eventually(lambda: machine.card()["pids"]["board"] not in (None, board), 10, "the new board")
+    eventually(lambda: machine.card()["pids"]["board"] not in (None, board), 30, "the new board")
     cards = machine.boot("-n", "2")["cards"]
     assert [c["state"] for c in cards] == ["online", "online"]
     for command in (["check"], ["info"], ["metrics"], ["dump", "page"], ["sysfs", "cat", "mic1/state"]):

@@ -48,7 +48,7 @@ def shell(home: Path) -> Iterator[Shell]:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.peer(PEERS[n])) if n in PEERS else n for n in RUN]
 )
@@ -107,7 +107,7 @@ def test_promises_are_compared():
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_page_that_fails_half_way_leaves_no_emulator(home: Path):
     shell = Shell(home)
     assert shell.run("micemu boot && micemu --instance other boot")[0] == 0

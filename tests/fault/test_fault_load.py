@@ -83,14 +83,14 @@ def test_faults_come_and_go_under_load(machine: Machine) -> None:
                 else add_fault(machine, kind, **words)
             )
             eventually(
-                lambda b=blocks: writer.blocks > b or not writer.is_alive(), 10, f"a block under {kind}"
+                lambda b=blocks: writer.blocks > b or not writer.is_alive(), 30, f"a block under {kind}"
             )
             if last:
                 last.remove()
             last = fresh
         machine.micemu("fault", "remove", "mic0", "--all")
         blocks = writer.blocks
-        eventually(lambda: writer.blocks > blocks + 5 or not writer.is_alive(), 10, "blocks without faults")
+        eventually(lambda: writer.blocks > blocks + 5 or not writer.is_alive(), 30, "blocks without faults")
     finally:
         writer.done.set()
         writer.join(10)

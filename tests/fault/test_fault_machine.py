@@ -104,7 +104,7 @@ def test_cosm_50_os_kill_at_a_time_is_a_crash(machine: Machine) -> None:
     fault = add_fault(machine, "os-kill", delay="1s")
     machine.micemu("wait", "crashed", "--timeout", "10")
     assert time.monotonic() - begin >= 1
-    assert eventually(lambda: fault.row() is None, 5, "the end of the filter")
+    assert eventually(lambda: fault.row() is None, 20, "the end of the filter")
     assert fault.hits == 1
     assert machine.boot()["cards"][0]["state"] == "online"
 
@@ -132,7 +132,7 @@ def test_os_kill_at_a_doorbell_strikes_at_exactly_that_one(machine: Machine) -> 
         if machine.card()["shutdown_status"] == "crashed":
             break
     machine.micemu("wait", "crashed", "--timeout", "5")
-    assert eventually(lambda: fault.row() is None, 5, "the end of the filter")
+    assert eventually(lambda: fault.row() is None, 20, "the end of the filter")
     assert (fault.seen, fault.hits) == (4, 1)
 
 
@@ -142,12 +142,12 @@ def test_cosm_50_os_hang_is_found_by_the_watchdog(machine: Machine) -> None:
     pid = machine.card()["pids"]["os"]
     fault = add_fault(machine, "os-hang")
     stat = Path(f"/proc/{pid}/stat")
-    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 5, "the card OS to stop")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 20, "the card OS to stop")
     assert machine.card()["state"] == "online"
     machine.micemu("wait", "crashed", "--timeout", "20")
     assert fault.row() is not None
     assert machine.boot()["cards"][0]["state"] == "online"
-    eventually(lambda: fault.row() is None, 5, "the end of the filter")
+    eventually(lambda: fault.row() is None, 20, "the end of the filter")
 
 
 def test_removing_a_hang_lets_the_card_go_on(machine: Machine) -> None:
@@ -155,7 +155,7 @@ def test_removing_a_hang_lets_the_card_go_on(machine: Machine) -> None:
     machine.boot("--net", "none")
     path = f"{machine.card()['run_dir']}/vda.nbd"
     with machine.fault("os-hang") as fault:
-        eventually(lambda: fault.hits == 1, 5, "the hang")
+        eventually(lambda: fault.hits == 1, 20, "the hang")
         with NbdClient(path, greet=False) as nbd:
             nbd.sock.settimeout(0.5)
             with pytest.raises(TimeoutError):
@@ -173,10 +173,10 @@ def test_os_hang_at_a_doorbell_stops_the_card(machine: Machine) -> None:
             "run", "host", "--", "qemu-io", "-f", "raw", *["-c", "read 0 4k"] * 50, uri(machine)
         )
         try:
-            eventually(lambda: fault.hits == 1, 10, "the hang")
+            eventually(lambda: fault.hits == 1, 30, "the hang")
             stat = Path(f"/proc/{machine.card()['pids']['os']}/stat")
             eventually(
-                lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 5, "the card OS to stop"
+                lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 20, "the card OS to stop"
             )
             assert reader.poll() is None
             assert fault.seen == 3

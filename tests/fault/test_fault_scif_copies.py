@@ -15,7 +15,7 @@ import pytest
 import mic_emu
 from mic_emu.testing.machine import Machine, eventually
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 PACKAGE = Path(mic_emu.__file__).parent
 COPY = 2 << 20  # bytes of one copy of copier.c; a channel gets it from there on
 # Who copies, to whom: node numbers, and the channels that the copying node has.

@@ -24,7 +24,7 @@ def rang(fd: int) -> int:
         return 0
 
 
-def wait_for(what: str, true: Callable[[], bool], within_s: float = 10.0) -> None:
+def wait_for(what: str, true: Callable[[], bool], within_s: float = 20.0) -> None:
     """Look until ``true()``; fails with ``what`` after ``within_s`` seconds."""
     end = time.monotonic() + within_s
     while not true():

@@ -60,7 +60,7 @@ def test_plugin_docs_example_in_process(pytester: pytest.Pytester, name: str) ->
 
 
 @pytest.mark.system
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["machine", "card"])
 def test_plugin_docs_example_with_a_machine(pytester: pytest.Pytester, name: str) -> None:
     """The example of the page passes as it stands, and leaves nothing."""
@@ -218,7 +218,7 @@ def test_plain(hostile_driver):
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_plugin_failure_has_logs_and_dumps(pytester: pytest.Pytester) -> None:
     """Logs, kernel log, registers, page and vrings are sections of the report, and files with --micemu-keep."""
     done = run(
@@ -251,7 +251,7 @@ def test_plugin_failure_has_logs_and_dumps(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_plugin_leftovers_fail_the_run(pytester: pytest.Pytester) -> None:
     """A machine that nobody closed is found at the end of the run, by its processes and its folder."""
     done = run(
@@ -281,12 +281,12 @@ def test_plugin_leftovers_fail_the_run(pytester: pytest.Pytester) -> None:
         subprocess.run(
             [sys.executable, "-m", "mic_emu.cli", "stop", "--force"], env=env, check=False, timeout=60
         )
-        eventually(lambda: not Path(home[1], "run/micemu/default").exists(), 10, "the end of the instance")
+        eventually(lambda: not Path(home[1], "run/micemu/default").exists(), 30, "the end of the instance")
         subprocess.run(["rm", "-rf", home[1]], check=True)
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_plugin_works_under_xdist(pytester: pytest.Pytester) -> None:
     """Two workers, a machine each at the same time; one seed for both, one report, nothing left."""
     done = run(

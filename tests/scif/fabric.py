@@ -224,7 +224,7 @@ async def fabric(
         close_all([host_fd])
 
 
-async def eventually(condition: Callable[[], object], what: str, within_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], what: str, within_s: float = 20.0) -> None:
     """Let the loop run until ``condition`` holds; fails with ``what`` after ``within_s`` seconds."""
     loop = asyncio.get_running_loop()
     end = loop.time() + within_s

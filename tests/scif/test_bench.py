@@ -44,7 +44,7 @@ def limits(rows: list[dict[str, object]]) -> set[str]:
 
 
 @needs_two_cpus
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_perf_without_ucx_says_how_to_get_it(machine: Machine, tmp_path: Path) -> None:
     """Every figure has its limit from the same run; the missing one is named."""
     machine.boot("--disk", "none", "--net", "none")
@@ -60,7 +60,7 @@ def test_scif_perf_without_ucx_says_how_to_get_it(machine: Machine, tmp_path: Pa
 
 @needs_two_cpus
 @pytest.mark.peer("ucx_perftest")
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_perf_beside_ucx(machine: Machine) -> None:
     """UCX's own program, in the same run: tag latency, tag and stream bandwidth, put bandwidth."""
     machine.boot("--disk", "none", "--net", "none")
@@ -71,7 +71,7 @@ def test_scif_perf_beside_ucx(machine: Machine) -> None:
 
 
 @needs_two_cpus
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_bench_scif_between_host_and_card(machine: Machine) -> None:
     """``micemu bench scif`` boots an instance of its own and leaves nothing of it."""
     out = machine.micemu("bench", "scif", "--scale", "0.01", "--json").stdout

@@ -173,7 +173,7 @@ def test_scif_119_a_stuck_channel_is_given_up(lab: Server, program: Path) -> Non
         p.end()
     lab.ask("heal 1")
     assert memory(lab) >= 4 * MIB, "the pages were freed under the engine"
-    eventually(lambda: lab.ask("state") == lab.idle, 10, "the channel has let go of the pages")
+    eventually(lambda: lab.ask("state") == lab.idle, 30, "the channel has let go of the pages")
 
 
 def test_scif_118_a_lost_interrupt_only_delays(lab: Server, program: Path) -> None:
@@ -202,7 +202,7 @@ def test_scif_129_a_card_that_goes_away_under_copies(
         assert p.fence() == (104, "disconnected" if what == "down" else "not copied")
         if what == "down":
             lab.ask("up 1 bank")
-    eventually(lambda: memory(lab) == 0, 10, "every page is free")
+    eventually(lambda: memory(lab) == 0, 30, "every page is free")
     with client(program, lab, route) as p:
         p.copy()
         assert p.fence() == (0, "copied")

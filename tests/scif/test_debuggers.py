@@ -62,7 +62,7 @@ def run(server: Server, *command: object, **env: str) -> str:
 
 
 @pytest.mark.peer("valgrind")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_valgrind_has_nothing_to_say(server: Server, tmp_path: Path, name: str) -> None:
     """memcheck: no bad access, no use of what was never written, nothing of the library's lost; also in the
@@ -76,7 +76,7 @@ def test_valgrind_has_nothing_to_say(server: Server, tmp_path: Path, name: str) 
         assert not ours, said
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_a_program_with_address_sanitizer(server: Server, tmp_path: Path, name: str) -> None:
     """Built with -fsanitize=address: no report, leaks included."""
@@ -87,7 +87,7 @@ def test_a_program_with_address_sanitizer(server: Server, tmp_path: Path, name: 
 
 
 @pytest.mark.peer("gdb")
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_gdb_stops_in_a_call_and_goes_on(server: Server, tmp_path: Path) -> None:
     """A breakpoint in the library, a backtrace into the program, and the program still ends well: no stray signal."""
     program = build(tmp_path, "windows")

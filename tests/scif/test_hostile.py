@@ -25,7 +25,7 @@ NUMBERS = st.one_of(
 
 def connect(server: Server) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(5)
+    sock.settimeout(20)
     sock.connect(str(server.where / "node0.sock"))
     return sock
 

@@ -119,7 +119,7 @@ def test_scif_102_a_loss_ends_copies_and_mappings(fabric: Server, tmp_path: Path
         assert user.ask("loop") == "began"
         fabric.ask("down 1")
         assert user.line() in (str(errno.EIO), str(errno.ECONNRESET))
-        eventually(lambda: user.ask("look") == ALL_FAULT, 10, "the end of the mapping")
+        eventually(lambda: user.ask("look") == ALL_FAULT, 30, "the end of the mapping")
         assert user.ask("copy") == " ".join([str(errno.ECONNRESET)] * 5)
 
 
@@ -176,7 +176,7 @@ def lab(machine: Machine) -> Iterator[Lab]:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_scif_102_a_stale_mapping_never_reaches_the_next_card_os(lab: Lab) -> None:
     """The mapping faults from the crash on, before any reset; after the next boot stores through it, from the
     host and from another card, change nothing of the windows that the new card OS has in their place."""
@@ -186,7 +186,7 @@ def test_scif_102_a_stale_mapping_never_reaches_the_next_card_os(lab: Lab) -> No
     assert [s.ask("look") for s in stale] == [NONE_FAULTS] * 2
     lab.crash("mic0")
     for s in stale:
-        eventually(lambda s=s: s.ask("look") == ALL_FAULT, 10, "the end of the mapping")
+        eventually(lambda s=s: s.ask("look") == ALL_FAULT, 30, "the end of the mapping")
     for port in (4001, 4002):  # twice: a first boot could have had other pages by chance
         lab.machine.boot("mic0")
         lab.owner("mic0", port, NEW)
@@ -202,7 +202,7 @@ def test_scif_102_a_stale_mapping_never_reaches_the_next_card_os(lab: Lab) -> No
 
 
 @pytest.mark.system
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_scif_102_a_stopped_program_holds_nothing_up(lab: Lab) -> None:
     """A program that is stopped inside a copy: the card crashes, is reset and boots meanwhile; when the
     program goes on, its copy has failed and the new card OS has every byte of its own."""
@@ -259,7 +259,7 @@ def copy_of(process: int, fd: int) -> int:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_102_hw_52_a_reset_that_the_driver_knows_nothing_of(lab: Lab) -> None:
     """Somebody stores to RGCR: the windows fault at once; host process and backends live on over a card
     that is silent, until the driver resets and boots it."""
@@ -269,7 +269,7 @@ def test_scif_102_hw_52_a_reset_that_the_driver_knows_nothing_of(lab: Lab) -> No
     stale = lab.user("host", 1, 4000)
     with card_bus(card["pids"]["os"]) as bus:
         bus.write("rgcr", 1)
-    eventually(lambda: lab.machine.card()["post_code"] == "12", 10, "the reset")
+    eventually(lambda: lab.machine.card()["post_code"] == "12", 30, "the reset")
     assert stale.ask("look") == ALL_FAULT
     after = lab.machine.status()
     assert after["host"]["pid"] == status["host"]["pid"]
@@ -282,7 +282,7 @@ def test_scif_102_hw_52_a_reset_that_the_driver_knows_nothing_of(lab: Lab) -> No
 
 
 @pytest.mark.system
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_102_resets_leave_no_memory_behind(lab: Lab) -> None:
     """Each reset gives the card another memory object: the old one is gone from every process that lives on,
     and has no page any more, although a program still maps it."""

@@ -40,7 +40,7 @@ def start(machine: Machine, where: Path, place: str, *args: str) -> subprocess.P
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> None:
     """SCIF-39: host to card, card to host, card to card: messages, RMA with a fence, a mapping. The large
     copies of ``rma`` were made by DMA channels of the node that issued them (SCIF 2.13)."""
@@ -70,7 +70,7 @@ def test_scif_39_104_124_examples_between_host_and_cards(machine: Machine) -> No
     assert len(busy) == 2
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_60_a_hung_card_whose_program_goes_on_sending_ends_the_stream(machine: Machine) -> None:
     """A lost node's bytes end where they were when it was lost, though its program still fills the ring."""
     machine.boot("--timing", "test", "--disk", "none", "--net", "none")
@@ -92,7 +92,7 @@ def test_scif_60_a_hung_card_whose_program_goes_on_sending_ends_the_stream(machi
     sender.wait(20)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scif_17_129_a_crashed_card_disconnects_host_programs(machine: Machine) -> None:
     """SCIF-129: the card is reset under a connected program: ECONNRESET, ports and memory come back."""
     machine.boot("--disk", "none", "--net", "none")
@@ -113,7 +113,7 @@ def test_scif_17_129_a_crashed_card_disconnects_host_programs(machine: Machine) 
     assert [line.split()[1:3] for line in table] == [["201", "listening"]]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_hw_8_connections_leave_nothing_mapped_in_the_smpt(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

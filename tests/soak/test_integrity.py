@@ -235,7 +235,7 @@ def integrity(machine: Machine, seed: int, seconds: float, each_s: float) -> Non
         raise
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_integrity_under_load_hot_plug_and_faults(machine: Machine) -> None:
     """Every fault once, for a moment."""
     integrity(machine, SEED, 0, 0.2)

@@ -184,5 +184,5 @@ def board(
     finally:
         process.kill()
         process.communicate()
-        eventually(lambda: not marked(marker), 5, "every process of the card gone")
+        eventually(lambda: not marked(marker), 20, "every process of the card gone")
         nothing_stays(before)

@@ -86,12 +86,16 @@ def test_events_tell_the_whole_story_of_a_shutdown(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("victim", ["board", "os"])
-def test_hw_50_killed_card_is_crashed_within_a_second_and_boots_again(machine: Machine, victim: str) -> None:
-    """kill -9 of the board or the card OS: shutting_down and crashed together, no reset by itself, boot works."""
+def test_hw_50_killed_card_is_crashed_at_once_and_boots_again(machine: Machine, victim: str) -> None:
+    """kill -9 of the board or the card OS: shutting_down and crashed together, long before its silence would tell, no
+    reset by itself, boot works."""
     card = machine.boot()["cards"][0]
     os.kill(card["pids"][victim], signal.SIGKILL)
-    machine.micemu("wait", "crashed", "--timeout", "1.5")
+    machine.micemu("wait", "crashed", "--timeout", "30")
     assert machine.card()["state"] == "shutting_down"
+    log = (machine.run_dir / "log.jsonl").read_text().splitlines()
+    (why,) = [r["why"] for r in map(json.loads, log) if r.get("event") == "crash"]
+    assert "no heartbeat" not in why
     assert machine.boot()["cards"][0]["state"] == "online"
 
 
@@ -102,7 +106,7 @@ def test_vop_20_killed_backend_is_unplugged_and_plugged_again(machine: Machine, 
     before = {d["type"]: d["pid"] for d in card["devices"]}
     os.kill(before[kind], signal.SIGKILL)
     eventually(
-        lambda: machine.device(kind)["state"] == "running" and machine.device(kind)["pid"] != before[kind], 10,
+        lambda: machine.device(kind)["state"] == "running" and machine.device(kind)["pid"] != before[kind], 30,
         f"a new {kind} backend",
     )  # fmt: skip
     now = {d["type"]: d["pid"] for d in machine.card()["devices"]}
@@ -125,7 +129,7 @@ def test_stop_sweeps_what_a_killed_init_left(machine: Machine) -> None:
     """kill -9 of init, and nobody boots again: stop says that nothing runs, and nothing is left."""
     status = machine.boot()
     os.kill(status["host"]["init"], signal.SIGKILL)
-    eventually(lambda: not machine.processes(), 10, "the end of all processes")
+    eventually(lambda: not machine.processes(), 30, "the end of all processes")
     assert machine.run_dir.is_dir()
     assert machine.micemu("stop", check=False).returncode == 3
     assert not machine.run_dir.exists()

@@ -146,7 +146,7 @@ def test_without_user_namespaces_the_card_is_plain_processes(machine: Machine) -
     assert "max_user_namespaces" in card["contained"]["refused"][0]
     assert card["net"] == "responder"
     assert machine.on_card("sh", "-c", "exit 3", check=False).returncode == 3
-    assert machine.json("ping", "mic0")["received"] == 3
+    assert machine.json("ping", "mic0", "-W", "20")["received"] == 3
 
 
 @pytest.mark.root

@@ -120,7 +120,8 @@ def test_members_use_everything_and_strangers_nothing(people: People) -> None:
     assert "on the host" in member.micemu("run", "host", "--", "echo", "on the host")
     assert "mic0" in member.micemu("scif", "nodes")
     assert member.micemu("sysfs", "cat", "mic0/state") == "online\n"
-    assert "card is up" in member.micemu("log") + member.micemu("dump", "log")
+    cardlab.eventually(lambda: "card is up" in member.micemu("dump", "log"), 20, "the card's last line")
+    assert "card is up" in member.micemu("log")
     assert "micemu_info" in member.micemu("metrics")
     assert "Status: OK" in member.micemu("check")
     member.micemu("reboot", "mic0")

@@ -78,7 +78,7 @@ def test_start_errors_are_sentences(card: Card, tmp_path: Path) -> None:
     assert "cannot execute this format" in out
     with card.raw() as ch, open("/dev/null") as null:
         ch.send(RunRequest(["true"], "/no/such/folder").message(), [null.fileno()] * 3)
-        answer, _ = ch.recv(5, "the refusal")
+        answer, _ = ch.recv(20, "the refusal")
         assert answer["error"] == errno.ENOENT
         assert answer["message"].startswith(
             "the working directory /no/such/folder cannot be used on the card"
@@ -111,9 +111,9 @@ def test_malformed_requests_are_refused(card: Card, msg: dict[str, Any], nfds: i
     """Requests that are none get EINVAL, and init goes on."""
     with card.raw() as ch, open("/dev/null") as null:
         ch.send(msg, [null.fileno()] * nfds)
-        assert ch.recv(5, "the refusal")[0]["error"] == errno.EINVAL
+        assert ch.recv(20, "the refusal")[0]["error"] == errno.EINVAL
         with pytest.raises(PeerClosed):
-            ch.recv(5, "the end")
+            ch.recv(20, "the end")
     with wire.connect_unix(str(card.path)) as s:
         s.sendall(b"garbage\n")
         assert s.recv(1) == b""
@@ -144,7 +144,7 @@ def test_any_request_gets_an_answer_or_the_end(
         try:
             ch.send({"signal": second})
             while True:
-                for fd in ch.recv(5, "an answer or the end")[1]:
+                for fd in ch.recv(20, "an answer or the end")[1]:
                     os.close(fd)
         except PeerClosed:
             pass
@@ -169,7 +169,7 @@ def test_100_mb_through_stdin_to_stdout(card: Card) -> None:
     for _ in range(100):
         want.update(block)
     assert (size, got.digest()) == (100 << 20, want.digest())
-    assert (p.wait(10), feed.wait(10)) == (0, 0)
+    assert (p.wait(20), feed.wait(20)) == (0, 0)
 
 
 def test_environment(card: Card) -> None:
@@ -219,7 +219,7 @@ def test_signals_for_the_caller_reach_the_program(card: Card, sig: signal.Signal
     assert p.stdout.readline() == b"ready\n"
     p.send_signal(sig)
     assert p.stdout.readline() == b"got\n"
-    assert p.wait(10) == 9
+    assert p.wait(20) == 9
     p.stdout.close()
 
 
@@ -229,7 +229,7 @@ def test_stop_and_continue(card: Card) -> None:
     assert p.stdout
     p.stdout.readline()
     p.send_signal(signal.SIGTSTP)
-    eventually(lambda: Path(f"/proc/{p.pid}/stat").read_text().split()[2] == "T", 5, "the caller stopped")
+    eventually(lambda: Path(f"/proc/{p.pid}/stat").read_text().split()[2] == "T", 20, "the caller stopped")
     os.set_blocking(p.stdout.fileno(), False)
 
     def silent() -> bool:
@@ -237,11 +237,11 @@ def test_stop_and_continue(card: Card) -> None:
             pass
         return not select.select([p.stdout], [], [], 0.1)[0]
 
-    eventually(silent, 5, "the program stopped")
+    eventually(silent, 20, "the program stopped")
     p.send_signal(signal.SIGCONT)
-    assert select.select([p.stdout], [], [], 5)[0]
+    assert select.select([p.stdout], [], [], 20)[0]
     p.terminate()
-    assert p.wait(10) == -signal.SIGTERM
+    assert p.wait(20) == -signal.SIGTERM
     p.stdout.close()
 
 
@@ -258,10 +258,10 @@ def test_death_of_the_caller_ends_the_program(card: Card, tmp_path: Path) -> Non
         assert p.stdout.readline() == b"go\n"
         p.kill()
         p.wait()
-    eventually(mark.exists, 5, "the hang-up seen")
+    eventually(mark.exists, 20, "the hang-up seen")
     for p in (polite, stubborn):
         assert p.stdout
-        assert select.select([p.stdout], [], [], 8)[0], "the program still holds its output"
+        assert select.select([p.stdout], [], [], 20)[0], "the program still holds its output"
         assert p.stdout.read() == b""
         p.stdout.close()
 
@@ -308,11 +308,13 @@ def test_orphans_are_reaped(card: Card) -> None:
     """A program that forks twice leaves no zombie with init."""
     card.sh("(sh -c 'exit 3' &) ; (sleep 0.01 &) ; true")
 
-    def zombies() -> list[str]:
-        stats = (p.read_text() for p in Path("/proc").glob("[0-9]*/stat") if p.exists())
-        return [s for s in stats if s.rpartition(")")[2].split()[:1] == ["Z"] and "(s" in s]
+    init = _outer(card.board.os_pid, card.hello["init"])
 
-    eventually(lambda: not zombies(), 5, "no zombies")
+    def zombies() -> list[str]:
+        children = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+        return [pid for pid in children if "State:\tZ" in Path(f"/proc/{pid}/status").read_text()]
+
+    eventually(lambda: not zombies(), 20, "no zombies")
 
 
 class Terminal:
@@ -329,7 +331,7 @@ class Terminal:
         )  # fmt: skip
         self.seen = ""
 
-    def expect(self, pattern: str, within_s: float = 10) -> re.Match[str]:
+    def expect(self, pattern: str, within_s: float = 20) -> re.Match[str]:
         """Wait until the screen shows it; what was before is forgotten."""
         deadline = time.monotonic() + within_s
         while not (found := re.search(pattern, self.seen)):
@@ -359,14 +361,15 @@ class Terminal:
 def test_terminal_basics(card: Card) -> None:
     """With a terminal the program gets one: a controlling one, of the right size, that follows ours."""
     with Terminal(card, ["sh", "-c", "tty; stty size; trap 'stty size' WINCH; cat; exit 5"], (40, 100)) as t:
-        t.expect("/dev/pts/[0-9]+")
+        name = t.expect("/dev/pts/[0-9]+")[0]
         t.expect("40 100")
         t.type("hello\n")
         t.expect("hello\r\nhello\r\n")
         t.resize(50, 132)
+        eventually(lambda: card.sh(f"stty size <{name}") == "50 132\n", 20, "the size on the card")
         t.type("\x04")  # end of file for cat; the trap runs when it ends
         t.expect("50 132")
-        assert t.process.wait(10) == 5
+        assert t.process.wait(20) == 5
         assert termios.tcgetattr(t.slave) == t.before
 
 
@@ -394,15 +397,15 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
         t.type("PS1='$''> '\n")
         t.expect(r"\$> ")
         t.type("sleep 100009\n")
-        eventually(lambda: _running("sleep", "100009"), 5, "the sleep started")
-        time_limit = time.monotonic() + 10
+        eventually(lambda: _running("sleep", "100009"), 20, "the sleep started")
+        time_limit = time.monotonic() + 60
         t.type("\x03")
         t.expect(r"\$> ")
         t.type("echo st=$?\n")
         t.expect("st=130")
         t.type("sleep 1001\n")
         t.expect("sleep 1001\r\n")
-        eventually(lambda: _running("sleep", "1001"), 5, "the sleep started")
+        eventually(lambda: _running("sleep", "1001"), 20, "the sleep started")
         t.type("\x1a")
         t.expect("Stopped")
         t.type("jobs; kill -KILL %1; wait %1; echo done=$((1+1))\n")
@@ -410,7 +413,7 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
         t.expect("done=2")
         # Twice: bash refuses the first time if it has not seen yet that the stopped job died.
         t.type("exit 7\nexit 7\n")
-        assert t.process.wait(10) == 7
+        assert t.process.wait(20) == 7
         assert time.monotonic() < time_limit + 10
         assert termios.tcgetattr(t.slave) == t.before
 
@@ -441,7 +444,7 @@ def test_terminal_large_output_and_paste(card: Card) -> None:
         os.set_blocking(t.master, True)
         t.expect("99999\n?\r?\n?100000")
         t.expect("end-42")
-        assert t.process.wait(10) == 3
+        assert t.process.wait(20) == 3
 
 
 def test_terminal_full_screen_program(card: Card, tmp_path: Path) -> None:
@@ -455,7 +458,7 @@ def test_terminal_full_screen_program(card: Card, tmp_path: Path) -> None:
         with Terminal(card, ["env", "TERM=xterm", "vi", "-u", "NONE", "note.txt"]) as t:
             t.expect("one")
             t.type("otwo\x1b:wq\r")
-            assert t.process.wait(10) == 0
+            assert t.process.wait(20) == 0
     finally:
         os.chdir("/")
     assert file.read_text() == "one\ntwo\n"
@@ -466,15 +469,15 @@ def test_terminal_signals_and_hangup(card: Card) -> None:
     with Terminal(card, ["sh", "-c", "echo ready; exec sleep 1002"]) as t:
         t.expect("ready")
         t.process.send_signal(signal.SIGTERM)
-        assert t.process.wait(10) == -signal.SIGTERM
+        assert t.process.wait(20) == -signal.SIGTERM
         assert termios.tcgetattr(t.slave) == t.before
     t = Terminal(card, ["sh", "-c", "echo ready; exec sleep 1003"])
     t.expect("ready")
-    eventually(lambda: _running("sleep", "1003"), 5, "the program")
+    eventually(lambda: _running("sleep", "1003"), 20, "the program")
     os.close(t.slave)
     os.close(t.master)
-    eventually(lambda: not _running("sleep", "1003"), 10, "the program ended with the terminal")
-    assert t.process.wait(10) != 0
+    eventually(lambda: not _running("sleep", "1003"), 30, "the program ended with the terminal")
+    assert t.process.wait(20) != 0
 
 
 @pytest.mark.parametrize("cwd", ["/", "/no/such/folder"])
@@ -485,7 +488,7 @@ def test_console_shell(cwd: str) -> None:
 
         def until(pattern: str) -> None:
             nonlocal seen
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 30
             while not re.search(pattern, seen):
                 assert time.monotonic() < deadline, f"{pattern!r} not in {seen!r}"
                 c.say("read")
@@ -496,7 +499,7 @@ def test_console_shell(cwd: str) -> None:
         until("con> ")
         c.say("type " + json.dumps("tty; sleep 1004\n"))
         until("/dev/pts/")
-        eventually(lambda: _running("sleep", "1004"), 5, "the sleep started")
+        eventually(lambda: _running("sleep", "1004"), 20, "the sleep started")
         c.say("type " + json.dumps("\x03"))
         until("con> ")
         c.say("type " + json.dumps("exit\n"))
@@ -505,25 +508,38 @@ def test_console_shell(cwd: str) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_shutdown_ends_everything(plain: bool) -> None:
-    """Shutdown sends SIGTERM, waits, kills who ignores it, daemons included, and says how many."""
+def test_shutdown_waits_for_who_ends_in_order(plain: bool) -> None:
+    """Shutdown sends SIGTERM; nobody is killed who ends within the limit, and the limit is not sat out."""
     if (plain and os.geteuid()) or (not plain and not CONTAINED):
         pytest.skip("not on this machine")
     with booted(plain=plain) as c:
         polite = c.client(["sh", "-c", "trap 'echo bye; exit 4' TERM; echo go; while :; do sleep 0.02; done"],
                           stdout=subprocess.PIPE)  # fmt: skip
-        stubborn = c.client(["sh", "-c", "trap '' TERM HUP; echo go; setsid sleep 1005 & sleep 1006"],
-                            stdout=subprocess.PIPE)  # fmt: skip
-        for p in (polite, stubborn):
-            assert p.stdout
-            assert p.stdout.readline() == b"go\n"
+        assert polite.stdout
+        assert polite.stdout.readline() == b"go\n"
+        begin = time.monotonic()
+        c.say("shutdown 60")
+        programs, killed = c.answer()
+        assert time.monotonic() - begin < 60
+        assert (programs >= 2, killed) == (True, 0)  # with the console's shell
+        assert polite.communicate(timeout=20)[0] == b"bye\n"
+        assert polite.returncode == 4
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_shutdown_ends_everything(plain: bool) -> None:
+    """Shutdown kills who ignores SIGTERM, daemons included, and says how many."""
+    if (plain and os.geteuid()) or (not plain and not CONTAINED):
+        pytest.skip("not on this machine")
+    with booted(plain=plain) as c:
+        stubborn = c.client(["sh", "-c", "trap '' TERM HUP; setsid sleep 1005 & sleep 1006"])
+        for seconds in ("1005", "1006"):
+            eventually(lambda seconds=seconds: _running("sleep", seconds), 20, "the stubborn programs")
         c.say("shutdown 0.3")
         programs, killed = c.answer()
-        assert programs >= 4
+        assert programs >= 3
         assert killed >= 3
-        assert polite.communicate(timeout=5)[0] == b"bye\n"
-        assert polite.returncode == 4
-        stubborn.communicate(timeout=5)
+        stubborn.communicate(timeout=20)
         # The shell may see its child's death before its own.
         assert stubborn.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
         assert not _running("sleep", "1005")
@@ -545,7 +561,7 @@ def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
         _, err = p.communicate(timeout=10)
         assert p.returncode == 1
         assert err == b"mic0 went down while sh was running\n"
-        eventually(lambda: not _running("sleep", "1007"), 5, "the program gone")
+        eventually(lambda: not _running("sleep", "1007"), 20, "the program gone")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to forbid namespaces")
@@ -560,12 +576,12 @@ def test_program_that_sees_the_loss_before_init_does() -> None:
         held = _sockets_of(c.board.os_pid)
         parent = int(_fields(c.board.os_pid)[1])
         os.kill(parent, signal.SIGSTOP)  # it would end everything itself
-        eventually(lambda: _letter(parent) == "T", 5, "it stopped")
+        eventually(lambda: _letter(parent) == "T", 20, "it stopped")
         try:
             os.kill(c.board.os_pid, signal.SIGKILL)
-            eventually(lambda: _letter(c.board.os_pid) == "Z", 5, "the card OS dead")
+            eventually(lambda: _letter(c.board.os_pid) == "Z", 20, "the card OS dead")
             p.stdin.close()
-            assert p.wait(10) == 1
+            assert p.wait(20) == 1
             assert p.stderr
             assert p.stderr.read() == b"mic0 went down while sh was running\n"
         finally:
@@ -618,5 +634,5 @@ def test_terminal_of_an_ordinary_user() -> None:
             t.expect("0\r\n")
             t.type("x\n\x04")
             t.expect("x\r\nx\r\n")
-            assert t.process.wait(10) == 6
+            assert t.process.wait(20) == 6
     cardlab.forget_userland()

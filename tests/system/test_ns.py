@@ -42,7 +42,7 @@ def test_host_keeps_its_names() -> None:
     """Nothing that the card does to its names is seen on the host."""
     before = os.uname().nodename
     with board(["sh", "-c", "hostname other; mount -t tmpfs x /tmp; hostname; exec sleep 100"]) as b:
-        eventually(lambda: b.process.stdout and b.process.stdout.readline(), 5, "the card's output")
+        eventually(lambda: b.process.stdout and b.process.stdout.readline(), 20, "the card's output")
         assert os.uname().nodename == before
 
 
@@ -112,7 +112,7 @@ def test_plain_card_os_dies_with_the_board() -> None:
     """Without namespaces too, the card OS does not survive its board."""
     with board(["sleep", "1000"], prefix=cardlab.without_userns()) as b:
         b.process.kill()
-        eventually(lambda: not Path(f"/proc/{b.os_pid}").exists(), 5, "the card OS gone")
+        eventually(lambda: not Path(f"/proc/{b.os_pid}").exists(), 20, "the card OS gone")
 
 
 @pytest.mark.root

@@ -80,7 +80,7 @@ def test_an_ordinary_user_boots_runs_and_leaves_nothing(person: Person) -> None:
     assert person.micemu("run", "host", "--", "id", "-u").returncode == 0
     person.micemu("shutdown")
     person.micemu("stop")
-    eventually(lambda: not cardlab.marked(str(person.home / "run")), 5, "all processes gone")
+    eventually(lambda: not cardlab.marked(str(person.home / "run")), 20, "all processes gone")
     assert not (person.home / "run/micemu/default").exists()
 
 
@@ -102,10 +102,10 @@ def test_programs_end_with_the_level_that_is_killed(machine: Machine, victim: st
     ]
     os.kill(pid, signal.SIGKILL)
     program.stdout.close()
-    assert program.wait(10) == 1
+    assert program.wait(20) == 1
     for argv in ("sleep\0100011\0", "sleep\0100012\0"):
-        eventually(lambda argv=argv: not _anywhere(argv), 5, f"{argv!r} gone")
-    eventually(lambda: machine.card()["shutdown_status"] == "crashed", 5, "the card crashed")
+        eventually(lambda argv=argv: not _anywhere(argv), 20, f"{argv!r} gone")
+    eventually(lambda: machine.card()["shutdown_status"] == "crashed", 20, "the card crashed")
 
 
 def _children(pid: int) -> list[int]:
@@ -148,7 +148,7 @@ def test_cosm_32_programs_take_the_card_down(machine: Machine, command: str, sta
         needs.contained_cards()
     machine.boot("--disk", "none", "--net", "none")
     machine.micemu("run", "mic0", "--", "sh", "-c", f"{command}; sleep 20", check=False)
-    eventually(lambda: machine.card()["state"] == "ready", 10, "the card is down")
+    eventually(lambda: machine.card()["state"] == "ready", 30, "the card is down")
     # The policy has reset the card since; the log keeps what was.
     assert f"shutdown status {status}" in machine.micemu("log").stdout
 
@@ -159,7 +159,7 @@ def test_cosm_32_reboot_on_the_card_boots_it_again(machine: Machine) -> None:
     before = machine.card()["pids"]["os"]
     machine.micemu("run", "mic0", "--", "sh", "-c", "reboot; sleep 20", check=False)
     eventually(
-        lambda: machine.card()["state"] == "online" and machine.card()["pids"]["os"] != before, 10, "again"
+        lambda: machine.card()["state"] == "online" and machine.card()["pids"]["os"] != before, 30, "again"
     )
 
 

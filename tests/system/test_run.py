@@ -138,7 +138,7 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def expect(self, text: str, within_s: float = 15) -> None:
+    def expect(self, text: str, within_s: float = 30) -> None:
         """Wait for text; what came before it is forgotten."""
         deadline = time.monotonic() + within_s
         while text.encode() not in self.seen:

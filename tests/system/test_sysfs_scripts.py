@@ -15,7 +15,7 @@ from test_ordinary_user import Person, person  # noqa: F401  the fixture
 
 from mic_emu.testing.machine import MICEMU, Machine
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent / "sh"
 QUICK = ("--disk", "none", "--net", "none")
 KILL = "kill -9 $(%s status --json | sed 's/.*\"os\": \\([0-9]*\\).*/\\1/')\n"
@@ -38,7 +38,7 @@ def test_cosm_9_17_18_35_50_56_script_with_a_mounted_tree(machine: Machine, how:
     needs.fuse_mount(machine, target)
     script, watch, crash = tools(machine.home, sys.executable, " ".join(MICEMU), how)
     ran = subprocess.run(
-        ["sh", script, str(target), watch, crash], env=machine.env, capture_output=True, text=True, timeout=100, check=False
+        ["sh", script, str(target), watch, crash], env=machine.env, capture_output=True, text=True, timeout=200, check=False
     )  # fmt: skip
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "done\n", "")
 

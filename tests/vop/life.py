@@ -36,7 +36,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return run
 
 
-async def until(condition: Callable[[], Any], what: str, within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], what: str, within_s: float = 20.0) -> None:
     """Let the loop run until ``condition``; fails with ``what``."""
     deadline = time.monotonic() + within_s
     while not condition():

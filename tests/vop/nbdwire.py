@@ -32,7 +32,7 @@ class NbdClient:
 
     def __init__(self, path: str, *, greet: bool = True, connect: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
+        self.sock.settimeout(20)
         if connect:
             self.sock.connect(path)
         self.size = self.flags = 0

@@ -18,7 +18,7 @@ from mic_emu.virtio import net
 BIG = 65536 + 14
 
 
-def eventually(check: Callable[[], Any], what: str, within_s: float = 5.0) -> Any:
+def eventually(check: Callable[[], Any], what: str, within_s: float = 20.0) -> Any:
     """Wait for a condition without sleeping blindly; returns its value."""
     deadline = time.monotonic() + within_s
     while not (value := check()):
@@ -33,7 +33,7 @@ def packet_pair() -> tuple[socket.socket, socket.socket]:
     for s in (a, b):
         s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         s.setblocking(False)
-    b.settimeout(5)
+    b.settimeout(20)
     return a, b
 
 
@@ -57,7 +57,7 @@ class Loop:
         except OSError as e:
             self.error = e
 
-    def join(self, within_s: float = 5.0) -> None:
+    def join(self, within_s: float = 20.0) -> None:
         """Wait until the loop has returned by itself."""
         self._thread.join(within_s)
         assert not self._thread.is_alive(), f"the loop did not end within {within_s} s"

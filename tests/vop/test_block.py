@@ -67,7 +67,7 @@ def raw(disk: Disk, readable: list[bytes], writable: list[int]) -> tuple[int | N
             done.append(got)
         return bool(done)
 
-    eventually(finished, 5, "the chain to come back")
+    eventually(finished, 20, "the chain to come back")
     got = [gddr.read(a, n) for a, n in back]
     return (got[-1][-1] if got else None), got, done[0][1]
 
@@ -277,7 +277,7 @@ def test_vop_44_broken_ring_and_reset(image: int, features: int) -> None:
         d.drv.desc(5, 0x1000, 16, 1, 5)
         d.drv.offer(5)
         d.rig.bus.ring_host(0)
-        eventually(lambda: bool(d.rig.status & NEEDS_RESET), 5, "NEEDS_RESET")
+        eventually(lambda: bool(d.rig.status & NEEDS_RESET), 20, "NEEDS_RESET")
         assert d.execute(IN, 0, d.pool, 512) == -errno.EIO
         d.reset()
         assert raw(d, [header(IN, 2)], [512, 1])[1][0] == sector(2)
@@ -297,7 +297,7 @@ def test_device_gone_ends_every_request(image: int) -> None:
         threads = [threading.Thread(target=reader) for _ in range(4)]
         for t in threads:
             t.start()
-        eventually(lambda: d.drv.dq[0].avail_idx == 4, 5, "four requests in the ring")
+        eventually(lambda: d.drv.dq[0].avail_idx == 4, 20, "four requests in the ring")
         os.eventfd_write(d.stop_fd, 1)
         for t in threads:
             t.join(5)

@@ -56,7 +56,7 @@ def reset_works(d: Disk, image: int, attack: Attack) -> None:
     d.rig.bus.gddr.write(d.pool, head)
     d.drv.add([(d.pool, 16)], [(d.pool + 4096, 513)], token=7)
     d.drv.kick()
-    eventually(lambda: d.drv.get() == (7, 513), 5, f"a read after {attack.name!r} and a reset")
+    eventually(lambda: d.drv.get() == (7, 513), 20, f"a read after {attack.name!r} and a reset")
     assert d.rig.bus.gddr.read(d.pool + 4096, 513) == os.pread(image, SECTOR, SECTOR) + b"\0"
 
 
@@ -70,7 +70,7 @@ def test_vop_44_to_49_disk_recovers(image: int, features: int, seed: int) -> Non
             attack.launch(d.drv)
             d.rig.bus.ring_host(0)
             if attack.error is not None:
-                eventually(lambda: d.rig.status & NEEDS_RESET, 5, f"NEEDS_RESET after {attack.name!r}")
+                eventually(lambda: d.rig.status & NEEDS_RESET, 20, f"NEEDS_RESET after {attack.name!r}")
             reset_works(d, image, attack)
     assert os.pread(image, SECTORS * SECTOR, 0) == before
 

@@ -71,7 +71,7 @@ class Lab:
         """A file with a device that the card drives."""
         f = self.open()
         f.ioctl(ADD_DEVICE, block(**shape))
-        eventually(lambda: self.status(f) & C["VIRTIO_DRIVER_OK"], 10, "DRIVER_OK")
+        eventually(lambda: self.status(f) & C["VIRTIO_DRIVER_OK"], 30, "DRIVER_OK")
         return f
 
     def status(self, f: DeviceFile) -> int:
@@ -246,7 +246,7 @@ def test_vop_37_page_full_then_room(lab: Lab) -> None:
     assert len(files) >= 4
     off = files[1].slot_offset
     files[1].close()
-    eventually(lambda: len(lab.life.host.devices) == len(files) - 1, 10, "the removal")
+    eventually(lambda: len(lab.life.host.devices) == len(files) - 1, 30, "the removal")
     assert f.ioctl(ADD_DEVICE, block()) == 0
     assert f.slot_offset == off
     for x in (*files, f):
@@ -268,7 +268,7 @@ def test_vop_39_two_files_of_one_type(lab: Lab) -> None:
     with lab.added() as two:
         assert one.slot_offset != two.slot_offset
         one.close()
-        eventually(lambda: len(lab.life.host.devices) == 1, 10, "the removal")
+        eventually(lambda: len(lab.life.host.devices) == 1, 30, "the removal")
         assert lab.status(two) & C["VIRTIO_DRIVER_OK"]
 
 
@@ -351,7 +351,7 @@ def test_vop_19_files_after_the_card_stopped(lab: Lab) -> None:
     f, idle = lab.added(), lab.open()
     lab.call(lab.files.close())
     assert lab.life.host.devices == []
-    eventually(lambda: f.poll(0) == select.POLLERR, 5, "POLLERR")
+    eventually(lambda: f.poll(0) == select.POLLERR, 20, "POLLERR")
     for call in (
         lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg), lambda: f.ioctl(CONFIG_CHANGE, b""), lambda: f.mmap(0, 4096),
         lambda: idle.ioctl(ADD_DEVICE, block()),
@@ -452,9 +452,9 @@ def test_vop_20_killed_process_takes_its_device_along(machine: Machine) -> None:
         assert child.stdout
         assert child.stdout.readline() == "0\n"
         log = machine.run_dir / "log.jsonl"
-        eventually(lambda: "virtio4@" in log.read_text(), 10, "the device on the card")
+        eventually(lambda: "virtio4@" in log.read_text(), 30, "the device on the card")
         child.kill()
-        eventually(lambda: "device is gone" in log.read_text(), 10, "the removal on the card")
+        eventually(lambda: "device is gone" in log.read_text(), 30, "the removal on the card")
     finally:
         child.kill()
         child.wait()

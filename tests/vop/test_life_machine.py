@@ -72,7 +72,7 @@ def test_the_spare_process_becomes_the_next_backend_and_is_not_missed_when_kille
     assert Path(f"/proc/{spare}/comm").read_text() == "mic0-block1\n"
     (spare,) = spares(machine)
     os.kill(spare, signal.SIGKILL)
-    eventually(lambda: gone(spare), 5, "the end of the spare process")
+    eventually(lambda: gone(spare), 20, "the end of the spare process")
     machine.micemu("vop", "add", "mic0", "rng")
     assert machine.device("rng")["state"] == "running"
     assert len(spares(machine)) == 1
@@ -91,7 +91,7 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     )
     assert all(gone(pid) for pid in before)
     eventually(
-        lambda: [d["state"] for d in machine.card()["devices"]] == ["running"] * 2, 10, "the new backends"
+        lambda: [d["state"] for d in machine.card()["devices"]] == ["running"] * 2, 30, "the new backends"
     )
     after = [d["pid"] for d in machine.card()["devices"]]
     assert not set(before) & set(after)

@@ -61,7 +61,7 @@ def serve(tmp_path: Path, *, read_only: bool = False, spin_us: int = 50) -> Iter
         s = Served(disk, nbd, fd, image, path)
         yield s
         if nbd.result is None:
-            eventually(s.quiet, 5, "all pool pages back after the last client")
+            eventually(s.quiet, 20, "all pool pages back after the last client")
     os.close(fd)
 
 
@@ -373,7 +373,7 @@ def test_clients_that_vanish_in_every_phase(served: Served) -> None:
             c.go()
             for k in range(64):
                 c.request(w.READ, k * 4096, 1 << 20)
-    eventually(served.quiet, 5, "all pages back")
+    eventually(served.quiet, 20, "all pages back")
 
 
 def test_client_that_never_reads_starves_nobody(served: Served) -> None:
@@ -493,7 +493,7 @@ def test_stop_with_requests_in_flight(tmp_path: Path) -> None:
         threads = [threading.Thread(target=hammer) for _ in range(3)]
         for t in threads:
             t.start()
-        eventually(lambda s=served: s.nbd.stats().requests > 500, 10, "some load")
+        eventually(lambda s=served: s.nbd.stats().requests > 500, 30, "some load")
         os.eventfd_write(served.nbd._stop, 1)
         assert served.nbd.ended(5) == 0
         stop.set()

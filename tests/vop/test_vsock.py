@@ -237,7 +237,7 @@ def test_vsock_header_over_several_segments(peer: Peer) -> None:
     rig.driver.add([(at, 7), (at + 7, 30), (at + 37, 7)], [], 8888, 1)
     rig.driver.kick(1)
     rig.driver.kick(RX)
-    eventually(lambda: rig.driver.get(RX) == (9999, HEADER.size), 5, "the answer")
+    eventually(lambda: rig.driver.get(RX) == (9999, HEADER.size), 20, "the answer")
     read = rig.rig.bus.gddr.read
     header = HEADER.unpack(read(back, 10) + read(back + 100, 30) + read(back + 200, 4))
     assert dict(zip(FIELDS, header, strict=True))["op"] == Op.RST
@@ -317,7 +317,7 @@ def test_vsock_half_close_by_the_program(peer: Peer) -> None:
     assert sock.recv(64) == b""
     assert peer.expect(Op.SHUTDOWN)["flags"] == BOTH
     peer.send(Op.RST, peer=port)
-    eventually(lambda: peer.device.stats()["open"] == 0, 5, "the end of the connection")
+    eventually(lambda: peer.device.stats()["open"] == 0, 20, "the end of the connection")
 
 
 def test_vsock_half_close_by_the_peer(peer: Peer) -> None:
@@ -348,7 +348,7 @@ def test_vsock_reset_after_shutdown_loses_nothing(peer: Peer) -> None:
     while data := sock.recv(1 << 20):
         got += len(data)
     assert got == sent
-    eventually(lambda: peer.device.stats()["open"] == 0, 5, "the end of the connection")
+    eventually(lambda: peer.device.stats()["open"] == 0, 20, "the end of the connection")
 
 
 def test_vsock_device_reset_closes_everything(peer: Peer) -> None:
@@ -414,7 +414,7 @@ def test_vsock_any_sequence_of_packets(
     peer._rx.clear()
     peer.offer(8)
     peer.works()
-    eventually(lambda: peer.device.stats()["open"] == 0, 5, "the end of all connections")
+    eventually(lambda: peer.device.stats()["open"] == 0, 20, "the end of all connections")
     peer.rig.reset()
     peer._rx.clear()
     peer.offer(8)

@@ -16,7 +16,7 @@ import pytest
 
 from mic_emu.testing.machine import Machine, eventually
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 # On the card: listens at a port, and answers each connection as its first line says.
 SERVER = r"""
@@ -150,7 +150,7 @@ def test_vsock_socat_on_both_sides(lab: Lab) -> None:
     listener = subprocess.Popen(
         ["socat", "-u", f"UNIX-LISTEN:{lab.dir}/vsock.sock_77", "STDOUT"], stdout=subprocess.PIPE
     )
-    eventually(lambda: (lab.dir / "vsock.sock_77").exists(), 10, "socat's socket")
+    eventually(lambda: (lab.dir / "vsock.sock_77").exists(), 30, "socat's socket")
     script = r"(printf 'CONNECT 77\n'; echo from the card) | socat -t 5 - UNIX-CONNECT:$MICEMU_VSOCK"
     assert lab.machine.shell(script).startswith("OK ")
     assert listener.communicate(timeout=20)[0] == b"from the card\n"
@@ -174,7 +174,7 @@ def test_vsock_killed_programs(lab: Lab) -> None:
     sock.close()
     client.kill()
     client.wait()
-    eventually(lambda: counts["card OS"]() <= before["card OS"], 15, "the end of the connection on the card")
+    eventually(lambda: counts["card OS"]() <= before["card OS"], 30, "the end of the connection on the card")
     sock = lab.connect(b"echo")
     sock.sendall(b"x")
     assert sock.recv(1) == b"x"

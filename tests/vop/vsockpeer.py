@@ -46,7 +46,7 @@ class Peer:
                       "op": op, "flags": 0, "buf_alloc": 65536, "fwd_cnt": 0}  # fmt: skip
         self.raw(L.VSOCK_HDR.pack(**{**header, **fields}) + payload)
 
-    def recv(self, within_s: float = 5.0) -> tuple[dict[str, int], bytes]:
+    def recv(self, within_s: float = 20.0) -> tuple[dict[str, int], bytes]:
         """The device's next packet: header, payload."""
         packet = self.rig.answer(self._rx.pop(0), RX, within_s)
         self.offer()
@@ -54,7 +54,7 @@ class Peer:
         assert len(packet) == HEADER.size + header["len"]
         return header, packet[HEADER.size :]
 
-    def expect(self, op: Op, within_s: float = 5.0) -> dict[str, int]:
+    def expect(self, op: Op, within_s: float = 20.0) -> dict[str, int]:
         """The next packet, which must be an ``op``."""
         header, _ = self.recv(within_s)
         assert header["op"] == op, f"{Op(header['op']).name} where {op.name} was expected"
@@ -65,7 +65,7 @@ class Peer:
     def connect(self, line: bytes = b"CONNECT 1000\n") -> socket.socket:
         """A program at the host's socket."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(5)
+        sock.settimeout(20)
         sock.connect(str(self.folder / "vsock.sock"))
         sock.sendall(line)
         return sock
@@ -81,7 +81,7 @@ class Peer:
     def listen(self, port: int = 5, backlog: int = 8) -> socket.socket:
         """A program that listens for the card."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(5)
+        sock.settimeout(20)
         sock.bind(str(self.folder / f"vsock.sock_{port}"))
         sock.listen(backlog)
         return sock

@@ -24,13 +24,15 @@ echo boot >$mic/state
 $watch $mic/state online
 is online nop
 refused boot
-grep -q 'card is up' $sys/kernel/debug/mic_cosm/mic0/log_buf
+up() { grep -q 'card is up' $sys/kernel/debug/mic_cosm/mic0/log_buf; }
+for try in 1 2 3 4 5 6 7 8 9 10; do up && break || sleep 1; done # it says so when it is online already
+up
 [ "$(cat $sys/kernel/debug/mic_host/mic0/post_code)" = FF ]
 
 $crash
 $watch $mic/state shutting_down
 is shutting_down crashed
-grep -q 'card is up' $sys/kernel/debug/mic_cosm/mic0/log_buf
+up
 refused boot
 echo reset >$mic/state
 $watch $mic/state ready

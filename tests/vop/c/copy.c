@@ -65,6 +65,7 @@ int main(int argc, char **argv)
 		}
 	}
 	CHECK(served == 3);
+	getchar(); /* until the last answer has been seen on the card: the device goes with us */
 	mic_vop_close(f);
 	return 0;
 }

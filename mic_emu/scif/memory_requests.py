@@ -61,7 +61,30 @@ class MemoryRequests:
 
     # --- registration -----------------------------------------------------------------------------
 
-    def _begin(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
+    def _begin(self, control: Control, session: Session, args: list[int], data: bytes) -> Answer:
+        try:
+            return self._reserve(control, session, args)
+        except ScifError as e:
+            if e.errno != errno.EADDRINUSE:
+                raise
+            call = control.call
+            assert call is not None
+            if not session.ep.windows.settle(
+                signed(args[0]), args[1], lambda _: self._settled(control, session, args, call)
+            ):
+                raise
+        return None
+
+    def _settled(self, control: Control, session: Session, args: list[int], call: Call) -> None:
+        """What lingered in the range is gone, or is mapped by the peer still."""
+        if control.call is not call:  # a signal, or the end of the process
+            return
+        try:
+            call.done(self._reserve(control, session, args))
+        except OSError as e:
+            call.fail(e)
+
+    def _reserve(self, control: Control, session: Session, args: list[int]) -> Reply:
         offset, length, prot, flags, nbytes, _ = args
         windows = session.ep.windows
         window = windows.reserve(signed(offset), length, prot, bool(flags))

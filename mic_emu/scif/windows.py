@@ -9,7 +9,7 @@ every copy that began under the old lists has ended.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mic_emu.memory import PAGE
@@ -120,6 +120,15 @@ class Windows:
         self.table.own[window.id] = self
         return window
 
+    def settle(self, offset: int, length: int, done: Done) -> bool:
+        """A fixed range is taken: by windows that are going? Then ask the peer, again for one that lingers: the
+        message about its last mapping may be under way (SCIF-98). False: none is, ``done`` is not called."""
+        inside = [w for w in self.own if w.offset < offset + length and offset < w.end]
+        going = [w for w in inside if w.lingering or w.leaving is not None]
+        if going:
+            self._withdraw_all(going, done)
+        return bool(going)
+
     def abandon(self, window: Window) -> None:
         """The registration failed, or the window is destroyed."""
         self.own.remove(window)
@@ -159,12 +168,11 @@ class Windows:
             raise ScifError(errno.EINVAL, "begins inside a window")
         if windows[-1].end != offset + length:
             raise ScifError(errno.ENXIO, "ends inside a window")
-        self._withdraw_all(windows, done)
+        self._withdraw_all([w for w in windows if w.alive or w.leaving is not None], done)
 
-    def _withdraw_all(self, windows: Iterable[Window], done: Done) -> None:
+    def _withdraw_all(self, windows: list[Window], done: Done) -> None:
         """Withdraw them side by side; ``done`` gets the first error."""
-        left = [w for w in windows if w.alive or w.leaving is not None]
-        count, first = len(left), None
+        count, first = len(windows), None
 
         def one(error: ScifError | None) -> None:
             nonlocal count, first
@@ -173,9 +181,9 @@ class Windows:
             if not count:
                 done(first)
 
-        if not left:
+        if not windows:
             done(None)
-        for window in left:
+        for window in windows:
             self._withdraw(window, one)
 
     def _withdraw(self, window: Window, done: Done) -> None:
@@ -292,7 +300,8 @@ class Windows:
         """The endpoint is being released: own windows go, mappings of its programs are gone (SCIF 2.8)."""
         for window in self.remote:
             self._unmapped(window, window.mapped_pages)
-        self._withdraw_all(self.own, lambda _: self._released(done))
+        left = [w for w in self.own if w.alive or w.leaving is not None]
+        self._withdraw_all(left, lambda _: self._released(done))
 
     def _released(self, done: Callable[[], None]) -> None:
         """The peer may be gone; the windows are destroyed all the same."""

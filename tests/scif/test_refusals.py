@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -110,5 +111,55 @@ def test_scif_3_3_other_refusals_have_no_errno() -> None:
         assert (await answer(card, Op.SIG_NACK, signal)).p3 == 4711
         refused = await answer(card, Op.CNCT_REJ, Msg(Op.CNCT_REQ, (1, ep.port), (0, PORT + 1), 4711, 4096))
         assert (refused.p0, refused.p1, refused.p3) == (4711, 4096, 0)
+
+    run(body)
+
+
+def test_scif_98_a_message_about_the_last_mapping_is_not_overtaken() -> None:
+    """A peer that has unmapped may say so through the ring before its node's MUNMAP has come: the fixed range is
+    free all the same, and taken while it is mapped."""
+
+    async def body(fab: Fabric, card: Card, ep: KernelEndpoint, conn: KernelEndpoint) -> None:
+        ended: list[ScifError | None] = []
+
+        async def did(what: str) -> None:
+            await eventually(lambda: bool(ended), what)
+            assert ended.pop() is None
+
+        run_of_pages = fab.host.pages.allocate(os.getpid(), 4096)
+        held = fab.host.pages.hold(os.getpid(), [(run_of_pages, 4096)])
+        conn.windows.announce(conn.windows.reserve(0, 4096, 3, True), held, ended.append)
+        await did("the registration")
+        ep.windows.map(0, 4096, 3)
+        conn.windows.unregister(0, 4096, ended.append)
+        await did("the unregistration")
+        assert conn.windows.settle(0, 4096, ended.append)
+        await did("the answer that it is mapped")
+        with pytest.raises(ScifError) as taken:
+            conn.windows.reserve(0, 4096, 3, True)
+        assert taken.value.errno == errno.EADDRINUSE
+
+        late: list[Msg] = []
+        send = card.card_link.send
+
+        def slow(msg: Msg) -> None:  # in order, but MUNMAP not before the next message
+            if msg.op == Op.MUNMAP:
+                late.append(msg)
+                return
+            while late:
+                send(late.pop(0))
+            send(msg)
+
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(card.card_link, "send", slow)
+        try:
+            ep.windows.unmap(0, 4096)
+            assert late
+            assert conn.windows.settle(0, 4096, ended.append)
+            await did("the answer that it is free")
+        finally:
+            monkey.undo()
+        conn.windows.abandon(conn.windows.reserve(0, 4096, 3, True))
+        assert not conn.windows.settle(0, 4096, ended.append)
 
     run(body)

@@ -60,8 +60,8 @@ def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
     Examples:
       gcc $(micemu scif --cflags) prog.c -o prog $(micemu scif --libs)
       micemu scif endpoints mic0
-      micemu scif cat -l 3000                 on one node, and on another
-      echo hello | micemu scif cat 0 3000
+      micemu scif cat -l 3000                 on the host, and on a card
+      echo hello | micemu scif cat host 3000
     """
     words = compiler_flags("scif", cflags, libs)
     if words:
@@ -121,11 +121,33 @@ def windows(node: str, as_json: bool) -> None:
         )
 
 
+def _number(word: str, what: str) -> int:
+    """A port, or the number of a node. Raises click.UsageError."""
+    if not word.isdecimal() or int(word) > 0xFFFF:
+        raise click.UsageError(f"{word!r} is no {what}")
+    return int(word)
+
+
+def _address(listen: bool, words: tuple[str, ...]) -> tuple[int, int]:
+    """(node, port) of PORT with -l, else of NODE PORT. Raises click.UsageError."""
+    if len(words) != (1 if listen else 2):
+        raise click.UsageError("give PORT with -l, else NODE PORT")
+    node, port = words[0], _number(words[-1], "port: 0 to 65535")
+    if listen:
+        return 0, port
+    card = node.removeprefix("mic")
+    if card != node and card.isdecimal():
+        node = str(int(card) + 1)
+    return _number("0" if node == "host" else node, "node: host, mic0, mic1, ..., or its number"), port
+
+
 def _open(listen: bool, node: int, port: int) -> Endpoint:
     """Connect, or wait for one connection. ScifError becomes a sentence."""
     from mic_emu import scif
 
-    os.environ.setdefault("MICEMU_SCIF_SOCKET", str(_socket("host")))
+    if not os.environ.get("MICEMU_SCIF_SOCKET"):
+        client.connect().close()  # raises when nothing runs
+        os.environ["MICEMU_SCIF_SOCKET"] = str(_socket("host"))
     try:
         ep = scif.Endpoint()
         if not listen:
@@ -146,6 +168,8 @@ def _open(listen: bool, node: int, port: int) -> Endpoint:
             why += ": nobody listens there"
         elif e.errno == errno.ENODEV:
             why += ": the node is not online (micemu scif nodes)"
+        elif e.errno == errno.ENOENT:
+            why += ": nobody answers at MICEMU_SCIF_SOCKET, {}".format(os.environ["MICEMU_SCIF_SOCKET"])
         raise MicemuError(f"cannot {what}: {why}", e.errno or 0) from e
 
 
@@ -170,11 +194,21 @@ def _pump(ep: Endpoint) -> None:
                 except scif.ScifError as e:
                     if e.errno != errno.ECONNRESET:
                         raise
+                    if out:
+                        raise MicemuError(
+                            f"the peer closed with {len(out)} bytes of the input not sent", errno.ECONNRESET
+                        ) from e
                     return
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
             elif bits[0]:
-                out = out[ep.send(out, block=False) :]
+                try:
+                    out = out[ep.send(out, block=False) :]
+                except scif.ScifError as e:
+                    if (
+                        e.errno != errno.ECONNRESET
+                    ):  # else the next poll says so, and what came before is read first
+                        raise
             if len(bits) > 1 and bits[1] and source is not None:
                 out = memoryview(os.read(source, CHUNK))
                 if not out and not empty:
@@ -186,20 +220,19 @@ def _pump(ep: Endpoint) -> None:
 
 @command.command()
 @click.option("-l", "--listen", is_flag=True, help="Wait for one connection instead of connecting.")
-@click.argument("address", nargs=-1, required=True, type=click.IntRange(0, 65535))
-def cat(listen: bool, address: tuple[int, ...]) -> None:
+@click.argument("address", nargs=-1, required=True)
+def cat(listen: bool, address: tuple[str, ...]) -> None:
     """Netcat for SCIF: NODE PORT, or -l PORT. Standard input goes out, what comes in goes to standard output.
 
-    Ends when the input ends or the peer closes. With nothing on its input (/dev/null) it only receives.
+    Ends when the input ends or the peer closes: with status 1 if input is left over. With nothing on its
+    input (/dev/null) it only receives.
 
     \b
     Examples:
-      micemu scif cat -l 3000 > received           on one node, and on another
-      micemu scif cat 0 3000 < file
+      micemu scif cat -l 3000 > received           on the host, and on a card
+      micemu scif cat host 3000 < file             or: 0 3000
     """
-    if len(address) != (1 if listen else 2):
-        raise click.UsageError("give PORT with -l, else NODE PORT")
-    _pump(_open(listen, address[0], address[-1]))
+    _pump(_open(listen, *_address(listen, address)))
 
 
 @command.command()
@@ -208,8 +241,8 @@ def cat(listen: bool, address: tuple[int, ...]) -> None:
     "--scale", type=float, default=1.0, show_default=True, help="Longer (2) or shorter (0.5) measurements."
 )
 @client.json_option
-@click.argument("address", nargs=-1, required=True, type=click.IntRange(0, 65535))
-def perf(listen: bool, scale: float, as_json: bool, address: tuple[int, ...]) -> None:
+@click.argument("address", nargs=-1, required=True)
+def perf(listen: bool, scale: float, as_json: bool, address: tuple[str, ...]) -> None:
     """Measure SCIF beside the limits of this machine, and UCX where it is installed: NODE PORT, or -l PORT.
 
     One process serves (-l), the other measures, each on a CPU of its own. In parentheses: the limit.
@@ -217,21 +250,20 @@ def perf(listen: bool, scale: float, as_json: bool, address: tuple[int, ...]) ->
     \b
     Examples:
       micemu run mic0 -- micemu scif perf -l 3000         on the card, and on the host
-      micemu scif perf 1 3000
+      micemu scif perf mic0 3000
     """
-    if len(address) != (1 if listen else 2):
-        raise click.UsageError("give PORT with -l, else NODE PORT")
+    node, port = _address(listen, address)
     from mic_emu.bench import scif as scif_bench
     from mic_emu.bench.scif_peer import Client, serve
     from mic_emu.bench.scif_rows import Bench, cpus
 
-    with _open(listen, address[0], address[-1]) as ep:
+    with _open(listen, node, port) as ep:
         if listen:
             serve(ep)
             return
         rows = []
         try:
-            for row in Bench(Client(ep, cpus()), address[0], scale).rows():
+            for row in Bench(Client(ep, cpus()), node, scale).rows():
                 rows.append(row)
                 if not as_json:
                     click.echo(line(row))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import mmap as _mmap
 import os
 from collections.abc import Callable, Sequence
@@ -46,6 +47,13 @@ def _check(rc: int, what: str) -> int:
     if rc < 0:
         raise _fail(what)
     return rc
+
+
+def _check_open(rc: int, what: str) -> int:
+    """``_check`` of a call that begins with the node's socket: the fix, when nobody listens there."""
+    if rc < 0 and ffi.errno == errno.ENOENT:
+        what += ": no emulator runs here, start one with micemu boot"
+    return _check(rc, what)
 
 
 def _retry(call: Callable[..., int], *args: Any) -> int:
@@ -117,7 +125,7 @@ class Endpoint:
     """A SCIF endpoint. ``fd``: take over a descriptor (accepted, inherited) instead of opening one."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self._fd = _check(lib.scif_open(), "open") if fd is None else fd
+        self._fd = _check_open(lib.scif_open(), "open") if fd is None else fd
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -327,7 +335,7 @@ def poll(items: Sequence[tuple[Endpoint | int, int]], timeout_s: float | None = 
     for e, (target, events) in zip(epds, items, strict=True):
         e.epd = target if isinstance(target, int) else target.fileno()
         e.events = events
-    timeout = -1 if timeout_s is None else max(0, int(timeout_s * 1000))
+    timeout = -1 if timeout_s is None else max(0, math.ceil(timeout_s * 1000))  # never early
     _check(_retry(lib.scif_poll, epds, len(items), timeout), "poll")
     return [int(e.revents) for e in epds]
 
@@ -335,7 +343,7 @@ def poll(items: Sequence[tuple[Endpoint | int, int]], timeout_s: float | None = 
 def get_node_ids() -> tuple[list[int], int]:
     """(online nodes ascending, this one included; our own id). Raises ScifError ENOENT: no emulator."""
     ids, own = ffi.new("uint16_t[256]"), ffi.new("uint16_t *")
-    n = _check(lib.scif_get_nodeIDs(ids, 256, own), "get_node_ids")
+    n = _check_open(lib.scif_get_nodeIDs(ids, 256, own), "get_node_ids")
     return [int(i) for i in ids[0 : min(n, 256)]], int(own[0])
 
 

@@ -180,6 +180,8 @@ def test_scif_ports(machine: Machine) -> None:
     assert said(machine, "scif", "cat", "1", "3000") == (
         1, "micemu: cannot connect to 1:3000: Connection refused: nobody listens there\n"
     )  # fmt: skip
+    assert "cannot connect to 1:3000" in said(machine, "scif", "cat", "mic0", "3000")[1]
+    assert said(machine, "scif", "cat", "there", "3000")[0] == 2
     assert "the node is not online (micemu scif nodes)" in said(machine, "scif", "cat", "9", "3000")[1]
     taken = machine.micemu("run", "mic0", "--", *MICEMU, "scif", "cat", "-l", "130", check=False)
     assert "somebody listens there (micemu scif endpoints)" in taken.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -65,6 +66,15 @@ def test_scif_39_python_work_queue(server: Server) -> None:
     assert "sum of 100 squares: 338350" in out[1]
 
 
+def listens(process: subprocess.Popen[bytes], env: dict[str, str], port: int) -> None:
+    """Wait until ``process`` listens at ``port`` of the node that ``env`` names."""
+    command = [sys.executable, "-m", "mic_emu.cli", "scif", "endpoints", "--json"]
+    table: dict[str, list[dict[str, object]]] = {"endpoints": []}
+    while not any(e["port"] == port and e["state"] == "listening" for e in table["endpoints"]):
+        table = json.loads(subprocess.check_output(command, env=env, timeout=20))
+        assert process.poll() is None
+
+
 def test_scif_125_cli_tables_and_cat(server: Server) -> None:
     """`micemu scif nodes`, `endpoints` and `cat` against live nodes."""
     micemu = [sys.executable, "-m", "mic_emu.cli", "scif"]
@@ -74,10 +84,7 @@ def test_scif_125_cli_tables_and_cat(server: Server) -> None:
     listener = subprocess.Popen(
         [*micemu, "cat", "-l", "3200"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    table: dict[str, list[dict[str, object]]] = {"endpoints": []}
-    while not any(e["port"] == 3200 and e["state"] == "listening" for e in table["endpoints"]):
-        table = json.loads(subprocess.check_output([*micemu, "endpoints", "--json"], env=env, timeout=20))
-        assert listener.poll() is None
+    listens(listener, env, 3200)
     other = {**env, "MICEMU_SCIF_SOCKET": str(server.where / "node1.sock")}
     subprocess.run(
         [*micemu, "cat", "0", "3200"], env=other, input=b"through the cat\n", check=True, timeout=20
@@ -91,18 +98,15 @@ def test_scif_125_cat_carries_megabytes_both_ways_at_once(server: Server, tmp_pa
     env = [{**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{n}.sock")} for n in (0, 1)]
     payload = os.urandom(3 << 20)
 
-    def transfer(listen_input: bytes, connect_input: bytes, port: str) -> list[bytes]:
-        listener = subprocess.Popen(
-            [*micemu, "-l", port], env=env[0], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        connector = subprocess.Popen(
-            ["sh", "-c", f"until {' '.join(micemu)} 0 {port}; do :; done"],
-            env=env[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        out = [b"", b""]
+    def transfer(listen_input: bytes, connect_input: bytes, port: int) -> tuple[list[bytes], list[int], str]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        listener = subprocess.Popen([*micemu, "-l", str(port)], env=env[0], **pipes)  # type: ignore[call-overload]
+        listens(listener, env[0], port)
+        connector = subprocess.Popen([*micemu, "host", str(port)], env=env[1], **pipes)  # type: ignore[call-overload]
+        out, said = [b"", b""], [b"", b""]
 
         def drive(i: int, process: subprocess.Popen[bytes], data: bytes) -> None:
-            out[i] = process.communicate(data, timeout=40)[0]
+            out[i], said[i] = process.communicate(data, timeout=40)
 
         threads = [
             threading.Thread(target=drive, args=args)
@@ -112,10 +116,28 @@ def test_scif_125_cat_carries_megabytes_both_ways_at_once(server: Server, tmp_pa
             t.start()
         for t in threads:
             t.join()
-        return out
+        return out, [listener.returncode, connector.returncode], b"".join(said).decode()
 
-    assert transfer(b"", payload, "3210") == [payload, b""]
-    got = transfer(payload, payload, "3211")
-    # Whoever has sent everything first ends: the other has all of it, and what it sent itself was on the way.
+    assert transfer(b"", payload, 3210) == ([payload, b""], [0, 0], "")
+    got, status, said = transfer(payload, payload, 3211)
+    # Whoever has sent everything first ends: the other has all of it, and says what of its own was on the way.
     assert payload in got
     assert all(payload.startswith(g) for g in got)
+    lost = [got[1 - i] != payload and "not sent" in said for i in (0, 1)]
+    assert all(s == 0 or lost[i] for i, s in enumerate(status))
+
+
+def test_scif_125_cat_says_that_input_is_left_over(server: Server) -> None:
+    """The peer closes in the middle of a transfer: status 1, not a success."""
+    env = [{**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{n}.sock")} for n in (0, 1)]
+    micemu = [sys.executable, "-m", "mic_emu.cli", "scif", "cat"]
+    script = "from mic_emu import scif\nl = scif.Endpoint()\nl.bind(3220)\nl.listen()\n"
+    script += "ep, _ = l.accept()\nep.recv(10)\nep.close()"
+    peer = subprocess.Popen([sys.executable, "-c", script], env=env[0])
+    listens(peer, env[0], 3220)
+    done = subprocess.run(
+        [*micemu, "host", "3220"], input=bytes(100_000), env=env[1], capture_output=True, timeout=40
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(rb"micemu: the peer closed with \d+ bytes of the input not sent\n", done.stderr)
+    assert peer.wait(20) == 0

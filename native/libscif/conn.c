@@ -65,7 +65,10 @@ API int scif_listen(scif_epd_t epd, int backlog)
 {
 	int rc = simple(epd, MIC_SCIF_LISTEN, (uint64_t)(int64_t)backlog, NULL);
 
-	return rc < 0 ? fail(rc) : 0;
+	if (rc < 0)
+		return fail(rc);
+	fill(epd); /* a listener is never writable (SCIF 2.9) */
+	return 0;
 }
 
 static int do_connect(struct ep *ep, int fd, const struct scif_portID *dst)

@@ -41,11 +41,11 @@ TEST(scif_71_listening_reports_pollin_while_a_request_waits)
 	port = scif_bind(l, 0);
 	scif_listen(l, 4);
 	EQ(poll1(l, SCIF_POLLIN | SCIF_POLLOUT, 20), 0);
-	EQ(native1(l, POLLIN, 0), 0);
+	EQ(native1(l, POLLIN | POLLOUT, 0), 0);
 	struct connector c = { node_a(), port, -1 };
 	pthread_create(&t, NULL, connect_thread, &c);
 	EQ(poll1(l, SCIF_POLLIN | SCIF_POLLOUT, 5000), SCIF_POLLIN);
-	EQ(native1(l, POLLIN, 1000), POLLIN);
+	EQ(native1(l, POLLIN | POLLOUT, 1000), POLLIN);
 	int fd = accept_from(l, NULL);
 	pthread_join(t, NULL);
 	EQ(poll1(l, SCIF_POLLIN, 0), 0);

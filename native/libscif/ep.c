@@ -143,11 +143,12 @@ int ep_add(int fd, uint64_t cookie, uint64_t sid)
 {
 	library_init();
 	pthread_mutex_lock(&table_lock);
-	struct ep **slot = slot_of(fd, true), *ep = free_list;
+	struct ep **slot = slot_of(fd, true), *ep;
 
 	if (!slot)
 		goto nomem;
-	evict(slot);
+	evict(slot); /* a plain close went unnoticed; it may go on the free list */
+	ep = free_list;
 	if (ep)
 		free_list = ep->next_free;
 	else

@@ -15,6 +15,7 @@ CASES = {
         "scif_29_39_connect_returns_the_port_that_accept_reports",
         "scif_40_42_43_nonblocking_connect",
     ],
+    "descriptors": ["scif_15_a_plain_close_loses_no_memory"],
     "messages": ["scif_60_a_mebibyte_arrives_intact", "scif_63_64_73_132_unread_data_is_drained_then_reset"],
     "windows": [
         "scif_84_86_87_109_111_window_is_live_and_survives_munmap",

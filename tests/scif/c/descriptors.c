@@ -1,6 +1,8 @@
 /* The library and its descriptors: open, dup, fork, exec, kill, close; node ids (SCIF-3..17, 125..128, 133, 136). */
 #include "t.h"
 
+#include <malloc.h>
+
 TEST(scif_7_8_open_returns_the_lowest_descriptor_with_cloexec)
 {
 	int low = dup(0);
@@ -148,6 +150,22 @@ TEST(scif_16_closing_in_a_forked_child_does_not_disconnect_the_parent)
 	OK(scif_close(ep));
 	reap(child);
 	reap(pid);
+}
+
+TEST(scif_15_a_plain_close_loses_no_memory) /* leak checkers run this one, too */
+{
+	struct mallinfo2 before = {0};
+
+	for (int i = 0; i < 1000; i++) {
+		int fd = scif_open();
+
+		CHECK(fd >= 0);
+		CHECK(scif_bind(fd, 0) > 0);
+		close(fd);
+		if (i == 10)
+			before = mallinfo2();
+	}
+	CHECK(mallinfo2().uordblks <= before.uordblks + 1024);
 }
 
 TEST(scif_17_kill_disconnects_and_frees_the_ports)

@@ -20,6 +20,7 @@ CASES = {
     "windows": [
         "scif_84_86_87_109_111_window_is_live_and_survives_munmap",
         "scif_85_the_same_memory_in_several_windows",
+        "scif_85_pages_of_the_heap_with_freed_blocks",
         "scif_16_fork_after_register_leaves_each_its_own_copy",
         "scif_86_register_loses_no_racing_write",
     ],

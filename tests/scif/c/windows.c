@@ -157,6 +157,32 @@ TEST(scif_85_the_same_memory_in_several_windows)
 	EQ(c, 'Y');
 }
 
+TEST(scif_85_pages_of_the_heap_with_freed_blocks) /* leak and access checkers run this one, too */
+{
+	int e[2];
+	pid_t pid;
+
+	pair(e);
+	char *v[600], *whole = aligned_alloc(PG, 2 * PG);
+	for (int i = 0; i < 600; i++)
+		v[i] = malloc(40);
+	for (int i = 0; i < 600; i += 2)
+		free(v[i]);
+	char *page = (char *)(((uintptr_t)v[301] + PG - 1) & ~(uintptr_t)(PG - 1));
+	CHECK(scif_register(e[0], page, PG, 0, RW, 0) == FIRST);
+	memset(whole, 'w', 2 * PG);
+	CHECK(scif_register(e[0], whole, 2 * PG, 0, RW, 0) == FIRST + PG);
+	free(whole);
+	pid = fork(); /* the child gets copies */
+	if (pid == 0)
+		_exit(0);
+	reap(pid);
+	for (int i = 1; i < 600; i += 2)
+		free(v[i]);
+	scif_close(e[0]);
+	scif_close(e[1]);
+}
+
 TEST(scif_85_neighbours_of_a_small_allocation_stay_intact)
 {
 	int e[2];

@@ -100,6 +100,14 @@ def test_backend_with_its_test_takes_fewer_than_fifty_lines():
     assert sum(f.content.count("\n") for f in files[:2]) < 50
 
 
+def test_every_page_is_in_the_table_of_contents():
+    """`make docs` refuses a page that nothing leads to."""
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", (DOCS / "index.md").read_text(), re.S)
+    listed = {line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")}
+    generated = {"cli-help", "man"}  # made by conf.py
+    assert {p.stem for p in DOCS.glob("*.md")} - {"index", *generated} == listed - generated
+
+
 def test_promises_are_compared():
     assert missing(["mic0 online", "...", "end 17"], "mic0  online\nx\nend 4\n") is None
     assert missing(["mic0 online"], "mic0 booting\n") == "mic0 online"

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from mic_emu import layout as L
 from mic_emu.clock import Clock
 from mic_emu.errors import MicemuError
 from mic_emu.host.spawn import Spawner
@@ -23,7 +24,11 @@ from mic_emu.log import Log
 from mic_emu.vop.bottom_half import DeviceSlot
 from mic_emu.wire_aio import AsyncChannel
 
+C = L.CONSTANTS
+
 DRIVER_FAILED = "the card's driver could not start (micemu dump log says why)"
+NO_DRIVER = "the card has no driver for virtio device type {}: micemu vop driver {} MODULE:CLASS loads one"
+DRIVER_LIMIT = 8.0  # seconds from the card's having found a device to its driver's taking it
 STOP_LIMIT_S = 3.0
 MAX_PAUSE_S = 5.0
 
@@ -205,6 +210,7 @@ class Supervisor:
             backend.facts.update(msg["facts"])
         elif op == "driver_ok":
             backend.ready.set()
+            backend.trouble = ""
             self.log.info(f"{backend.name} runs", event="driver_ok", device=backend.name)
             self.on_change()
         elif op == "done":
@@ -214,6 +220,8 @@ class Supervisor:
             if msg["failed"]:
                 self.log.error(f"{backend.name}: {DRIVER_FAILED}", event="driver_failed", device=backend.name)
             self.on_change()
+        elif op == "found" and backend.device:
+            self._await_driver(backend, backend.device)
         elif op == "driver_lost":
             backend.ready.clear()
             self.on_change()
@@ -245,6 +253,18 @@ class Supervisor:
         self.on_change()
         slot: DeviceSlot = device.slot
         await channel.send({"slot": slot.to_dict()}, [device.irq.fd])
+
+    def _await_driver(self, backend: Backend, device: VopDevice) -> None:
+        """The card has found the device. When that is still all after a while, it has no driver for it: the card
+        never says so."""
+
+        def look() -> None:
+            if backend.device is device and device.bottom.status() == C["VIRTIO_ACKNOWLEDGE"]:
+                backend.trouble = NO_DRIVER.format(device.slot.kind, self.card)
+                self.log.warning(f"{backend.name}: {backend.trouble}", device=backend.name)
+                self.on_change()
+
+        self.clock.alarm(self.clock.limit(DRIVER_LIMIT), look)
 
     async def _config(self, device: VopDevice, config: bytes) -> None:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 from mic_emu.card.os.disk import BlockDriver
 from mic_emu.card.os.drivers import Environment, NetworkDriver
 from mic_emu.card.os.pydriver import add_driver
+from mic_emu.card.os.vop import VopCard
 from mic_emu.scif.node import Node
 from mic_emu.vop.loading import LoadError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
@@ -20,9 +21,10 @@ REQUEST_LIMIT_S = 10.0
 class Agent:
     """Serves requests that need the card's drivers."""
 
-    def __init__(self, environment: Environment, node: Node) -> None:
+    def __init__(self, environment: Environment, node: Node, vop: VopCard) -> None:
         self._env = environment
         self._node = node
+        self._vop = vop
         self._server: UnixServer | None = None
 
     async def open(self) -> None:
@@ -58,6 +60,7 @@ class Agent:
             kind = await asyncio.to_thread(add_driver, msg["driver"], msg["folder"], self._env)
         except LoadError as e:
             raise OSError(errno.EINVAL, str(e)) from e
+        await self._vop.bind()
         return {"device_type": kind}
 
     async def _ping(self, msg: dict[str, Any]) -> dict[str, Any]:

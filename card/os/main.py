@@ -118,7 +118,7 @@ class Kernel:
             lambda: bool(lib.mic_fault_drops_heartbeat(self.bus.ptr)),
         )  # fmt: skip
         self.node.on_peer(lambda node, online: self._peer(client, node, online))
-        agent = Agent(environment, self.node)
+        agent = Agent(environment, self.node, vop)
         await agent.open()
         tools = ToolServers(self.node, self._facts(), self.log)
         tools.start()

@@ -296,7 +296,7 @@ class VopCard:
                 known.kick()
 
     async def _add(self, slot: dp.Slot) -> None:
-        """VOP 4.3 steps 5 to 12. A driver that fails leaves the device FAILED and known."""
+        """VOP 4.3 steps 5 to 7, then ``_bind``. A driver that fails leaves the device FAILED and known."""
         try:
             dev = VirtioDevice(self, slot)
         except OSError as e:
@@ -306,6 +306,18 @@ class VopCard:
         dev.listen()
         await dev.reset()
         dev.add_status(C["VIRTIO_ACKNOWLEDGE"])
+        await self._bind(dev)
+
+    async def bind(self) -> None:
+        """A driver was loaded: devices that wait for one get it, as when a driver registers with the kernel."""
+        async with self._scan_lock:
+            waiting = [d for d in self.devices.values() if d.status == C["VIRTIO_ACKNOWLEDGE"]]
+            if not self._closing:
+                await asyncio.gather(*(self._bind(d) for d in waiting))
+
+    async def _bind(self, dev: VirtioDevice) -> None:
+        """VOP 4.3 steps 8 to 12. Nothing, when there is no driver for it."""
+        slot = dev.slot
         make = self.drivers.get(slot.type)
         if make is None:
             dev.log.warning("no driver for this device type")

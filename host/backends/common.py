@@ -47,6 +47,7 @@ class BackendProcess(ABC):
         self.rings_ready = False
         self.announced = False
         self.driver_failed = False
+        self.found = False
         self.done = False
 
     # --- the subclass ---------------------------------------------------------------------------
@@ -177,17 +178,23 @@ class BackendProcess(ABC):
                 if self.announced:
                     self.announced = False
                     self.channel.send({"op": "driver_lost"})
-                self.notice_failure()
+                self.notice_status()
                 poller.poll()
                 drain(self.kick_fd)
             self.serve_requests()
 
-    def notice_failure(self) -> None:
-        """The card's driver gave up (FAILED in the status byte): whoever waits for the device learns it."""
-        failed = bool(self.bottom.status() & C["VIRTIO_FAILED"])
+    def notice_status(self) -> None:
+        """Whoever waits for the device learns that the card's driver gave up (FAILED in the status byte), and that
+        the card has found the device (ACKNOWLEDGE) and so far no driver for it."""
+        status = self.bottom.status()
+        failed = bool(status & C["VIRTIO_FAILED"])
         if failed != self.driver_failed:
             self.driver_failed = failed
             self.channel.send({"op": "driver_failed", "failed": failed})
+        found = status == C["VIRTIO_ACKNOWLEDGE"]
+        if found and not self.found:
+            self.channel.send({"op": "found"})
+        self.found = found
 
     def serve_requests(self) -> None:
         """Requests of the host process that are here already."""

@@ -128,7 +128,8 @@ def command(
       micemu boot
       micemu boot -n 4 --disk '/tmp/{card}.img'
       micemu boot --disk root.img:ro --net none
-      micemu boot --device vsock --device rng
+      micemu boot --device vsock
+      micemu boot --device rng --device vsock --disk none
       micemu boot mic1 --config lab.toml
     """
     if count is not None and not 1 <= count <= MAX_CARDS:

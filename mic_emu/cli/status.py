@@ -18,8 +18,8 @@ RESPONDER = "user-mode responder: ping, DHCP, TCP and UDP echo work; for all of 
 def failures(status: dict[str, Any], names: Iterable[str]) -> list[str]:
     """A sentence for each device of these cards that could not be brought up."""
     return [
-        f"{card['name']}: device {device['type']}: {device['error']}; the rest of the card runs "
-        f"(micemu log {card['name']}, then micemu reboot {card['name']})"
+        f"{card['name']}: device {device['type']}: {device['error']}; the rest of the card runs"
+        + ("" if "micemu vop" in device["error"] else f" (micemu log {card['name']}, then micemu reboot {card['name']})")
         for card in status["cards"]
         for device in card["devices"]
         if card["name"] in names and device["state"] == "failed" and device.get("error")

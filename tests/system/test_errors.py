@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mic_emu import image
-from mic_emu.testing.machine import MICEMU, Machine
+from mic_emu.testing.machine import MICEMU, Machine, eventually
 
 pytestmark = pytest.mark.system
 SMALL = ("--disk", "none", "--net", "none")
@@ -208,3 +208,38 @@ class Pump(Backend):
     assert (card["state"], [d["type"] for d in card["devices"]]) == ("online", ["console", "pump"])
     assert "pump: the device cannot be added" in machine.micemu("log", "--level", "error").stdout
     assert "python" not in machine.micemu("log").stdout.partition("online")[2]
+
+
+def test_device_without_a_driver_on_the_card(machine: Machine) -> None:
+    """The boot says which device and why, and ends; the driver that is then loaded takes the waiting device."""
+    (machine.home / "lone.py").write_text(
+        "from mic_emu.vop import Backend, Driver\n"
+        "class Lone(Backend):\n    device_type = 42\n    def process(self, chain): return 0\n"
+        "class LoneDriver(Driver):\n    device_type = 42\n    def run(self): self.wait()\n"
+    )
+    done = machine.micemu("boot", *SMALL, "--timing", "test", "--device", "lone:Lone", check=False)
+    why = "the card has no driver for virtio device type 42: micemu vop driver mic0 MODULE:CLASS loads one"
+    assert (done.returncode, done.stderr) == (
+        1, f"micemu: mic0: device lone: {why}; the rest of the card runs\n",
+    )  # fmt: skip
+    row = machine.card()["devices"][1]
+    assert (machine.card()["state"], row["state"], row["error"]) == ("online", "failed", why)
+    added = machine.micemu("vop", "add", "mic0", "--backend", "lone:Lone", check=False)
+    assert (added.returncode, added.stderr) == (1, f"micemu: mic0: lone1: {why}\n")
+    assert [d["type"] for d in machine.card()["devices"]] == ["console", "lone"]
+    machine.micemu("vop", "driver", "mic0", "lone:LoneDriver")
+    eventually(lambda: machine.card()["devices"][1]["state"] == "running", 10, "the driver takes the device")
+    assert "error" not in machine.card()["devices"][1]
+
+
+def test_hw_47_more_devices_than_vectors(machine: Machine) -> None:
+    """HW-47: known before the boot; the sentence counts the devices. With MSI, where they share one, all come up."""
+    options = ["--device", "rng", "--device", "vsock", "--net", "responder"]
+    line = refused(machine, "boot", *options, status=2)
+    assert line.startswith(
+        "micemu: mic0: 5 devices (console, net, block, rng, vsock), and a card with MSI-X has interrupt vectors for 4:"
+    )
+    assert machine.status()["host"]["pid"] is None
+    (machine.home / "msi.toml").write_text('[[card]]\nmemory = "256M"\ninterrupts = "msi"\n')
+    assert machine.micemu("boot", "--config", "msi.toml", *options).returncode == 0
+    assert [d["state"] for d in machine.card()["devices"]] == ["running"] * 5

@@ -181,7 +181,7 @@ def check_card(card: CardConfig, name: str) -> None:
     if card.interrupts == "msix" and len(wanted) > MSIX_DEVICES:
         raise UsageError(
             f"{name}: {len(wanted)} devices ({', '.join(wanted)}), and a card with MSI-X has interrupt vectors for "
-            f"{MSIX_DEVICES}: leave some away (disk = \"none\", net = \"none\"), or take interrupts = \"msi\""
+            f'{MSIX_DEVICES}: leave some away (disk = "none", net = "none"), or take interrupts = "msi"'
         )
     if card.memory < MIN_MEMORY or card.memory % (1 << 20):
         raise UsageError(f"{name}: memory: {format_size(card.memory)}: use whole MiB, at least 64M")

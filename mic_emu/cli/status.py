@@ -19,7 +19,11 @@ def failures(status: dict[str, Any], names: Iterable[str]) -> list[str]:
     """A sentence for each device of these cards that could not be brought up."""
     return [
         f"{card['name']}: device {device['type']}: {device['error']}; the rest of the card runs"
-        + ("" if "micemu vop" in device["error"] else f" (micemu log {card['name']}, then micemu reboot {card['name']})")
+        + (
+            ""
+            if "micemu vop" in device["error"]
+            else f" (micemu log {card['name']}, then micemu reboot {card['name']})"
+        )
         for card in status["cards"]
         for device in card["devices"]
         if card["name"] in names and device["state"] == "failed" and device.get("error")

@@ -258,9 +258,12 @@ class Card:
                 f"micemu boot {self.name} resets and boots it",
                 number,
             )
-        return StateError(
-            f"{self.name} is {self.cosm.state.word}: boot it first (micemu boot {self.name})", number
+        fix = (
+            f"micemu wait online {self.name} waits for it"
+            if self.cosm.state is State.BOOTING
+            else f"boot it first (micemu boot {self.name})"
         )
+        return StateError(f"{self.name} is {self.cosm.state.word}: {fix}", number)
 
     def online(self) -> Running:
         """What runs for it. Raises StateError unless it is online."""
@@ -278,6 +281,8 @@ class Card:
         """Shut down (or reset) and boot again as configured."""
         if self.is_online:
             await self.shutdown()
+        elif self.cosm.state is State.BOOTING:  # it may hang there for ever (COSM-20)
+            await self._reset_to_ready()
         await self.boot(image, self.config.ramdisk, self.config.cmdline)
 
     def _words(self) -> str:
@@ -314,7 +319,7 @@ class Card:
     async def _make_ready(self) -> None:
         """A card that is down is reset; one that is up stays, and the error says what to do."""
         if self.cosm.state in (State.SHUTTING_DOWN, State.RESET_FAILED, State.RESETTING):
-            await self._reset_and_wait()
+            await self._reset_to_ready()
         if self.cosm.state is not State.READY:
             raise StateError(
                 f"{self.name} is {self.cosm.state.word}: only a ready card can boot "
@@ -327,6 +332,11 @@ class Card:
         await self.until(
             lambda: self.cosm.state is not State.RESETTING, self.clock.limit(BOOT_LIMIT), "reset"
         )
+
+    async def _reset_to_ready(self) -> None:
+        await self._reset_and_wait()
+        if self.cosm.state is State.RESET_FAILED:
+            raise MicemuError(f"{self.name}: the firmware did not become ready after the reset", errno.EIO)
 
     async def boot_stored(self) -> None:
         """Boot what the state machine's strings name, and wait as ``boot`` does."""
@@ -385,9 +395,7 @@ class Card:
         """Reset and wait. Raises StateError when the card is ready already."""
         if self.is_ready:
             raise StateError(f"{self.name} is ready: there is nothing to reset")
-        await self._reset_and_wait()
-        if self.cosm.state is State.RESET_FAILED:
-            raise MicemuError(f"{self.name}: the firmware did not become ready after the reset", errno.EIO)
+        await self._reset_to_ready()
 
     # --- what people see ----------------------------------------------------------------------------
 

@@ -124,6 +124,9 @@ class Control:
         configs = [CardConfig(**c) for c in msg["cards"]]
         names: list[str] = msg.get("names") or [f"mic{i}" for i in range(len(configs))]
         before = set(self.instance.cards)
+        if msg.get("every"):  # nobody was named: those that are up already stay up, unless all are
+            down = [n for n in names if n not in before or self.instance.cards[n].bootable]
+            names = down or names
         for name in names:
             card = self.instance.cards.get(name)
             if card and not card.bootable:

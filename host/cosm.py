@@ -25,6 +25,7 @@ POLLIN, POLLERR, POLLHUP = 1, 8, 0x10
 HEARTBEAT_TIMEOUT = 40.0  # 30 s interval + 10 s slack (COSM 5.1)
 READY_POLLS = 45
 CONNECTED_STATES = (State.BOOTING, State.ONLINE)
+SILENT = (Event.CONNECTED, Event.STATUS)  # they wake nobody when the state stays as it is (T8, T14)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Connection(Protocol):
 class CosmDevice:
     """State, strings and connection of one card.
 
-    ``on_state`` is called after every change of the state, ``on_change`` also after a change of the
-    shutdown status alone (COSM-56). ``changes`` counts the former: a waiter that remembers the count it
+    ``on_state`` is called after every change of the state, ``on_change`` also when the shutdown status alone
+    changes or a connection comes (COSM-56). ``changes`` counts the former: a waiter that remembers the count it
     has seen cannot miss the last one (COSM-57).
     """
 
@@ -117,12 +118,14 @@ class CosmDevice:
     def _move(self, event: Event) -> None:
         new = step(self.state, event)
         old, self.state = self.state, new
-        self.changes += 1
         if old is not new:
             self.log.info(
                 f"{old.word} -> {new.word}", event="state", old=old.word, state=new.word, cause=event.value
             )
-        self._notify([*self.on_state, *self.on_change])
+        if old is not new or event not in SILENT:
+            self.changes += 1
+            self._notify(self.on_state)
+        self._notify(self.on_change)
 
     def _publish(self, status: Status, notify: bool = True) -> None:
         if status is not self.shutdown_status:

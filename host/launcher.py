@@ -149,7 +149,8 @@ class Launcher:
         gc.freeze()
         ours, theirs = socket.socketpair()
         wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
         fds = [theirs.fileno(), ready_fd]
         host = self.fork(HOST, lambda: host_main({**args, "log_fd": self.log.fd}, fds), fds)
@@ -164,8 +165,10 @@ class Launcher:
         while host in self.children:
             for fd, _ in poller.poll():
                 if fd == wake_r:
-                    os.read(wake_r, 4096)
+                    signals = os.read(wake_r, 4096)
                     self.reap(channel)
+                    if signal.SIGTERM in signals and host in self.children:
+                        os.kill(host, signal.SIGTERM)  # the end of the session, say: in order
                 elif not self.serve(channel):
                     poller.unregister(ours)
         self.finish()

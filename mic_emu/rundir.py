@@ -15,6 +15,7 @@ import grp
 import json
 import os
 import re
+import select
 import shutil
 import stat
 from collections.abc import Iterator
@@ -111,6 +112,17 @@ class ProcessId:
     def alive(self) -> bool:
         """Is that very process running?"""
         return ProcessId.of(self.pid) == self
+
+    def await_end(self, limit_s: float) -> None:
+        """Until it has ended or the time is over."""
+        try:
+            watch = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            select.select([watch], [], [], max(limit_s, 0))
+        finally:
+            os.close(watch)
 
 
 class RunDir:
@@ -257,6 +269,14 @@ class RunDir:
         goes with the instance."""
         state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
         return Path(state) / "micemu" / f"{self.instance}-crash.log"
+
+    def crash_mark(self) -> tuple[int, int] | None:
+        """Something that is another after each crash whose logs were kept."""
+        try:
+            st = self.crash_log.stat()
+        except OSError:
+            return None
+        return st.st_mtime_ns, st.st_ino
 
     def save_logs(self) -> None:
         """Keep the ends of the logs (at most 1 MiB each) as ``crash_log``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import select
 import shutil
 import sys
 import time
@@ -18,7 +17,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
-from mic_emu.rundir import ProcessId, RunDir
+from mic_emu.rundir import RunDir
 from mic_emu.sizes import parse_size
 from mic_emu.timing import PROFILES
 from mic_emu.wire import Channel
@@ -31,12 +30,13 @@ def start_host(where: RunDir, config: Config) -> None:
     from mic_emu.host import launcher
 
     where.create(config.group)
+    crash = where.crash_mark()
     fd = launcher.start(where, {"instance": where.instance, "config": config.to_dict()})
     with os.fdopen(fd, "rb") as pipe:
         line = pipe.readline()
     answer = json.loads(line) if line else {}
     if "ready" not in answer:
-        why = answer.get("error") or f"it ended at once; its last words: {where.crash_log}"
+        why = answer.get("error") or str(client.ended(where, crash, "at once"))
         raise MicemuError(f"the host process did not start: {why}")
 
 
@@ -62,17 +62,7 @@ def connect_or_start(where: RunDir, config: Config) -> Channel:
                 if time.monotonic() >= deadline:
                     raise
         # The host process was killed a moment ago. Its init cleans up, for which it needs the lock.
-        with suppress(ProcessLookupError):
-            await_end(pids.get("init") or pids["host"], deadline - time.monotonic())
-
-
-def await_end(process: ProcessId, limit_s: float) -> None:
-    """Until it has ended or the time is over. Raises ProcessLookupError when it ended before."""
-    watch = os.pidfd_open(process.pid)
-    try:
-        select.select([watch], [], [], max(limit_s, 0))
-    finally:
-        os.close(watch)
+        (pids.get("init") or pids["host"]).await_end(deadline - time.monotonic())
 
 
 def show_progress(msg: client.Message) -> None:
@@ -121,7 +111,8 @@ def command(
     """Boot cards by the real protocol and wait until they are online.
 
     Starts the emulator when it does not run. CARD names (mic0, mic1, ...) boot only these;
-    one beyond the present cards makes those below it, too, and leaves them ready.
+    one beyond the present cards makes those below it, too, and leaves them ready. Without names
+    all cards that are down boot.
 
     \b
     Examples:
@@ -145,9 +136,10 @@ def command(
         config.cards += [CardConfig() for _ in range(needed - len(config.cards))]
     if timing:
         config.timing = timing
-    from mic_emu.cli.status import failures, render
+    from mic_emu.cli.status import failures, show
 
-    names = names or [f"mic{i}" for i in range(count or len(config.cards))]
+    named = names
+    names = named or [f"mic{i}" for i in range(count or len(config.cards))]
     for name in names:
         card = config.cards[card_index(name)]
         if devices:
@@ -156,6 +148,7 @@ def command(
     request: dict[str, Any] = {
         "cards": [dataclasses.asdict(c) for c in config.cards],
         "names": names,
+        "every": not named,
         "cwd": os.getcwd(),
     }
     fresh = running is None
@@ -167,10 +160,8 @@ def command(
             if fresh:
                 _stop_empty()
             raise
-    if as_json:
-        client.emit(msg["status"])
-    else:
-        render(msg["status"])
+    show(msg["status"], named, as_json)
+    if not as_json:
         hint(msg["status"])
     failed = failures(msg["status"], names)
     for text in failed:

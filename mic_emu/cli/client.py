@@ -12,9 +12,10 @@ import click
 from mic_emu.errors import BY_NAME, MicemuError, NoSuchCard, NotRunning
 from mic_emu.rundir import RunDir
 from mic_emu.version import PROTOCOL, VERSION
-from mic_emu.wire import Channel, PeerClosed, connect_unix
+from mic_emu.wire import Channel, connect_unix
 
 Message = dict[str, Any]
+END_LIMIT_S = 10.0  # init ends what is left
 
 
 def rundir() -> RunDir:
@@ -43,18 +44,26 @@ def converse(
     channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any
 ) -> Iterator[tuple[Message, list[int]]]:
     """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
-    channel.send({"op": op, "protocol": PROTOCOL, "version": VERSION, **fields}, fds)
-    while True:
-        try:
+    where = rundir()
+    crash = where.crash_mark()
+    try:
+        channel.send({"op": op, "protocol": PROTOCOL, "version": VERSION, **fields}, fds)
+        while True:
             msg, got = channel.recv(None, f"the host's answer to {op!r}")
-        except PeerClosed:
-            raise MicemuError(
-                f"the host process ended during {op!r}; its last words: {rundir().crash_log}"
-            ) from None
-        check(msg)
-        yield msg, got
-        if msg.get("done"):
-            return
+            yield check(msg), got
+            if msg.get("done"):
+                return
+    except ConnectionError:
+        raise ended(where, crash, f"during {op!r}") from None
+
+
+def ended(where: RunDir, crash: tuple[int, int] | None, when: str) -> MicemuError:
+    """Why the host process has hung up; ``crash``: the mark of before. Waits until init has kept its logs."""
+    if init := where.read_pids().get("init"):
+        init.await_end(END_LIMIT_S)
+    if where.crash_mark() not in (None, crash):
+        return MicemuError(f"the host process ended {when}; its last words: {where.crash_log}")
+    return NotRunning(f"the emulator has stopped (instance {where.instance})")
 
 
 def check(msg: Message) -> Message:

@@ -7,7 +7,7 @@ import json
 import click
 
 from mic_emu.cli import client
-from mic_emu.errors import MicemuError, UsageError
+from mic_emu.errors import NotRunning, UsageError
 
 
 @click.command()
@@ -37,7 +37,7 @@ def command(recent: bool, count: int | None, sample: float | None) -> None:
     if recent and count and sample:
         raise UsageError("--recent --count N ends with what has happened: leave --sample or --recent away")
     seen = 0
-    channel = client.connect()
+    channel = client.connect()  # raises when nothing runs
     try:
         with channel:
             for msg, _ in client.converse(channel, "events", recent=recent, last=count, sample=sample):
@@ -47,7 +47,5 @@ def command(recent: bool, count: int | None, sample: float | None) -> None:
                 seen += 1
                 if count and seen >= count:
                     return
-    except MicemuError:
-        if not client.rundir().read_pids():
-            return  # the emulator ended, and so do its events
-        raise
+    except NotRunning:
+        return  # the emulator was stopped, and so are its events

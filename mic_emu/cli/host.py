@@ -19,7 +19,7 @@ from mic_emu.cli import client
 from mic_emu.cli.status import failures
 from mic_emu.cli.stop import kill_instance, stop_instance
 from mic_emu.config import NoCards, load
-from mic_emu.errors import MicemuError, StateError, WaitTimeout
+from mic_emu.errors import MicemuError, NotRunning, StateError, WaitTimeout
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
 
@@ -86,6 +86,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        crash = self.where.crash_mark()
         with client.connect(self.where) as events:
             events.send({"op": "events", "recent": True})
             notify(f"READY=1\nSTATUS=instance {self.where.instance}, {len(self.config.cards)} cards")
@@ -103,8 +104,14 @@ class Service:
                     self._show(events)  # what happened on the way down
                     return 0
                 if events.fileno() in ready and not self._show(events):
-                    self.say("error", f"the host process ended; its last words: {self.where.crash_log}")
-                    return 1
+                    return self._ended(crash)
+
+    def _ended(self, crash: tuple[int, int] | None) -> int:
+        """The instance has ended without us: 0 when somebody stopped it."""
+        why = client.ended(self.where, crash, "by itself")
+        stopped = isinstance(why, NotRunning)
+        self.say("info" if stopped else "error", str(why))
+        return 0 if stopped else 1
 
     def _alive(self) -> None:
         """The service manager's watchdog: only while the host process answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mic_emu.cli import client
-from mic_emu.cli.status import render
+from mic_emu.cli.status import show
 
 
 @click.command()
@@ -20,7 +20,4 @@ def command(cards: tuple[str, ...], as_json: bool) -> None:
       micemu reset mic0
     """
     status = client.ask("reset", cards=list(cards))["status"]
-    if as_json:
-        client.emit(status)
-    else:
-        render(status)
+    show(status, cards, as_json)

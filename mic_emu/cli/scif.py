@@ -13,7 +13,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.cli.bench import line
 from mic_emu.cli.flags import compiler_flags
-from mic_emu.errors import MicemuError
+from mic_emu.errors import MicemuError, NoSuchCard
 
 if TYPE_CHECKING:
     from mic_emu.scif.api import Endpoint
@@ -35,9 +35,24 @@ def _name(node: str) -> str:
     return node if not node.isdecimal() else "host" if int(node) == 0 else f"mic{int(node) - 1}"
 
 
-def _tables(node: str) -> dict[str, Any]:
+def _check_node(word: str) -> None:
+    """Raises NoSuchCard, in the words in which it was asked for."""
+    if _name(word) == "host" or os.environ.get("MICEMU_SCIF_SOCKET"):
+        return
+    if word.isdecimal():
+        nodes = len(client.cards([])) + 1
+        if int(word) >= nodes:
+            raise NoSuchCard(f"there is no SCIF node {word}; nodes: {', '.join(map(str, range(nodes)))}")
+    else:
+        client.cards([word])
+
+
+def _tables(word: str) -> dict[str, Any]:
+    """What a node says of itself; ``word``: its name or number. Raises MicemuError."""
     from mic_emu.scif.inspect import ask_tables
 
+    _check_node(word)
+    node = _name(word)
     try:
         return ask_tables(_socket(node))
     except OSError as e:
@@ -45,7 +60,7 @@ def _tables(node: str) -> dict[str, Any]:
             if node == "host":
                 client.connect().close()  # raises when nothing runs
             else:
-                client.ask("run", card=node)  # raises with the names that exist, or the card's state
+                client.ask("run", card=node)  # raises with the card's state
         raise MicemuError(f"the SCIF node of {node} does not answer: {e.strerror or e}", e.errno or 0) from e
 
 
@@ -73,7 +88,13 @@ def command(ctx: click.Context, cflags: bool, libs: bool) -> None:
 @command.command()
 @client.json_option
 def nodes(as_json: bool) -> None:
-    """List the online nodes as this process sees them."""
+    """List the online nodes as this process sees them.
+
+    \b
+    Examples:
+      micemu scif nodes
+      micemu run mic0 -- micemu scif nodes
+    """
     table = _tables("host")
     rows = [
         {"node": n, "name": "host" if n == 0 else f"mic{n - 1}", "self": n == table["node"]}
@@ -94,8 +115,15 @@ def _peer(ep: dict[str, Any]) -> str:
 @click.argument("node", default="host")
 @client.json_option
 def endpoints(node: str, as_json: bool) -> None:
-    """Show the endpoints of a node (host, mic0, ..., or its number) with their owners; pid 0 is the node itself."""
-    table = _tables(_name(node))
+    """Show the endpoints of a node (host, mic0, ..., or its number) with their owners; pid 0 is the node itself.
+
+    \b
+    Examples:
+      micemu scif endpoints
+      micemu scif endpoints mic0
+      micemu scif endpoints 1 --json
+    """
+    table = _tables(node)
     if as_json:
         client.emit(table)
         return
@@ -108,8 +136,13 @@ def endpoints(node: str, as_json: bool) -> None:
 @click.argument("node", default="host")
 @client.json_option
 def windows(node: str, as_json: bool) -> None:
-    """Show the registered windows of a node (host, mic0, ..., or its number)."""
-    table = _tables(_name(node))
+    """Show the registered windows of a node (host, mic0, ..., or its number).
+
+    \b
+    Examples:
+      micemu scif windows mic0
+    """
+    table = _tables(node)
     rows = [{"pid": ep["pid"], "port": ep["port"], **w} for ep in table["endpoints"] for w in ep["windows"]]
     if as_json:
         client.emit({"registered_bytes": table["registered_bytes"], "windows": rows})

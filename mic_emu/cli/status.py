@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -63,6 +63,15 @@ def render(status: dict[str, Any]) -> None:
             )
 
 
+def show(status: dict[str, Any], names: Sequence[str], as_json: bool) -> None:
+    """Print the cards that are named; none: all."""
+    status["cards"] = client.select(status["cards"], names)
+    if as_json:
+        client.emit(status)
+    else:
+        render(status)
+
+
 @click.command()
 @client.cards_argument
 @client.json_option
@@ -84,8 +93,4 @@ def command(cards: tuple[str, ...], as_json: bool) -> None:
             client.emit({"schema": 1, "host": {"pid": None}, "cards": []})
             raise click.exceptions.Exit(3) from None
         raise
-    status["cards"] = client.select(status["cards"], cards)
-    if as_json:
-        client.emit(status)
-    else:
-        render(status)
+    show(status, cards, as_json)

@@ -61,7 +61,12 @@ def sweep_dead(where: RunDir) -> None:
 @click.command()
 @click.option("--force", is_flag=True, help="Kill everything at once; always works.")
 @click.option(
-    "--timeout", type=float, default=30.0, show_default=True, metavar="SECONDS", help="How long to wait."
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait.",
 )
 @client.json_option
 def command(force: bool, timeout: float, as_json: bool) -> None:

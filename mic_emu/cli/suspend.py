@@ -9,7 +9,12 @@ from mic_emu.cli.status import render
 
 
 @click.command()
-@click.option("--timeout", type=float, metavar="SECONDS", help="How long a card may take until it is reset.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long a card may take until it is reset.",
+)
 @client.json_option
 def command(timeout: float | None, as_json: bool) -> None:
     """Take every card down before the host sleeps; never refused.

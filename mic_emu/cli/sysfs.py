@@ -34,14 +34,25 @@ def full(path: str) -> str:
 
 
 @command.command()
-def ls() -> None:
-    """List every file with its mode.
+@click.argument("path", default="")
+def ls(path: str) -> None:
+    """List the files below PATH, or all, each with its mode.
 
     \b
     Examples:
       micemu sysfs ls
+      micemu sysfs ls mic0
+      micemu sysfs ls kernel/debug
     """
-    for path, (mode, _) in sorted(client.ask("sysfs_list")["files"].items()):
+    top = full(path)
+    files = {
+        p: mode
+        for p, (mode, _) in sorted(client.ask("sysfs_list")["files"].items())
+        if not path or p == top or p.startswith(f"{top}/")
+    }
+    if not files:
+        client.ask("sysfs_read", path=top)  # raises, and says why there is none
+    for path, mode in files.items():
         target = f" -> {client.ask('sysfs_read', path=path)['data']}" if stat.S_ISLNK(mode) else ""
         click.echo(f"{stat.S_IMODE(mode):04o} {path}{target}")
 
@@ -94,6 +105,11 @@ def mount(directory: str, foreground: bool) -> None:
 
     where = client.rundir()
     client.connect(where).close()
+    if server.is_mounted(directory):
+        raise MicemuError(
+            f"{directory}: a tree of micemu is mounted there already (micemu sysfs umount {directory} takes it away)",
+            errno.EBUSY,
+        )
     try:
         server.run(directory, where.control, foreground)
     except OSError as e:

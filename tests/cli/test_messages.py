@@ -102,6 +102,13 @@ def test_devices_and_mounts_that_are_not_there(machine: Machine, tmp_path: Path)
     assert said(machine, "vop", "remove", "mic0", "tape") == (
         4, "micemu: mic0 is ready: boot it first (micemu boot mic0)\n"
     )  # fmt: skip
+    for words in (["suspend", "--timeout", "-1"], ["stop", "--timeout", "-1"]):
+        status, text = said(machine, *words)
+        assert (status, "-1.0 is not in the range x>=0" in text) == (2, True)
+    assert said(machine, "sysfs", "ls", "mic3") == (6, "micemu: there is no card mic3; cards: mic0\n")
+    listed = machine.micemu("sysfs", "ls", "mic0/power").stdout.splitlines()
+    assert "0644 class/mic/mic0/power/control" in listed
+    assert all(" class/mic/mic0/power/" in line for line in listed)
     status, text = said(machine, "sysfs", "umount", str(tmp_path))
     assert (status, f"{tmp_path}: no tree of micemu is mounted there" in text) == (1, True)
 
@@ -154,7 +161,9 @@ def test_nodes_by_number(machine: Machine) -> None:
     for number in (0, 1):
         assert machine.json("scif", "endpoints", str(number))["node"] == number
         assert machine.json("scif", "windows", str(number))["windows"] == []
-    assert said(machine, "scif", "endpoints", "2") == (6, "micemu: there is no card mic1; cards: mic0\n")
+    for words in ("endpoints", "7"), ("windows", "2"):
+        missing = f"micemu: there is no SCIF node {words[1]}; nodes: 0, 1\n"
+        assert said(machine, "scif", *words) == (6, missing)
 
 
 def test_kernel_log_has_the_times_of_the_log(machine: Machine) -> None:

@@ -414,6 +414,21 @@ async def test_cosm_59_suspend_resets_what_runs_and_is_never_refused(state: Stat
     assert "start" not in lab.ops.calls[calls:]
 
 
+async def test_cosm_47_56_messages_that_change_no_state_wake_nobody() -> None:
+    """T8, T14: a client that connects again while online, a status while the card is shutting down."""
+    lab = Lab()
+    ep = await lab.online()
+    ep.hang_up()
+    await settle()
+    again = await lab.connect()
+    assert lab.seen == ("online", "nop")
+    assert (lab.wakes, lab.dev.changes) == (2, 2)  # booting, online
+    await lab.dev.shutdown()
+    await lab.run_down(again, Status.POWEROFF)
+    assert lab.seen == ("shutting_down", "poweroff")
+    assert (lab.wakes, lab.dev.changes) == (3, 3)
+
+
 async def test_cosm_56_57_state_changes_wake_and_the_last_one_is_never_lost() -> None:
     """One wake per state set, none for a status alone; the count tells a late waiter that it missed some."""
     lab = Lab()

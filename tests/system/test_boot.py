@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +148,94 @@ def test_second_boot_of_an_online_card_is_refused(machine: Machine) -> None:
         "micemu: mic0 is online already: micemu reboot mic0 restarts it"
     ]
     assert machine.card()["pids"] == pids
+
+
+def test_commands_show_the_cards_that_they_were_given(machine: Machine) -> None:
+    """Without names all cards that are down boot, and those that are up stay as they are."""
+    before = machine.boot("-n", "2", "--disk", "none", "--net", "none")["cards"]
+
+    def shown(*words: str) -> list[tuple[str, str]]:
+        return [(c["name"], c["state"]) for c in machine.json(*words)["cards"]]
+
+    assert shown("reset", "mic1") == [("mic1", "ready")]
+    assert shown("boot", "mic1") == [("mic1", "online")]
+    assert shown("shutdown", "mic1") == [("mic1", "ready")]
+    assert shown("boot", "-n", "3") == [("mic0", "online"), ("mic1", "online"), ("mic2", "online")]
+    assert shown("reboot", "mic1", "mic2") == [("mic1", "online"), ("mic2", "online")]
+    assert machine.card()["pids"] == before[0]["pids"]
+
+
+def test_cosm_20_reboot_of_a_card_that_hangs_in_booting(machine: Machine) -> None:
+    """A board that is stopped boots nothing; run says what to do, and reboot resets before it boots."""
+    board = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["board"]
+    machine.micemu("reset")
+    os.kill(board, signal.SIGSTOP)
+    machine.micemu("sysfs", "write", "mic0/state", "boot")
+    refused = machine.micemu("run", "mic0", "--", "true", check=False)
+    assert (refused.returncode, refused.stderr) == (
+        4, "micemu: mic0 is booting: micemu wait online mic0 waits for it\n",
+    )  # fmt: skip
+    rebooting = machine.popen("reboot", "mic0")
+    machine.micemu("wait", "resetting")
+    os.kill(board, signal.SIGCONT)
+    assert rebooting.wait(60) == 0
+    assert machine.card()["state"] == "online"
+
+
+def test_cosm_38_a_reset_that_fails_is_named_by_whoever_wanted_it(machine: Machine) -> None:
+    """reset_failed: exit status 1 and why, also of boot and reboot; the board works again, and so does boot."""
+    board = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["board"]
+    os.kill(board, signal.SIGSTOP)
+    for command in ("reset", "boot", "reboot"):
+        failed = machine.micemu(command, "mic0", check=False)
+        assert (failed.returncode, failed.stderr) == (
+            1, "micemu: mic0: the firmware did not become ready after the reset\n",
+        )  # fmt: skip
+        assert machine.card()["state"] == "reset_failed"
+    os.kill(board, signal.SIGCONT)
+    assert machine.boot()["cards"][0]["state"] == "online"
+
+
+def everybody(machine: Machine) -> list[int]:
+    """Process ids of the instance, those of its commands left out."""
+    mark, found = str(machine.home).encode(), []
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if (
+                re.match(r"micemu-|mic\d", comm.read_text())
+                and mark in (comm.parent / "environ").read_bytes()
+            ):
+                found.append(int(comm.parent.name))
+    return found
+
+
+def connected(pid: int) -> bool:
+    """Has a command a socket?"""
+    with suppress(OSError):
+        return any(os.readlink(fd).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@pytest.mark.parametrize("told", ["init", "host", "all"])
+def test_sigterm_ends_the_instance_in_order(machine: Machine, told: str) -> None:
+    """SIGTERM to init, to the host process, or to all processes at once, as at the end of a session: nothing is left,
+    and who waits is told that the emulator has stopped, not of a crash."""
+    host = machine.boot("--disk", "none", "--net", "none")["host"]
+    waiting = machine.popen("wait", "crashed", stderr=subprocess.PIPE, text=True)
+    events = machine.popen("events", "--recent", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert events.stdout
+    events.stdout.readline()
+    eventually(lambda: connected(waiting.pid), 10, "the connection of wait")
+    for pid in everybody(machine) if told == "all" else [host["init" if told == "init" else "pid"]]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    _, said = waiting.communicate(timeout=30)
+    assert (waiting.returncode, said) == (3, "micemu: the emulator has stopped (instance default)\n")
+    _, said = events.communicate(timeout=30)
+    assert (events.returncode, said) == (0, "")
+    eventually(lambda: not machine.run_dir.exists(), 10, "the end of the run directory")
+    assert not list((machine.home / "state").rglob("*crash*"))
+    machine.check_clean()
 
 
 def test_reboot_gives_a_new_card_os_on_the_same_board(machine: Machine) -> None:

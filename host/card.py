@@ -21,7 +21,7 @@ from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, check_classes
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.faults import CardFaults, configured
-from mic_emu.host.network import Network
+from mic_emu.host.network import Network, addresses
 from mic_emu.host.policy import Policy
 from mic_emu.host.running import Running
 from mic_emu.host.spawn import Spawner
@@ -446,7 +446,7 @@ class Card:
             "boots": self.boots,
             "crashes": self.crashes,
             "post_code": self.post_code,
-            "addresses": {"host": f"172.31.{self.index + 1}.254", "card": f"172.31.{self.index + 1}.1"},
+            "addresses": addresses(self.index),
             "run_dir": str(self.dir),
         }
 

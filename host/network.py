@@ -84,6 +84,14 @@ class Network:
             self._ns = None
 
 
+def addresses(index: int) -> dict[str, str]:
+    """Both ends of a card's network, as ``status --json`` shows them."""
+    return {
+        "host": host_address(index).partition("/")[0], "card": card_address(index).partition("/")[0],
+        "host_mac": host_mac(index), "card_mac": card_mac(index),
+    }  # fmt: skip
+
+
 def card_mac(index: int) -> str:
     """The card's hardware address: locally administered, the same at every boot."""
     return f"02:4d:49:43:{index:02x}:01"

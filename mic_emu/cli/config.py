@@ -18,7 +18,12 @@ SIZES = ("memory", "disk_size", "host_memory")
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Show the configuration in force."""
+    """Show the configuration in force.
+
+    \b
+    Examples:
+      micemu config show
+    """
 
 
 def toml(plain: dict[str, Any]) -> str:

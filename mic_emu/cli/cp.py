@@ -71,7 +71,8 @@ def copy(source: str, target: str) -> None:
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="SOURCE... TARGET")
-def command(words: tuple[str, ...]) -> None:
+@click.option("-r", "recursive", is_flag=True, help="Accepted for scp's sake: folders are always copied.")
+def command(words: tuple[str, ...], recursive: bool) -> None:
     """Copy files and folders to, from and between cards; CARD:PATH names a place on a card.
 
     Relative paths on a card count from the working directory, which a card shares with its caller; /tmp on

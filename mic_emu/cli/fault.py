@@ -21,6 +21,13 @@ def command() -> None:
     A fault is a filter: it looks at events of one sort (doorbells, DMA descriptors, disk requests, frames,
     heartbeats) and acts on some. Filters act in the order in which they were added, and live until they are
     removed, have acted --count times, or the emulator stops: a reset or boot of the card does not touch them.
+
+    \b
+    Examples:
+      micemu fault kinds
+      micemu fault add mic0 packet-loss --rate 0.1
+      micemu fault list
+      micemu fault remove mic0 --all
     """
 
 

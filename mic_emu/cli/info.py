@@ -158,8 +158,8 @@ def command(cards: tuple[str, ...], groups: tuple[str, ...], as_json: bool) -> N
     click.echo(f"micinfo Utility Log\nCreated On {time.strftime('%a %b %d %H:%M:%S %Y')}")
     if "system" in chosen and facts:
         section("System Info", system(facts[0]), 0)
-    for number, f in enumerate(facts):
-        click.echo(f"\nDevice No: {number}, Device Name: {f.card['name']} [x100]")
+    for f in facts:
+        click.echo(f"\nDevice No: {f.card['name'][3:]}, Device Name: {f.card['name']} [x100]")
         for group in chosen:
             if group != "system":
                 title, make = SECTIONS[group]

@@ -28,6 +28,8 @@ EPERM, EAGAIN, BAD_OPTION, BAD_CARD, BAD_TIMEOUT = 1, 11, 0x80 | 22, 2, 3
 MAX_TIMEOUT_S = 30 * 60
 # MPSS 3 has other words for two states, and "lost" for a crash (COSM 13.7).
 _WORDS = {"shutting_down": "shutdown", "reset_failed": "reset failed"}
+# What these set is a key of the one configuration file, which is the administrator's to edit.
+_IN_THE_FILE = {"--autoboot": "autoboot = true or false", "--network": "net"}
 _REFUSED = (
     "--resetdefaults", "--resetconfig", "--cleanconfig", "--addbridge", "--modbridge", "--delbridge",
     "--mac", "--hostkeys", "--sshkeys", "--useradd", "--adduser", "--userdel", "--deluser",
@@ -36,6 +38,12 @@ _REFUSED = (
     "--base", "--commondir", "--micdir", "--overlay", "--rpmdir", "--osimage", "--pm", "--cgroup",
     "--syslog", "--service",
 )  # fmt: skip
+
+
+def _table(lines: dict[str, str], indent: int) -> None:
+    """Rows of ``--config``."""
+    for name, value in lines.items():
+        print(f"{' ' * indent}{name + ':':<20} {value}")
 
 
 class Refused(Exception):
@@ -78,7 +86,13 @@ class Mpss:
                 raise Refused(
                     "  [Error] the configuration is the emulator's: see micemu config show", BAD_OPTION
                 )
-            elif name in _REFUSED or (name in ("--autoboot", "--network") and value):
+            elif name in _IN_THE_FILE and value:
+                raise Refused(
+                    f"  [Error] {name} shows and does not set: write {_IN_THE_FILE[name]} into the card's [[card]] table "
+                    "of the configuration (micemu config show)",
+                    EPERM,
+                )
+            elif name in _REFUSED:
                 raise Refused(f"  [Error] {name} cannot be emulated; see micemu --help for what can", EPERM)
             elif name in self.commands and not self.command:
                 self.command = name
@@ -152,7 +166,7 @@ class Mpss:
         """The cards that exist, in order; in place of each other one a line."""
         for row in rows:
             if row["state"] is None:
-                print(f"{row['name']}: {verdict} - non existent MIC device")
+                print(f"  [Error] {row['name']}: {verdict} - non existent MIC device")
             else:
                 yield row
 
@@ -241,10 +255,13 @@ class Mpss:
 
     # --- configuration --------------------------------------------------------------------------------
 
-    def _configs(self, rows: list[Card]) -> list[tuple[Card, dict[str, Any]]]:
-        """Each card with its configuration, and None as its state when there is no such card."""
-        known: list[dict[str, Any]] = client.ask("config")["config"]["card"]
-        return [(r, known[int(r["name"][3:])]) for r in rows if r["state"] is not None]
+    def _configs(self, rows: list[Card]) -> Iterator[tuple[Card, dict[str, Any]]]:
+        """Each card that exists with its configuration."""
+        known: list[dict[str, Any]] = (
+            client.ask("config")["config"]["card"] if len(rows) > self._missing(rows) else []
+        )
+        for row in self._existing(rows, "Config aborted"):
+            yield row, known[int(row["name"][3:])]
 
     def config(self, rows: list[Card]) -> int:
         for row, config in self._configs(rows):
@@ -255,28 +272,37 @@ class Mpss:
                 "Config Version": "1.1", "Linux Kernel": config["image"] or "built-in micos", "Map File": "Not configured",
                 "Family": "x100", "MPSSVersion": "3.x", "BootOnStart": "Enabled" if config["autoboot"] else "Disabled",
                 "Shutdowntimeout": "300 seconds", "ExtraCommandLine": config["cmdline"] or "Not configured",
-                "PowerManagment": "Not configured", "Root Device": "Dynamic Ram Filesystem", "Network": "Static Pair",
-                "Hostname": row["name"], "MIC IP": address["card"], "Host IP": address["host"], "Net Bits": "24",
-                "NetMask": "255.255.255.0", "Cgroup Memory": "Disabled", "Console": "hvc0", "VerboseLogging": "Disabled",
-                "CrashDump": "Not configured",
+                "PowerManagment": "Not configured", "Root Device": "Dynamic Ram Filesystem",
             }  # fmt: skip
-            for name, value in lines.items():
-                pad = (
-                    "        " if name in ("Hostname", "MIC IP", "Host IP", "Net Bits", "NetMask") else "    "
-                )
-                print(f"{pad}{name + ':':<20} {value}")
-        return len(rows) - len(self._configs(rows))
+            network = {
+                "Hostname": row["name"], "MIC IP": address["card"], "Host IP": address["host"], "Net Bits": "24",
+                "NetMask": "255.255.255.0", "MtuSize": "1500", "MIC MAC": address["card_mac"],
+                "Host MAC": address["host_mac"],
+            }  # fmt: skip
+            rest = {
+                "LDAP": "Not configured", "NIS": "Not configured", "Cgroup Memory": "Disabled", "Console": "hvc0",
+                "VerboseLogging": "Disabled", "CrashDump": "Not configured",
+            }  # fmt: skip
+            _table(lines, 4)
+            has_network = config["net"] != "none"
+            _table({"Network": "Static Pair" if has_network else "Not configured"}, 4)
+            _table(network if has_network else {}, 8)
+            _table(rest, 4)
+        return self._missing(rows)
 
     def autoboot(self, rows: list[Card]) -> int:
         for row, config in self._configs(rows):
             print(f"{row['name']}:\tBootOnStart: {'enabled' if config['autoboot'] else 'disabled'}")
-        return 0
+        return self._missing(rows)
 
     def network(self, rows: list[Card]) -> int:
-        for row, _ in self._configs(rows):
-            address = row["addresses"]
+        for row, config in self._configs(rows):
+            if config["net"] == "none":
+                print(f"{row['name']}: Not configured")
+                continue
+            at = row["addresses"]
             print(
                 f"{row['name']}: StaticPair\n    Hostname: {row['name']}\n"
-                f"    Mic ({address['card']})\n    Host ({address['host']})"
+                f"    Mic ({at['card_mac']} {at['card']})\n    Host ({at['host_mac']} {at['host']})"
             )
-        return 0
+        return self._missing(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,11 @@ def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
     assert image
     code, out, _ = micctrl(machine, "--status")
     assert (code, out.startswith("mic0: online (mode: linux image: /")) == (0, True)
-    assert micctrl(machine, "--reset", "mic3") == (1, "mic3: Reset aborted - non existent MIC device\n", "")
+    assert micctrl(machine, "--reset", "mic3") == (
+        1,
+        "  [Error] mic3: Reset aborted - non existent MIC device\n",
+        "",
+    )
     assert micctrl(machine, "--shutdown", "-w")[1].splitlines()[0] == "mic0: Shutting down"
     machine.micemu("wait", "ready")
     assert micctrl(machine, "--reset") == (1, "  [Error] mic0 Reset failed - card state ready\n", "")
@@ -83,10 +88,46 @@ def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
     machine.micemu("wait", "crashed")
     assert micctrl(machine, "--status")[1] == "mic0: lost\n"
-    assert "BootOnStart" in micctrl(machine, "--config")[1]
     machine.micemu("reset")
     machine.micemu("stop")
     assert micctrl(machine, "-s")[0] == 3
+
+
+def test_cosm_11_6_configuration_is_shown_and_not_set(machine: Machine) -> None:
+    """--config, --network and --autoboot show what is in force, also that there is no network; a card that is missing is
+    an error of each; what would set is refused with the key that does."""
+    (machine.home / "c.toml").write_text(
+        '[[card]]\nmemory = "64M"\nnet = "responder"\ndisk = "none"\n'
+        '[[card]]\nmemory = "64M"\nnet = "none"\ndisk = "none"\nautoboot = false\ncmdline = "debug"\n'
+    )
+    machine.micemu("host", "--config", "c.toml")
+    code, out, _ = micctrl(machine, "--config")
+    first, second = (dict(re.findall(r"^ +([\w ]+): +(.*)$", t, re.M)) for t in out.split("mic1:\n"))
+    assert code == 0
+    assert (first["BootOnStart"], first["Network"], first["MIC IP"]) == (
+        "Enabled",
+        "Static Pair",
+        "172.31.1.1",
+    )
+    assert (first["MIC MAC"], first["Host MAC"]) == ("02:4d:49:43:00:01", "02:4d:49:43:00:fe")
+    assert (second["BootOnStart"], second["Network"], second["ExtraCommandLine"]) == (
+        "Disabled", "Not configured", "debug",
+    )  # fmt: skip
+    assert "MIC IP" not in second
+    assert micctrl(machine, "--autoboot", "mic1") == (0, "mic1:\tBootOnStart: disabled\n", "")
+    code, out, _ = micctrl(machine, "--network")
+    assert (code, out.splitlines()) == (
+        0,
+        ["mic0: StaticPair", "    Hostname: mic0", "    Mic (02:4d:49:43:00:01 172.31.1.1)",
+         "    Host (02:4d:49:43:00:fe 172.31.1.254)", "mic1: Not configured"],
+    )  # fmt: skip
+    for command in ("--config", "--autoboot", "--network"):
+        missing = "  [Error] mic7: Config aborted - non existent MIC device\n"
+        assert micctrl(machine, command, "mic7") == (1, missing, "")
+    code, out, _ = micctrl(machine, "--autoboot=no")
+    assert (code, "write autoboot = true or false into the card's [[card]] table" in out) == (1, True)
+    assert micctrl(machine, "--network=dhcp")[0] == 1
+    assert "Device No: 1, Device Name: mic1 [x100]" in machine.micemu("info", "mic1").stdout
 
 
 def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) -> None:
@@ -108,7 +149,7 @@ def test_cosm_71_72_73_74_info_check_cp_shell(machine: Machine, tmp_path: Path) 
     (folder / "run me").chmod(0o755)
     machine.micemu("cp", str(folder), "mic0:/tmp/there")
     assert machine.on_card("/tmp/there/run me").stdout == "ran\n"
-    machine.micemu("cp", "mic0:/tmp/there/x", "mic1:/tmp")
+    machine.micemu("cp", "-r", "mic0:/tmp/there/x", "mic1:/tmp")
     machine.micemu("cp", "mic1:/tmp/x", str(tmp_path / "back"))
     assert (tmp_path / "back").read_bytes() == (folder / "x").read_bytes()
     missing = machine.micemu("cp", "mic0:/tmp/none", ".", check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -92,6 +93,69 @@ def test_every_command_has_an_example_that_runs(command: str):
     assert any(re.search(rf"\bmicemu\s+(--\w+ \S+ )?{words}\b", line) for line in typed), (
         f"no example of micemu{command}"
     )
+
+
+MICCTRL = (
+    "-s",
+    "-b",
+    "-r",
+    "-S",
+    "-w",
+    "-R",
+    "--boot",
+    "--reset",
+    "--status",
+    "--wait",
+    "--config",
+    "--autoboot",
+    "--network",
+)
+
+
+@pytest.mark.parametrize("option", MICCTRL)
+def test_every_option_of_micctrl_has_an_example_that_runs(option: str):
+    typed = [s.command for s in steps((DOCS / "commands.md").read_text()) if isinstance(s, Step)]
+    assert any(re.search(rf"\bmicctrl\b[^&]* {option}\b", line) for line in typed)
+
+
+def examples(command: str) -> list[str]:
+    """The lines below ``Examples:`` in its help."""
+    context, group = click.Context(cli), cli
+    for word in command.split():
+        found = group.get_command(context, word)
+        assert found
+        group = found  # type: ignore[assignment]
+    _, _, text = (group.help or "").partition("Example")
+    return [line.strip() for line in text.splitlines()[1:] if line.strip()]
+
+
+MICEMU = re.compile(r"(?:^|[ (])micemu (.*?)(?: [|<>&] | && |\)|  |$)")
+
+
+def parse(words: list[str]) -> None:
+    """What click makes of an example, without doing it. Raises click.UsageError."""
+    command: click.Command = cli
+    context, name = None, "micemu"
+    while True:
+        context = command.make_context(name, list(words), parent=context)
+        words = [*getattr(context, "_protected_args", []), *context.args]  # of a group: its command
+        if not isinstance(command, click.Group) or not words:
+            return
+        name = words.pop(0)
+        found = command.get_command(context, name)
+        assert found, f"no command {name}"
+        command = found
+
+
+@pytest.mark.parametrize("command", list(commands(cli)))
+def test_every_help_has_examples_that_parse(command: str, monkeypatch: pytest.MonkeyPatch):
+    """They are on the site, and people copy them. Files and folders are the reader's."""
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)
+    lines = examples(command)
+    assert lines
+    for line in lines:
+        for typed in MICEMU.findall(line):
+            parse(shlex.split(typed))
 
 
 def test_backend_with_its_test_takes_fewer_than_fifty_lines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class Admin:
         self.instance = instance
         self.sysfs = Sysfs(instance)
         self.suspended: set[str] = set()  # cards that a resume boots again
-        self._metrics: asyncio.AbstractServer | None = None
+        self._metrics: list[asyncio.AbstractServer] = []
         self._rotation: asyncio.Task[None] | None = None
         self.requests: dict[str, Request] = {
             "sysfs_list": self._sysfs_list, "sysfs_read": self._sysfs_read, "sysfs_write": self._sysfs_write,
@@ -45,16 +46,23 @@ class Admin:
         }  # fmt: skip
 
     async def open(self) -> None:
-        """Serve the metrics socket, ``metrics.sock`` in the run directory."""
+        """Serve the metrics: ``metrics.sock`` in the run directory, and a loopback port if one is configured.
+        Raises MicemuError."""
         path = self.instance.rundir.path / "metrics.sock"
-        self._metrics = await asyncio.start_unix_server(self._scrape, str(path))
+        self._metrics.append(await asyncio.start_unix_server(self._scrape, str(path)))
         restrict(path)
+        if port := self.instance.config.metrics_port:
+            try:
+                self._metrics.append(await asyncio.start_server(self._scrape, "127.0.0.1", port))
+            except OSError as e:
+                why = os.strerror(e.errno or errno.EIO)
+                raise MicemuError(f"metrics_port {port} cannot be had: {why}", e.errno or errno.EIO) from e
         self._rotation = asyncio.ensure_future(keep_small(self.instance.rundir.log, self.instance.log))
 
     async def close(self) -> None:
         """Stop serving."""
-        if self._metrics:
-            self._metrics.close()
+        for server in self._metrics:
+            server.close()
         if self._rotation:
             self._rotation.cancel()
 

@@ -74,6 +74,7 @@ class Config:
     timing: str = "fast"
     host_memory: int = 16 << 30
     group: str = ""  # whose members may use the instance's sockets, by name or number
+    metrics_port: int = 0  # of the loopback address, for a Prometheus server; 0: none
     cards: list[CardConfig] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,6 +210,8 @@ def load(path: Path | None, cards: int | None = None) -> Config:
             raise UsageError(f"{path} is not valid TOML: {e}") from e
         base = path.resolve().parent
         _set(config, plain, str(path), base, also=("card",))
+        if not 0 <= config.metrics_port <= 65535:
+            raise UsageError(f"{path}: metrics_port: {config.metrics_port}: use 1 to 65535, or 0 for none")
         tables = plain.get("card", [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
             below = (

@@ -24,7 +24,8 @@ def said(machine: Machine, *args: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour = 1", "unknown key 'colour'; known keys: card, group, host_memory, timing"),
+        ("colour = 1", "unknown key 'colour'; known keys: card, group, host_memory, metrics_port, timing"),
+        ("metrics_port = 70000", "metrics_port: 70000: use 1 to 65535, or 0 for none"),
         ('[[cards]]\nmemory = "1G"', "unknown key 'cards'; did you mean 'card'?"),
         ('[[card]]\nheartbeat = "yes"', "[[card]] number 1 (mic0): heartbeat: 'yes' is not true or false"),
         ("[[card]]\ndisk = 7", "[[card]] number 1 (mic0): disk: 7 is not a string: write it in quotes"),

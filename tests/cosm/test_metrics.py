@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,6 +45,29 @@ def scrape(machine: Machine) -> tuple[str, dict[str, str], dict[Key, float]]:
     kind = re.search(r"(?im)^content-type: (.*?)\r?$", head)
     assert kind
     return kind[1], {f.name: f.type for f in families}, values
+
+
+def test_metrics_on_a_loopback_port(machine: Machine) -> None:
+    """metrics_port: the same text over TCP, on 127.0.0.1 alone; a port that is taken keeps the emulator from starting."""
+    with socket.socket() as port:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))  # nobody else gets it; who listens on it may
+        number = port.getsockname()[1]
+        config = machine.home / "m.toml"
+        config.write_text(f'metrics_port = {number}\n[[card]]\nmemory = "64M"\ndisk = "none"\nnet = "none"\n')
+        machine.micemu("boot", "--config", "m.toml")
+        with urllib.request.urlopen(f"http://127.0.0.1:{number}/metrics", timeout=20) as answer:
+            assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+            names = {f.name for f in text_string_to_metric_families(answer.read().decode())}
+        assert names >= COVERED - {"micemu_device_stats"}
+        assert f"metrics_port = {number}\n" in machine.micemu("config", "show").stdout
+        machine.micemu("stop")
+        port.listen()
+        refused = machine.micemu("boot", "--config", "m.toml", check=False)
+        assert refused.returncode == 1
+        assert f"metrics_port {number} cannot be had: Address already in use" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert machine.status()["host"]["pid"] is None
 
 
 def total(values: dict[Key, float], name: str, **labels: str) -> float:

@@ -68,7 +68,7 @@ fuzz: build ## libFuzzer targets and those of the Python parsers, SECONDS_EACH (
 	$(BIN)/python tests/fuzz/fuzzer.py $(or $(SECONDS_EACH),60)
 
 soak: build ## the long runs
-	MICEMU_SOAK=1 $(BIN)/python -m pytest -q -m soak --timeout 3600
+	MICEMU_SOAK=1 $(BIN)/python -m pytest -q -rP -m soak --timeout 3600
 
 bench: build ## speed against limits of this machine, in one run
 	$(BIN)/micemu bench

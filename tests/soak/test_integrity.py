@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 from drill import Control, Holdings
 from phases import LAST, PHASES, Contract, Phase, shuffled
-from workers import MAY_FAIL, MAY_TEAR, NAMES, STREAMS, Dma, HotPlug, Load, Progress, Worker, describe
+from workers import MAY_FAIL, MAY_TEAR, NAMES, STREAMS, Dma, HotPlug, Load, Progress, Worker, describe, pace
 
 from mic_emu.testing.machine import Machine, eventually
 
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.system
 SECONDS = float(os.environ.get("MICEMU_SOAK_SECONDS", "600"))
 SEED = int(os.environ.get("MICEMU_SOAK_SEED", "1"))
 CARDS = 2
+PLUGS = tuple(f"hot-plug mic{i}" for i in range(CARDS))
+KEPT = 0.95  # of the hot-plugs that were due, in the long run
 STUCK_S = 60.0  # without a single round of a worker: it hangs
 FIRST_USE = [p for p in PHASES if p.kind == "disk-delay"]  # a backend keeps the timer that it makes then
 DISK_MAY = {Contract.DISK_FAILS: MAY_FAIL, Contract.DISK_TEARS: MAY_TEAR}
@@ -36,9 +38,11 @@ class Soak:
         self.phase: object = "no fault yet"
         self.number = 0
         self.hits: dict[str, int] = {}
+        self.kept = 0.0  # share of the due hot-plugs, known at the end
         self.load = Load(machine, seed)
-        self.plug, self.dma = HotPlug(machine, seed), Dma(machine, seed)
-        self.threads: tuple[Worker, ...] = (self.plug, self.dma)
+        self.plugs = [HotPlug(machine, seed, i, CARDS, lambda: self.phase) for i in range(CARDS)]
+        self.dma = Dma(machine, seed)
+        self.threads: tuple[Worker, ...] = (*self.plugs, self.dma)
         for thread in self.threads:
             thread.start()
 
@@ -62,7 +66,7 @@ class Soak:
             )
         return rows
 
-    def everybody_moves(self, names: tuple[str, ...] = (*NAMES, "hot-plug", "dma")) -> None:
+    def everybody_moves(self, names: tuple[str, ...] = (*NAMES, *PLUGS, "dma")) -> None:
         """Each worker ends two rounds from now on: what it began before is behind it."""
         before = self.check()
 
@@ -132,18 +136,22 @@ class Soak:
         eventually(lambda: not self.dma.is_alive(), STUCK_S, f"{self.where()}: the halt of the channel")
         assert self.dma.halted, f"{self.where()}: {self.dma.failure!r}"
         assert self.dma.channel.halted
-        self.everybody_moves((*NAMES, "hot-plug"))
+        self.everybody_moves((*NAMES, *PLUGS))
 
     # --- the end ----------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Everybody ends well; what was sent has arrived; the image has what the disk was told."""
         self.phase = "the end"
-        self.plug.stop(STUCK_S)
+        for plug in self.plugs:
+            plug.done.set()
+        for plug in self.plugs:
+            plug.stop(STUCK_S)
         self.load.stop(2 * STUCK_S)
         self.dma.close()
         rows = self.rows()
-        print(describe(rows))
+        self.kept, said = pace(self.plugs)
+        print(describe(rows), said, sep="\n")
         assert [n for n, r in rows.items() if r.wrong] == [], f"{self.where()}\n{self.load.said()}"
         for stream, (one, other) in itertools.product(STREAMS, (("host", "card"), ("card", "host"))):
             sent, got = rows[f"{stream} from {one}"].bytes, rows[f"{stream} at {other}"].bytes
@@ -182,7 +190,8 @@ def idle(machine: Machine, control: Control, before: Holdings | None = None) -> 
         time.sleep(0.1)
 
 
-def integrity(machine: Machine, seed: int, seconds: float, each_s: float) -> None:
+def integrity(machine: Machine, seed: int, seconds: float, each_s: float) -> float:
+    """The whole run; returns the share of the due hot-plugs that were done."""
     machine.env["HOME"] = str(machine.home)  # the console's shell has nothing to do but start
     status = machine.boot("-n", str(CARDS))
     if status["cards"][0]["net"] not in ("ns", "tap"):
@@ -233,6 +242,7 @@ def integrity(machine: Machine, seed: int, seconds: float, each_s: float) -> Non
     except BaseException:
         after.abandon()
         raise
+    return soak.kept
 
 
 @pytest.mark.timeout(300)
@@ -245,4 +255,8 @@ def test_integrity_under_load_hot_plug_and_faults(machine: Machine) -> None:
 @pytest.mark.timeout(24 * 3600)
 def test_integrity_for_ten_minutes(machine: Machine) -> None:
     """Every fault many times, in random order."""
-    integrity(machine, SEED, SECONDS, 3.0)
+    kept = integrity(machine, SEED, SECONDS, 3.0)
+    assert kept >= KEPT, (
+        f"all bytes were right, but only {kept:.0%} of the hot-plugs were done that were due, one each 100 ms: this machine "
+        "is too slow for the load, or too busy with others"
+    )

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,32 +164,57 @@ class Worker(threading.Thread):
 
 
 class HotPlug(Worker):
-    """A fourth device of mic0 that comes and goes, every 100 ms if the machine can: a disk or a source of entropy."""
+    """A fourth device that comes and goes, a disk or a source of entropy: on every card in turn, one each ``PLUG_S``.
 
-    def __init__(self, machine: Machine, seed: int) -> None:
-        super().__init__("hot-plug", seed)
+    A card with three devices has one interrupt vector left, so each card has a thread of its own and the next one
+    begins while the last one is still leaving its card. When a start is due is fixed by the beginning alone: a round
+    that takes longer delays the next start on its card, never the due times behind it.
+    """
+
+    def __init__(
+        self, machine: Machine, seed: int, card: int, cards: int, where: Callable[[], object]
+    ) -> None:
+        super().__init__(f"hot-plug mic{card}", seed)
         self.control = Control(machine)
-        self.folder = machine.run_dir / "mic0"
-        self.image = machine.home / "hot.img"
+        self.card = f"mic{card}"
+        self.folder = machine.run_dir / self.card
+        self.image = machine.home / f"hot{card}.img"
         self.image.write_bytes(bytes(1 << 20))
-        self.begin = time.monotonic()
+        self.every = cards * PLUG_S
+        self.begin = self.due = time.monotonic() + card * PLUG_S
+        self.end = 0.0
+        self.count = 0
+        self.where = where  # the phase, for the report
+        self.slowest = (0.0, "", "")  # seconds, operation, phase
+        self.late: list[float] = []  # seconds behind the due time, of starts that missed it by a whole PLUG_S
 
     def step(self) -> None:
         # The soak's own pace: one device per tenth of a second.
-        self.done.wait(max(0.0, self.begin + PLUG_S - time.monotonic()))
-        self.begin = time.monotonic()
+        if self.done.wait(max(0.0, self.due - time.monotonic())):
+            return
+        if (behind := time.monotonic() - self.due) > PLUG_S:
+            self.late.append(behind)
+        self.due += self.every
         if self.random.random() < 0.5:
-            self.control.ask("vop_add", card="mic0", kind="rng", options={})
-            self._remove("rng")
+            self._timed("vop_add", kind="rng", options={})
+            self._timed("vop_remove", device="rng")
         else:
-            options = {"path": str(self.image), "name": "hot"}
-            self.control.ask("vop_add", card="mic0", kind="block", options=options)
+            self._timed("vop_add", kind="block", options={"path": str(self.image), "name": "hot"})
             self._use()
-            self._remove("hot")
+            self._timed("vop_remove", device="hot")
             self._look()
+        self.count += 1
 
-    def _remove(self, device: str) -> None:
-        self.control.ask("vop_remove", card="mic0", device=device)
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.end = time.monotonic()
+
+    def _timed(self, op: str, **words: Any) -> None:
+        phase, begin = str(self.where()), time.monotonic()
+        self.control.ask(op, card=self.card, **words)
+        self.slowest = max(self.slowest, (time.monotonic() - begin, f"{op} {self.card}", phase))
 
     def _use(self) -> None:
         self.at, self.data = self.random.randrange(256) * 4096, self.random.randbytes(4096)
@@ -265,6 +291,18 @@ class Dma(Worker):
         for at, _ in self.pages.used_areas():
             self.pages.free(at)
         self.bus.close()
+
+
+def pace(plugs: Sequence[HotPlug]) -> tuple[float, str]:
+    """Share of the due hot-plugs that were done, and the sentence about it."""
+    rounds, late = sum(p.count for p in plugs), [s for p in plugs for s in p.late]
+    due = sum(int((p.end - p.begin) / p.every) for p in plugs)
+    seconds = max(p.end for p in plugs) - min(p.begin for p in plugs)
+    return rounds / max(due, 1), (
+        f"hot-plug: {rounds} devices in {seconds:.1f} s, one each {1e3 * seconds / max(rounds, 1):.1f} ms; {due} were due, "
+        f"{len(late)} began more than {1e3 * PLUG_S:g} ms late (the worst {1e3 * max(late, default=0):.0f} ms); "
+        + ", ".join(f"slowest {op} {s:.2f} s ({phase})" for s, op, phase in (p.slowest for p in plugs))
+    )
 
 
 def describe(rows: dict[str, Any]) -> str:

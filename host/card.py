@@ -29,7 +29,7 @@ from mic_emu.host.supervisor import Backend
 from mic_emu.host.vop import VopDevice
 from mic_emu.log import Log
 from mic_emu.memory import PageAllocator
-from mic_emu.pciconfig import PciIdentity, build, revision_of
+from mic_emu.pciconfig import PciIdentity, build, placed, revision_of
 from mic_emu.scif.node import Node
 
 C = L.CONSTANTS
@@ -103,12 +103,13 @@ class Card:
     def _identity(self) -> PciIdentity:
         """The PCI function as the configuration wants it."""
         offers = self.config.interrupts
-        return PciIdentity(
+        identity = PciIdentity(
             device=self.config.device_id,
             revision=revision_of(self.config.stepping),
             msix_vectors=C["MSIX_TABLE_SIZE"] if offers == "msix" else 0,
             msi=offers != "intx",
         )
+        return placed(identity, self.index)
 
     def _board_spoke(self) -> None:
         self.policy.wake()

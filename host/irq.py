@@ -8,8 +8,10 @@ has an eventfd ``fd`` to wait on, so that a C loop does not care which mode it i
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import logging
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +28,9 @@ ENABLE_MASK = C["IRQ_ENABLE_MASK"]
 DOORBELL_MASK = (1 << C["SRC_DOORBELLS"]) - 1
 MASTER, INTX_OFF = C["PCI_COMMAND_MASTER"], C["PCI_COMMAND_INTX_OFF"]
 MSIX_CONTROL, MSI_CONTROL = C["PCI_CAP_MSIX"] + 2, C["PCI_CAP_MSI"] + 2
+
+# What a message is written to: an x86 host's interrupt controllers. Nothing here looks at it; lspci and dumps do.
+MSI_ADDRESS, MSI_DATA = 0xFEE0_0000, 0x4000
 
 
 class Kind(IntEnum):
@@ -131,10 +136,13 @@ class Interrupts:
         if self.mode is Mode.MSIX:
             config.update(MSIX_CONTROL, 2, set_=C["PCI_MSIX_ENABLE"])
             for v in range(VECTORS):
-                self._bus.write("msix_addr", 0xFEE00000, v)
-                self._bus.write("msix_data", 0x4000 + v, v)
+                self._bus.write("msix_addr", MSI_ADDRESS, v)
+                self._bus.write("msix_data", MSI_DATA + v, v)
                 self._bus.write("msix_ctrl", 0, v)
         elif self.mode is Mode.MSI:
+            at = C["PCI_CAP_MSI"]  # a message of 64-bit address: low, high, data
+            for off, size, value in ((4, 4, MSI_ADDRESS), (8, 4, 0), (12, 2, MSI_DATA)):
+                config.write(at + off, size, value)
             config.update(MSI_CONTROL, 2, set_=C["PCI_MSI_ENABLE"])
         if self.mode is not Mode.INTX:
             config.update(C["PCI_COMMAND"], 2, set_=INTX_OFF)
@@ -289,11 +297,17 @@ class Interrupts:
         with self._lock:
             return self._map[vector]
 
-    def rows(self) -> list[tuple[int, int, list[str]]]:
-        """Per vector in use: number, MXAR register, names of its requests (HW 9)."""
+    def rows(self) -> list[tuple[int, int, int, list[str]]]:
+        """Per vector in use: number, MXAR register, bitmap of the sources that are heard, names of its requests (HW 9).
+
+        INTx has no map: every requested source is heard.
+        """
         with self._lock:
             vectors = range(VECTORS) if self.mode is Mode.MSIX else range(1)
-            return [
-                (v, self._bus.read("mxar", v), [r.name for r in self._requests.values() if r.vector == v])
-                for v in vectors
-            ]
+            rows = []
+            for v in vectors:
+                users = [r for r in self._requests.values() if r.vector == v]
+                mxar = self._bus.read("mxar", v)
+                heard = functools.reduce(operator.or_, (1 << r.offset for r in users), 0)
+                rows.append((v, mxar, heard if self.mode is Mode.INTX else mxar, [r.name for r in users]))
+            return rows

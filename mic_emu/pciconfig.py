@@ -7,6 +7,7 @@ clear on 1, BARs answer the sizing protocol, and the interrupt logic looks at th
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ _AER = 0x100
 _MSIX_TABLE = layout.reg("msix_addr")
 _MSIX_PBA = layout.reg("msix_pba")
 _MMIO_BIR = 4
+
+# As firmware lays out a bus. A step holds the largest aperture: GDDR ends where the window bank begins.
+APERTURES, APERTURE_STEP = 0x3C00_0000_0000, C["WINDOW_BANK"]
+REGISTERS = 0xF000_0000
 
 
 def stepping_name(revision: int) -> str:
@@ -58,9 +63,18 @@ class PciIdentity:
     msix_vectors: int = 16
     msi: bool = True
     intx: bool = True
-    aperture_base: int = 0x3C00_0000_0000
-    mmio_base: int = 0xF000_0000
+    aperture_base: int = APERTURES
+    mmio_base: int = REGISTERS
     irq_line: int = 11
+
+
+def placed(identity: PciIdentity, index: int) -> PciIdentity:
+    """The function in slot ``index`` (0, 1, ...): its BARs at addresses of their own."""
+    return dataclasses.replace(
+        identity,
+        aperture_base=APERTURES + index * APERTURE_STEP,
+        mmio_base=REGISTERS + index * layout.MMIO_SIZE,
+    )
 
 
 def bar_size(nbytes: int) -> int:

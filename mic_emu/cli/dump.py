@@ -43,7 +43,7 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
         click.echo(kernel_log(data) if what == "log" else data, nl=False)
     else:
         views: dict[str, Callable[[Any, bool], None]] = {
-            "registers": registers, "page": page, "vring": vrings, "smpt": table,
+            "registers": registers, "page": page, "vring": vrings, "smpt": smpt,
             "interrupts": interrupts, "lines": lines, "dma": channels,
         }  # fmt: skip
         views[what](data, everything)
@@ -113,7 +113,7 @@ def lines(rows: list[dict[str, Any]], everything: bool) -> None:
 def interrupts(rows: list[dict[str, Any]], everything: bool) -> None:
     """One vector a line."""
     for r in rows:
-        if r["mxar"] or everything:
+        if r["users"] or r["mxar"] or everything:
             masked = ", masked" if r["masked"] and r["mode"] == "msix" else ""
             click.echo(
                 f"{r['mode']} {r['vector']}: {r['count']} sent, sources {r['sources'] or '-'}{masked}  {', '.join(r['users'])}"
@@ -140,8 +140,10 @@ def channels(rows: list[dict[str, Any]], everything: bool) -> None:
             )
 
 
-def table(rows: list[dict[str, Any]], everything: bool) -> None:
-    """Generic rows."""
+def smpt(rows: list[dict[str, Any]], everything: bool) -> None:
+    """One entry of the address map a line."""
     for r in rows:
-        if everything or any(r[k] for k in r if k.startswith("ref")):
-            click.echo("  ".join(f"{k} {v:#x}" if isinstance(v, int) else f"{k} {v}" for k, v in r.items()))
+        if everything or r["refs"]:
+            click.echo(
+                f"entry {r['index']:>2}: host address {r['host_addr']:#x}, {r['refs']} bytes mapped, register {r['register']:#x}"
+            )

@@ -14,6 +14,7 @@ from mic_emu import pciconfig
 from mic_emu.bar import Bus
 from mic_emu.host.irq import ENABLE_MASK, VECTORS, Interrupts, Kind, Mode
 from mic_emu.layout import CONSTANTS as C
+from mic_emu.pciconfig import ConfigSpace
 
 MASTER = C["PCI_COMMAND_MASTER"]
 
@@ -203,6 +204,30 @@ def test_hw_15_msi_needs_the_map_bit(card: Bus) -> None:
         assert card.read("mxar", 0) == 1  # still needed
         irq2.free()
         assert card.read("mxar", 0) == 0
+
+
+def test_hw_15_a_message_has_an_address(card: Bus) -> None:
+    """HW-15: the MSI capability holds what the card would write where, as lspci shows it."""
+    with Interrupts(card, Mode.MSI):
+        config, at = ConfigSpace(card), C["PCI_CAP_MSI"]
+        assert (config.read(at + 4, 4), config.read(at + 8, 4), config.read(at + 12, 2)) == (
+            0xFEE00000,
+            0,
+            0x4000,
+        )
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_hw_54_rows_name_the_sources_in_every_mode(card: Bus, mode: Mode) -> None:
+    """What ``dump interrupts`` shows: INTx has no vector map, its requests are heard all the same."""
+    with Interrupts(card, mode) as irqs:
+        irqs.request(Kind.DB, 2, "db2")
+        irqs.request(Kind.DMA, 1, "dma1")
+        rows = [row for row in irqs.rows() if row[3]]
+    if mode is Mode.MSIX:
+        assert rows == [(0, 1 << 2, 1 << 2, ["db2"]), (1, 1 << 9, 1 << 9, ["dma1"])]
+    else:
+        assert rows == [(0, 0 if mode is Mode.INTX else 0x204, 0x204, ["db2", "dma1"])]
 
 
 @pytest.mark.parametrize(("kind", "index"), [(3, 0), (-1, 0), (0, 4), (0, -1), (1, 8), (2, 1)])

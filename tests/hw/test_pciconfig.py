@@ -77,6 +77,21 @@ def test_hw_01_several_cards_in_one_dump(tmp_path: Path) -> None:
     assert "(rev 11)" in out
 
 
+def test_hw_01_cards_decode_addresses_of_their_own() -> None:
+    """HW-1: no two cards of a bus answer at the same address, whatever their memory; each BAR is aligned to its size."""
+    taken: list[range] = []
+    for index, gddr in enumerate((1 << 20, 64 << 30, 8 << 30)):
+        with new_card(gddr=gddr, host=4096) as bus:
+            config = pciconfig.build(bus, pciconfig.placed(PciIdentity(), index))
+            taken += [
+                range(config.bar(0), config.bar(0) + bus.gddr.size),
+                range(config.bar(4), config.bar(4) + layout.MMIO_SIZE),
+            ]
+    for i, one in enumerate(taken):
+        assert one.start % len(one) == 0
+        assert all(one.stop <= other.start or other.stop <= one.start for other in taken[i + 1 :])
+
+
 @pytest.mark.parametrize(
     "identity",
     [

@@ -171,7 +171,7 @@ class Supervisor:
         channel.close()
         backend.channel, backend.pid = None, 0
         backend.ready.clear()
-        level = self.log.info if self.stopping else self.log.warning
+        level = self.log.warning if backend.wanted and not self.stopping else self.log.info
         level(f"{backend.name} backend ended", event="backend_exit", device=backend.name, status=status)
         self.on_change()
         self._take_device(backend)

@@ -304,6 +304,8 @@ class Control:
 
     async def _dump(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
+        if msg["what"] == "debugfs":
+            return {"dump": await self._admin.sysfs.debug_text(card)}
         return {"dump": inspection.dump(card, msg["what"], msg.get("device"))}
 
     # --- devices ------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from mic_emu import dma_dump
 from mic_emu import layout as L
 from mic_emu.errors import UsageError
 from mic_emu.fields import decode, device_type, feature_words, status_words
-from mic_emu.host import debugfs
 from mic_emu.pciconfig import ConfigSpace
 from mic_emu.vop import device_page as dp
 
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
     from mic_emu.host.card import Card
 
 C = L.CONSTANTS
-WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "debugfs", "log", "pci")
+WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "log", "pci")
 
 
 def dump(card: Card, what: str, device: str | None) -> Any:
     """Plain data of one thing. Raises UsageError for an unknown one."""
     views: dict[str, Callable[[Card], Any]] = {
         "registers": registers, "page": page, "vring": vrings, "smpt": smpt, "interrupts": interrupts, "lines": lines,
-        "dma": dma, "debugfs": debug_files, "log": log, "pci": pci,
+        "dma": dma, "log": log, "pci": pci,
     }  # fmt: skip
     if what not in views:
         raise UsageError(f"cannot dump {what!r}: use one of {', '.join(WHAT)}")
@@ -155,12 +154,12 @@ def interrupts(card: Card) -> list[dict[str, Any]]:
             "mode": irq.mode.value,
             "vector": v,
             "mxar": mxar,
-            **decode("mxar", mxar),
+            **decode("mxar", sources),
             "masked": card.bus.read("msix_ctrl", v),
             "users": users,
             "count": counts[v],
         }
-        for v, mxar, users in irq.rows()
+        for v, mxar, sources, users in irq.rows()
     ]
 
 
@@ -183,20 +182,6 @@ def dma(card: Card) -> list[dict[str, Any]]:
         else {}
     )
     return [{**row, "driver": own.get(row["channel"])} for row in dma_dump.channels(card.bus)]
-
-
-def debug_files(card: Card) -> str:
-    """The hardware's debug files of the real drivers, one after the other."""
-    host = f"mic_host/mic{card.index}"
-    files = {
-        f"{host}/smpt": debugfs.smpt(card.index, card.driver.smpt),
-        f"{host}/post_code": debugfs.post_code(card.bus) + "\n",
-        f"{host}/msi_irq_info": debugfs.msi_irq_info(card.driver.irq, card.bus),
-        f"mic_x100_dma/mbus-dev{card.index}/mic_dma_reg": debugfs.mic_dma_reg(
-            f"mbus-dev{card.index}", card.bus, range(L.CONSTANTS["DMA_HOST_CHANNELS"])
-        ),
-    }
-    return "".join(f"==> {name} <==\n{text}\n" for name, text in files.items())
 
 
 def pci(card: Card) -> str:

@@ -3,7 +3,7 @@
 class/mic/micN/<attribute>          class/mic/micN/device/{config,uevent,vendor,...}
 class/mic/micN/{uevent,subsystem}   class/mic/micN/power/{control,runtime_status,...}
 kernel/debug/mic_cosm/micN/{log_buf,force_reset}
-kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}
+kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}    kernel/debug/mic_x100_dma/mbus-devN/mic_dma_reg
 kernel/debug/scif/scif_dev          kernel/debug/vopN/{dp,vdev_info}
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
 from mic_emu.errors import MicemuError, NoSuchCard, WaitTimeout
-from mic_emu.host import debugfs, inspection
+from mic_emu.host import debugfs, vop_debug
 from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused, parse_int
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.device_class import DeviceClass, File, Read, constant
@@ -157,11 +157,14 @@ class Sysfs:
 
     def _debug(self, card: Card) -> dict[str, File]:
         cosm, host = f"kernel/debug/mic_cosm/{card.name}", f"kernel/debug/mic_host/{card.name}"
-        vop = f"kernel/debug/vop{card.index + 1}"
+        vop, mbus = f"kernel/debug/vop{card.index + 1}", f"mbus-dev{card.index}"
 
         async def force_reset() -> bytes:
             await card.cosm.stop(force=True)
             return b""
+
+        async def vdev_info() -> bytes:
+            return (await vop_debug.rings(card)).encode()
 
         return {
             f"{cosm}/log_buf": File(0o444, _lazy(lambda: self.log_buf(card))),
@@ -171,9 +174,21 @@ class Sysfs:
             f"{host}/msi_irq_info": File(
                 0o444, _lazy(lambda: debugfs.msi_irq_info(card.driver.irq, card.bus))
             ),
-            f"{vop}/dp": File(0o444, _lazy(lambda: page_text(card))),
-            f"{vop}/vdev_info": File(0o444, _lazy(lambda: rings_text(card))),
+            f"{vop}/dp": File(0o444, _lazy(lambda: vop_debug.page(card))),
+            f"{vop}/vdev_info": File(0o444, vdev_info),
+            f"kernel/debug/mic_x100_dma/{mbus}/mic_dma_reg": File(
+                0o444, _lazy(lambda: debugfs.mic_dma_reg(mbus, card.bus, range(C["DMA_HOST_CHANNELS"])))
+            ),
         }
+
+    async def debug_text(self, card: Card) -> str:
+        """The card's debug files one after the other, but those whose reading does something."""
+        texts = []
+        for path, file in self._debug(card).items():
+            if not path.endswith("/force_reset"):
+                text = (await file.read()).decode(errors="replace")
+                texts.append(f"==> {path.removeprefix('kernel/debug/')} <==\n{text.rstrip()}\n")
+        return "\n".join(texts)
 
     def log_buf(self, card: Card) -> bytes:
         """Empty unless both addresses are set and a log can exist (COSM-61)."""
@@ -192,26 +207,6 @@ class Sysfs:
         for n in range(node.maxid + 1):
             lines.append(f"{n:>16}{'Running' if n in online else 'Offline':>16}")
         return "\n".join(lines) + "\n"
-
-
-def page_text(card: Card) -> str:
-    """Boot parameters and device descriptors."""
-    page = inspection.page(card)
-    lines = [f"{name}: {value:#x}" for name, value in page["bootparam"].items()]
-    for slot in page["slots"]:
-        lines.append(
-            f"slot {slot['offset']:#x}: type {slot['type']} num_vq {slot['num_vq']} status {slot['status']:#x}"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def rings_text(card: Card) -> str:
-    """Indices of every ring."""
-    rows = inspection.vrings(card)
-    return "".join(
-        f"{r['device']} ring {r['ring']} num {r['num']} avail {r['avail_idx']} used {r['used_idx']}\n"
-        for r in rows
-    )
 
 
 async def watch_states(instance: Instance, channel: AsyncChannel, gone: asyncio.Future[Any]) -> None:

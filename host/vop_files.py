@@ -9,6 +9,7 @@ from typing import Any
 from mic_emu.errors import MicemuError
 from mic_emu.host.vop import VopDevice, VopHost
 from mic_emu.log import Log
+from mic_emu.vop.device_file import COUNTERS
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
 RELEASE_LIMIT = 6.0  # a copy that runs ends within 5 s (VOP-32)
@@ -21,6 +22,7 @@ class _File:
         self.channel = channel
         self.device: VopDevice | None = None
         self.released = asyncio.Event()
+        self.counting: asyncio.Future[dict[str, int]] | None = None  # who waits for its counters
 
 
 class VopFiles:
@@ -67,6 +69,9 @@ class VopFiles:
             file.device.acknowledged()
         elif op == "released":
             file.released.set()
+        elif op == "counters" and file.counting and not file.counting.done():
+            told = msg["counters"]
+            file.counting.set_result({name: int(told.get(name, 0)) for name in COUNTERS})
 
     async def _add(self, file: _File, msg: dict[str, Any]) -> None:
         if file.device is not None or self._closing:
@@ -103,6 +108,24 @@ class VopFiles:
         device, file.device = file.device, None
         if device:
             await self.vop.remove(device)
+
+    async def counters(self, limit_s: float) -> dict[int, dict[str, int]]:
+        """Bytes that each file's device has moved, by ``id`` of the device (VOP-31); who does not answer within
+        ``limit_s`` seconds is left out."""
+        asked = [f for f in self._files if f.device]
+        rows = await asyncio.gather(*(self._counters(f, limit_s) for f in asked))
+        return {id(f.device): row for f, row in zip(asked, rows, strict=True) if row is not None}
+
+    async def _counters(self, file: _File, limit_s: float) -> dict[str, int] | None:
+        ask = file.counting is None or file.counting.done()
+        if file.counting is None or ask:
+            file.counting = asyncio.get_running_loop().create_future()
+        try:
+            if ask:
+                await file.channel.send({"op": "counters"})
+            return await asyncio.wait_for(asyncio.shield(file.counting), limit_s)
+        except (OSError, TimeoutError, asyncio.TimeoutError):
+            return None
 
     async def close(self) -> None:
         """Card stop: no new files; the open ones are told, wait for their copies and are dead (VOP-19, 55)."""

@@ -33,6 +33,7 @@ ADD_DEVICE, COPY_DESC, CONFIG_CHANGE = (
 )
 REPLY_LIMIT_S = 30.0  # the host's own limits are shorter
 DMA_TIMEOUT_MS = 5000
+COUNTERS = ("in_bytes", "in_bytes_dma", "out_bytes", "out_bytes_dma", "tx_dst_unaligned", "tx_len_unaligned")
 
 Argument = bytearray | memoryview | bytes | int
 
@@ -156,17 +157,13 @@ class DeviceFile:
     def counters(self, ring: int) -> dict[str, int]:
         """Bytes moved by a ring (VOP-31). Raises OSError EINVAL, ENODEV."""
         self._device("counters")
+        return self._count(self._copies[ring])
+
+    @staticmethod
+    def _count(copy: Any) -> dict[str, int]:
         s = ffi.new("struct mic_copy_stats *")
-        lib.mic_copy_stats(self._copies[ring], s)
-        names = (
-            "in_bytes",
-            "in_bytes_dma",
-            "out_bytes",
-            "out_bytes_dma",
-            "tx_dst_unaligned",
-            "tx_len_unaligned",
-        )
-        return {name: int(getattr(s, name)) for name in names}
+        lib.mic_copy_stats(copy, s)
+        return {name: int(getattr(s, name)) for name in COUNTERS}
 
     @property
     def slot_offset(self) -> int:
@@ -288,6 +285,10 @@ class DeviceFile:
                 self._remove()
                 self._send({"op": "released"})
                 return False
+            if msg.get("op") == "counters":
+                rows = [self._count(copy) for copy in self._copies]
+                self._send({"op": "counters", "counters": {n: sum(row[n] for row in rows) for n in COUNTERS}})
+                continue
             self._replies.put((msg, fds))
         return True
 

@@ -81,6 +81,10 @@ int vop_serve(struct mic_vop *f, struct vop_line *answer)
 			(void)vop_wire_send(&f->wire, done, sizeof done - 1);
 			return -ENODEV;
 		}
+		if (vop_word(line.text, "op", "\"counters\"")) {
+			vop_tell_counters(f);
+			continue;
+		}
 		if (answer) {
 			*answer = line;
 			return 1;

@@ -35,5 +35,7 @@ void vop_handshake(struct mic_vop *f);
 int vop_add_block(struct mic_vop *f, const void *block);
 /* Sleep on the file and perhaps `fd`; 1 when there is something, 0 on time-out, 2: only fd. */
 int vop_sleep(struct mic_vop *f, int timeout_ms, int fd);
+/* Send what COPY_DESC has moved. */
+void vop_tell_counters(struct mic_vop *f);
 
 #endif

@@ -1,5 +1,7 @@
-/* The device's hand-shakes with the card, and its chains. */
+/* The device's hand-shakes with the card, its chains and their counters. */
 #include "file.h"
+
+#include <stdio.h>
 
 #include "mic/barrier.h"
 #include "mic/iov.h"
@@ -135,4 +137,32 @@ API size_t mic_vop_read(const struct mic_vop_chain *chain, size_t at, void *to, 
 API size_t mic_vop_write(const struct mic_vop_chain *chain, size_t at, const void *from, size_t len)
 {
 	return mic_iov_write(chain->iov + chain->out_num, chain->in_num, at, from, len);
+}
+
+/* The host asks what COPY_DESC has moved, for the debug file vdev_info (VOP-31). */
+void vop_tell_counters(struct mic_vop *f)
+{
+	struct mic_copy_stats sum = {0}, s;
+	char text[400];
+
+	for (unsigned i = 0; i < MIC_MAX_VRINGS; i++)
+		if (f->copy[i]) {
+			mic_copy_stats(f->copy[i], &s);
+			sum.in_bytes += s.in_bytes;
+			sum.in_bytes_dma += s.in_bytes_dma;
+			sum.out_bytes += s.out_bytes;
+			sum.out_bytes_dma += s.out_bytes_dma;
+			sum.tx_dst_unaligned += s.tx_dst_unaligned;
+			sum.tx_len_unaligned += s.tx_len_unaligned;
+		}
+	int len =
+		snprintf(text, sizeof text,
+			 "{\"op\":\"counters\",\"counters\":{\"in_bytes\":%llu,\"in_bytes_dma\":%llu,"
+			 "\"out_bytes\":%llu,\"out_bytes_dma\":%llu,\"tx_dst_unaligned\":%llu,"
+			 "\"tx_len_unaligned\":%llu}}\n",
+			 (unsigned long long)sum.in_bytes, (unsigned long long)sum.in_bytes_dma,
+			 (unsigned long long)sum.out_bytes, (unsigned long long)sum.out_bytes_dma,
+			 (unsigned long long)sum.tx_dst_unaligned, (unsigned long long)sum.tx_len_unaligned);
+
+	(void)vop_wire_send(&f->wire, text, (size_t)len);
 }

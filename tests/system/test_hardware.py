@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from mic_emu.testing.card import Card
 from mic_emu.testing.machine import Machine
 
 pytestmark = pytest.mark.system
@@ -82,6 +83,46 @@ def test_hw_54_debug_files(machine: Machine) -> None:
     machine.micemu("boot", "--net", "none", "--disk", "none")
     for _ in range(2):
         text = machine.micemu("dump", "debugfs").stdout
-        for name in ("smpt", "post_code", "msi_irq_info", "mic_dma_reg"):
-            assert f"{name} <==" in text
+        for name in ("smpt", "post_code", "msi_irq_info", "mic_dma_reg", "dp", "vdev_info", "log_buf"):
+            assert f"/{name} <==" in text
         machine.micemu("shutdown")
+
+
+def test_vop_31_debug_files_of_the_devices(machine: Machine) -> None:
+    """VOP 10, VOP-31: dp has every byte of a slot in words, vdev_info every entry of every ring and the bytes moved."""
+    machine.micemu("boot", "--net", "none", "--disk", "none")
+    dp = machine.micemu("sysfs", "cat", "kernel/debug/vop1/dp").stdout.splitlines()
+    assert dp[0] == "magic: 0xc0ffee00"
+    slot = machine.json("dump", "page")["slots"][0]
+    at = dp.index("slot at 24")
+    assert dp[at + 1 : at + 6] == [
+        "type: 3 (console)",
+        "num VQ: 2",
+        "feature len: 8",
+        "config len: 12",
+        "status: 0xf",
+    ]
+    assert (
+        f"vqconfig[1]: address {slot['rings'][1]['address']:#x} num 128 used address {slot['rings'][1]['used_address']:#x}"
+        in dp
+    )
+    assert sum(line.startswith("config[") for line in dp) == 12
+    assert dp[-2:] == [f"{way} vdev db: {slot['control'][f'{way}_vdev_db']}" for way in ("c2h", "h2c")]
+
+    def moved() -> int:
+        info = machine.micemu("sysfs", "cat", "kernel/debug/vop1/vdev_info").stdout.splitlines()
+        assert info[0] == "VDEV type 3 (console) at 24 state UP"
+        words = info[1].split()
+        assert words[::2] == ["in", "in_dma", "out", "out_dma", "tx_dst_unaligned", "tx_len_unaligned"]
+        for ring in (0, 1):
+            assert sum(line.startswith("VRING") for line in info) == 2
+            assert f"VRING {ring} num 128 info.avail_idx" in "\n".join(info)
+        assert sum(line.startswith("desc[") for line in info) == 2 * 128
+        return int(words[1])
+
+    before = moved()
+    card = Card(machine)
+    card.console.send("echo $((40 + 2))\n")
+    card.console.expect("42")
+    card.close()
+    assert moved() > before

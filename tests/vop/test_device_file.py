@@ -20,7 +20,7 @@ from mic_emu import layout as L
 from mic_emu._native import ffi, lib
 from mic_emu.host.vop_files import VopFiles
 from mic_emu.testing.machine import Machine, eventually
-from mic_emu.vop.device_file import ADD_DEVICE, CONFIG_CHANGE, COPY_DESC, DeviceFile
+from mic_emu.vop.device_file import ADD_DEVICE, CONFIG_CHANGE, COPY_DESC, COUNTERS, DeviceFile
 from mic_emu.vop.device_page import ring_magic, vring_size
 from mic_emu.wire import Channel
 from mic_emu.wire_aio import AsyncChannel
@@ -178,6 +178,23 @@ def test_vop_23_29_31_a_request_from_kick_to_completion(lab: Lab) -> None:
         empty = Copy(bytearray(8))
         assert f.ioctl(COPY_DESC, empty.arg) == 0  # VOP-21
         assert empty.out_len == 0
+
+
+def test_vop_31_host_knows_the_counters(lab: Lab) -> None:
+    """VOP-31: the host asks each file for its bytes; one whose process hangs is left out, and asked again later."""
+    with lab.added() as f, lab.open():
+        (device,) = lab.life.host.devices
+        assert lab.call(lab.files.counters(5.0)) == {id(device): f.counters(0)}
+        lab.offer([b"abc"], [8])
+        assert f.poll(5)
+        copy = Copy(bytearray(5), update=True)
+        f.ioctl(COPY_DESC, copy.arg)
+        assert copy.out_len == 5
+        want = dict.fromkeys(COUNTERS, 0) | {"in_bytes": 3, "out_bytes": 2}
+        assert lab.call(lab.files.counters(5.0)) == {id(device): want}
+        with f._rings, f._sending:  # it cannot answer
+            assert lab.call(lab.files.counters(0.05)) == {}
+        assert lab.call(lab.files.counters(5.0)) == {id(device): want}
 
 
 def test_vop_33_34_35_refused_blocks(lab: Lab) -> None:

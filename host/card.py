@@ -248,6 +248,11 @@ class Card:
         for b in self.backends:
             if b.name == name:
                 return b
+        for dev, pid in self.running.files.programs():
+            if dev.name == name:
+                raise UsageError(
+                    f"{self.name}: {name} belongs to a program: it goes when process {pid} ends", errno.EBUSY
+                )
         known = ", ".join(b.name for b in self.backends) or "none"
         raise UsageError(f"{self.name} has no device {name!r}; devices: {known}", errno.ENODEV)
 
@@ -430,6 +435,11 @@ class Card:
             if b.failed or b.trouble:
                 row["error"] = b.failed or b.trouble
             rows.append(row)
+        for dev, pid in self.running.files.programs() if self.running else ():
+            state = "running" if dev.driver_ok else "added"
+            rows.append(
+                {"type": dev.name, "pid": pid or None, "state": state, "restarts": 0, "program": True}
+            )
         return rows
 
     def status(self) -> dict[str, Any]:

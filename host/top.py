@@ -39,14 +39,21 @@ def rings(card: Card) -> dict[str, list[dict[str, int]]]:
 
 
 def devices(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> list[dict[str, Any]]:
-    """Every backend with its counters and rings."""
+    """Every backend with its counters and rings; then the devices of programs, whose counters only ``vdev_info`` asks for."""
     by_name = rings(card)
+    programs = card.running.files.programs() if card.running else []
     return [
         {
             "type": b.name, "state": b.state, "pid": b.pid or None, "restarts": b.restarts,
             "counters": stats.get((card.name, b.name), {}), "rings": by_name.get(b.device.name, []) if b.device else [],
         }
         for b in card.backends
+    ] + [
+        {
+            "type": dev.name, "state": "running" if dev.driver_ok else "added", "pid": pid or None, "restarts": 0,
+            "counters": {}, "rings": by_name.get(dev.name, []),
+        }
+        for dev, pid in programs
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mic_emu.errors import MicemuError
 from mic_emu.host.vop import VopDevice, VopHost
 from mic_emu.log import Log
+from mic_emu.peers import peer_credentials
 from mic_emu.vop.device_file import COUNTERS
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
 
@@ -20,6 +21,7 @@ class _File:
 
     def __init__(self, channel: AsyncChannel) -> None:
         self.channel = channel
+        self.pid = peer_credentials(channel.sock)[0]
         self.device: VopDevice | None = None
         self.released = asyncio.Event()
         self.counting: asyncio.Future[dict[str, int]] | None = None  # who waits for its counters
@@ -108,6 +110,10 @@ class VopFiles:
         device, file.device = file.device, None
         if device:
             await self.vop.remove(device)
+
+    def programs(self) -> list[tuple[VopDevice, int]]:
+        """The devices of the open files, each with the pid of its program (0: of another pid namespace)."""
+        return [(f.device, f.pid) for f in self._files if f.device]
 
     async def counters(self, limit_s: float) -> dict[int, dict[str, int]]:
         """Bytes that each file's device has moved, by ``id`` of the device (VOP-31); who does not answer within

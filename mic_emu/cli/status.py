@@ -56,6 +56,8 @@ def render(status: dict[str, Any]) -> None:
             if device.get("restarts"):
                 extra["restarts"] = device["restarts"]
             text = ", ".join(f"{k} {v}" for k, v in extra.items())
+            if device.get("program"):
+                text = "a program's own"
             if device.get("why"):
                 text = f"{RESPONDER} ({device['why']})"
             click.echo(

@@ -109,6 +109,16 @@ def test_vop_c_example_serves_a_driver(machine: Machine, tmp_path: Path, compile
         assert running.stdout
         assert running.stdout.readline() == "acknowledged: 1\n"
         says(machine, "the greeting is again: ")
+        (row,) = [d for d in machine.card("mic0")["devices"] if d.get("program")]
+        assert (row["pid"], row["state"]) == (running.pid, "running")
+        assert (
+            f"{row['type']} running    pid {running.pid}  a program's own" in machine.micemu("status").stdout
+        )
+        assert row["type"] in machine.micemu("vop", "list", "mic0").stdout
+        shown = machine.json("top", "--once")["cards"][0]["devices"]
+        assert [len(d["rings"]) for d in shown if d["type"] == row["type"]] == [1]
+        refused = machine.micemu("vop", "remove", "mic0", row["type"], check=False)
+        assert (refused.returncode, f"it goes when process {running.pid} ends" in refused.stderr) == (2, True)
         running.terminate()
         assert running.wait(20) == 0
     eventually(lambda: 42 not in slots(machine), 20, "the end of the device")

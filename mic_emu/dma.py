@@ -26,6 +26,7 @@ from types import TracebackType
 
 from mic_emu._native import ffi, lib
 from mic_emu.bar import Bus, drain
+from mic_emu.fields import decode
 from mic_emu.layout import CONSTANTS as C
 from mic_emu.log import Logger
 from mic_emu.memory import PAGE, PageAllocator
@@ -195,10 +196,12 @@ class DmaChannel:
         if rc == 0:
             rc = lib.mic_dma_wait(self._ptr, lib.mic_dma_submit(self._ptr, 0), int(timeout_s * 1000), False)
         if rc < 0:
-            self._log.warning(
-                f"DMA channel {self.index}: not drained within {timeout_s:g} s"
-                f" ({os.strerror(-rc)}, DCHERR {self.error:#x})"
+            why = (
+                "a transaction is prepared, and neither submitted nor discarded"
+                if rc == -errno.EBUSY
+                else f"{os.strerror(-rc)} within {timeout_s:g} s, {self._why()}"
             )
+            self._log.warning(f"DMA channel {self.index}: not drained: {why}")
         return bool(rc == 0)
 
     def __enter__(self) -> DmaChannel:
@@ -277,7 +280,7 @@ class DmaChannel:
         rc = lib.mic_dma_wait(self._ptr, cookie, int(timeout_s * 1000), True)
         self._run_callbacks()
         if rc < 0:
-            raise _error(-rc, f"DMA channel {self.index}: cookie {cookie} (DCHERR {self.error:#x})")
+            raise _error(-rc, f"DMA channel {self.index}: cookie {cookie} ({self._why()})")
 
     def on_interrupt(self) -> None:
         """The handler: call it when ``irq_fd`` is readable."""
@@ -329,6 +332,11 @@ class DmaChannel:
     def position(self) -> int:
         """How far it got: the count of DSTAT, modulo the ring."""
         return self._bus.read("dstat", self.index) & int(C["DMA_DSTAT_COUNT"])
+
+    def _why(self) -> str:
+        """DCHERR with its bits in words."""
+        causes = decode("dcherr", self.error)["errors"]
+        return f"DCHERR {self.error:#x} {causes}".rstrip()
 
     @property
     def error(self) -> int:

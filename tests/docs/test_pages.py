@@ -27,6 +27,7 @@ RUN = [
     "howto-ci",
     "faults",
     "backend",
+    "hardware",
     "vsock",
 ]
 PEERS = {"vsock": "socat"}

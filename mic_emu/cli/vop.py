@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.machinery import PathFinder
 from typing import Any
 
 import click
@@ -52,6 +53,17 @@ def list_devices(cards: tuple[str, ...], as_json: bool) -> None:
             click.echo(f"{name}  {d['type']:<10} {d['state']:<10} pid {d['pid'] or '-'}")
 
 
+def module_folder(name: str) -> str:
+    """Where the module of MODULE:CLASS is for whoever called us: here, else a folder of $PYTHONPATH. The processes that
+    import it have neither our working directory nor our environment. Here when it is in none: their own path is left."""
+    top = name.partition(":")[0].partition(".")[0]
+    here = os.getcwd()
+    for folder in (here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))):
+        if top and PathFinder.find_spec(top, [folder]):
+            return os.path.abspath(folder)
+    return here
+
+
 def key_values(options: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE words; paths are made absolute."""
     parsed: dict[str, Any] = {}
@@ -78,7 +90,7 @@ def add(
 ) -> None:  # fmt: skip
     """Add a device to a running card and wait until the card drives it.
 
-    Your modules are looked for in the Python path and in this directory.
+    Your modules are looked for in this directory, in $PYTHONPATH, then in the emulator's Python path.
 
     \b
     Examples:
@@ -92,7 +104,7 @@ def add(
     parsed: dict[str, Any] = {}
     if backend:
         kind, options = "python", words
-        parsed.update(backend=backend, folder=os.getcwd())
+        parsed.update(backend=backend, folder=module_folder(backend))
     elif words and "=" not in words[0]:
         kind, options = words[0], words[1:]
     else:
@@ -109,7 +121,7 @@ def add(
 
 def load_driver(card: str, driver: str) -> None:
     """Have the card OS load a driver; it serves devices that come from now on."""
-    answer = client.ask_card(client.cards([card])[0], "driver", driver=driver, folder=os.getcwd())
+    answer = client.ask_card(client.cards([card])[0], "driver", driver=driver, folder=module_folder(driver))
     if "error" in answer:
         raise MicemuError(f"{card}: {answer['error']}", answer["errno"] or 0)
 

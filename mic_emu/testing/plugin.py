@@ -125,10 +125,13 @@ def bar(request: pytest.FixtureRequest) -> Iterator[Bus]:
 
 @pytest.fixture
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """An emulator of the test's own: no card is booted yet; afterwards nothing of it may be left."""
+    """An emulator of the test's own: no card is booted yet; afterwards nothing of it may be left. It finds modules beside the
+    test's file, as the test does."""
     from mic_emu.testing.machine import Machine
 
     with Machine() as m:
+        places = [str(request.path.parent), os.environ.get("PYTHONPATH", "")]
+        m.env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         _witness(request, m.failure_sections)
         request.node.stash.setdefault(KEPT, []).append(m)
         yield m

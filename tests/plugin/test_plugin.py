@@ -43,7 +43,7 @@ def run(pytester: pytest.Pytester, text: str, *args: str) -> pytest.RunResult:
 
 def test_plugin_docs_have_an_example_per_fixture() -> None:
     """Every fixture has a file in docs/testing.md, and every case of hostile_driver its name there."""
-    assert sorted(EXAMPLES) == sorted(f"test_{name}" for name in FIXTURES)
+    assert sorted(EXAMPLES) == sorted([*(f"test_{name}" for name in FIXTURES), "test_echo_on_a_card"])
     text = DOCS.read_text()
     for name in CASES:
         spot = re.sub(r"^(readable|writable)_segment_", "", name)
@@ -67,6 +67,21 @@ def test_plugin_docs_example_with_a_machine(pytester: pytest.Pytester, name: str
     done = run(pytester, EXAMPLES[f"test_{name}"], "--micemu-leftovers")
     done.assert_outcomes(passed=EXAMPLES[f"test_{name}"].count("def test_"))
     assert "left behind" not in done.stdout.str()
+
+
+@pytest.mark.system
+@pytest.mark.timeout(150)
+def test_plugin_docs_own_device_on_a_machine(pytester: pytest.Pytester) -> None:
+    """The machine finds backend and driver beside the test's file, whatever the working directory."""
+    page = (DOCS.parent / "backend.md").read_text()
+    there = pytester.mkdir("there")
+    for name in ("echo", "echo_driver"):
+        found = re.search(rf"`{name}\.py`:\n\n```python\n(.*?)```", page, re.S)
+        assert found
+        (there / f"{name}.py").write_text(found[1])
+    (there / "test_inner.py").write_text(EXAMPLES["test_echo_on_a_card"])
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-q", str(there), timeout=100)
+    done.assert_outcomes(passed=1)
 
 
 def test_plugin_costs_nothing_unless_used(pytester: pytest.Pytester) -> None:

@@ -99,7 +99,8 @@ class CardFaults:
         if from_file:
             self._from_file.add(number)
         text = f"fault {number} added: {fault}"
-        self._log.info(text, event="fault-added", fault=number, **self._fields(fault))
+        seed = fault.given.get("seed", number)
+        self._log.info(text, event="fault-added", fault=number, seed=seed, **self._fields(fault))
         self.follow()
         return number
 

@@ -85,6 +85,8 @@ def list_faults(cards: tuple[str, ...], as_json: bool) -> None:
     for card, rows in found.items():
         for row in rows:
             words = " ".join(f"{k}={v}" for k, v in row.items() if k not in SHOWN)
+            if row["seed"] != row["id"] or {"rate", "jitter"} & row.keys():
+                words += f" seed={row['seed']}"
             limit = f" of {row['count']}" if row["count"] else ""
             state = "  waits for its device" if row["waits"] else ""
             acted = f"acted {row['hits']}{limit}, saw {row['seen']}"

@@ -318,6 +318,18 @@ def test_a_filter_may_wait_for_its_card_and_its_device(machine: Machine) -> None
     assert "waits for its device" in machine.micemu("fault", "list").stdout
 
 
+def test_the_seed_of_a_filter_can_be_read(machine: Machine) -> None:
+    """What repeats a run: the list and the event show the seed, also one that nobody gave."""
+    machine.boot("--net", "none")
+    machine.micemu("fault", "add", "mic0", "disk-error", "--rate", "0.5")
+    machine.micemu("fault", "add", "mic0", "disk-error", "--rate", "0.5", "--seed", "7")
+    machine.micemu("fault", "add", "mic0", "disk-error", "--op", "write")
+    ends = [line.split()[-1] for line in machine.micemu("fault", "list").stdout.splitlines()]
+    assert ends == ["seed=1", "seed=7", "op=write"]  # the last one has nothing to decide
+    events = machine.micemu("events", "--recent", "--count", "100").stdout.splitlines()
+    assert [e["seed"] for e in map(json.loads, events) if e["event"] == "fault-added"] == [1, 7, 3]
+
+
 def test_slow_link_slows_the_disk(machine: Machine) -> None:
     """1 MB/s: half a MiB through the disk takes half a second; the preset is accepted as well."""
     machine.boot("--net", "none")

@@ -131,6 +131,11 @@ class VopHost:
             self._free_blocks(slot, addresses)
             if isinstance(e, MemoryError):
                 raise VopError(str(e), errno.ENOMEM) from e
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:  # HW-47
+                raise VopError(
+                    f'{e.strerror}: four devices are the most; remove one, or boot with interrupts = "msi", where all share one',
+                    errno.ENOSPC,
+                ) from e
             raise
         drain(line.fd)
         slot.vector = line.vector

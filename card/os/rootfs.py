@@ -52,6 +52,7 @@ class RootConfig:
     hosts:    names for /etc/hosts and their addresses
     expose:   folders of the host in /tmp or /run that programs shall see nevertheless, read-only
     shared:   folders below those that programs may write to, by their short names on the card
+    links:    files of the run directory that come and go with a device, by their usual names
     """
 
     hostname: str
@@ -59,6 +60,7 @@ class RootConfig:
     hosts: Mapping[str, str] = field(default_factory=dict)
     expose: Sequence[str] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 class CardRoot:
@@ -325,6 +327,8 @@ class _Builder:
                 read_only(CARD + path)
         for name, path in self.config.shared.items():
             mount(HOST + path, CARD + path, None, lib.MIC_MS_BIND)
+            os.symlink(path, CARD + name)
+        for name, path in self.config.links.items():
             os.symlink(path, CARD + name)
 
 

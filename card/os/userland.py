@@ -61,6 +61,7 @@ class Userland:
             hosts={name: address.split("/")[0] for name, address in names.items()},
             expose=[boot["dir"], *bootstrap.installed],
             shared={"/run/vsock": str(vsock)},
+            links={"/dev/hwrng": str(Path(boot["dir"]) / "hwrng")},
         )
         process = init.start(config, listener, lambda: make_root(boot["contained"], root))
         return cls(process, listener, path, log)

@@ -34,6 +34,13 @@ def test_hw_47_vectors_of_a_card(machine: Machine) -> None:
     assert users.count("mic dma_channel") == 4
     assert users.count("SCIF_INTR") == 1
     assert len(users) == 7  # console and block
+    for n in range(2):
+        machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / f'{n}.img'}", "size=1M")
+    refused = machine.micemu("vop", "add", "mic0", "rng", check=False)
+    assert refused.returncode == 1
+    assert "four devices are the most; remove one, or boot with interrupts" in refused.stderr
+    machine.micemu("vop", "remove", "mic0", "block1")
+    machine.micemu("vop", "add", "mic0", "rng")
 
 
 def test_hw_22_channels_follow_the_card(machine: Machine) -> None:

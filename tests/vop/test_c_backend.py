@@ -15,7 +15,7 @@ import pytest
 import mic_emu
 from mic_emu.testing.machine import Machine, eventually
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 ROOT = Path(mic_emu.__file__).parents[1]
 EXAMPLE, TESTS = ROOT / "examples" / "vop", ROOT / "tests" / "vop" / "c"
@@ -90,7 +90,7 @@ def prepare(machine: Machine, folder: Path, name: str, text: str) -> str:
 
 def says(machine: Machine, text: str) -> None:
     """The card's driver has written a line."""
-    eventually(lambda: text in machine.micemu("log").stdout, 15, f"{text!r} in the log")
+    eventually(lambda: text in machine.micemu("log").stdout, 30, f"{text!r} in the log")
 
 
 def slots(machine: Machine) -> list[int]:

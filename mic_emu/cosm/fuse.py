@@ -146,7 +146,8 @@ class Server:
 
     def _ended(self, unique: int, task: asyncio.Task[None]) -> None:
         del self._tasks[unique]
-        if task.cancelled():  # perhaps before its first step: without an answer the program would wait for ever
+        if task.cancelled():
+            # Perhaps before its first step: without an answer the program would wait for ever.
             self._reply(unique, -errno.EINTR)
 
     async def _serve(self, unique: int, work: Awaitable[bytes]) -> None:

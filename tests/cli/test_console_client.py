@@ -53,7 +53,7 @@ class Console:
 
     def frame(self) -> tuple[int, bytes]:
         """Next message of the client."""
-        self.backend.settimeout(10)
+        self.backend.settimeout(20)
         head = self._exactly(3)
         kind, length = struct.unpack("<BH", head)
         return kind, self._exactly(length)
@@ -121,7 +121,7 @@ def test_detach_key_restores_the_terminal(console: Console) -> None:
     """The key ends the relay: what came before it is sent, the terminal is as before, status 0."""
     console.type(b"abc\x1ddef")
     assert console.typed(3) == b"abc"
-    assert console.process.wait(10) == 0
+    assert console.process.wait(20) == 0
     assert console.backend.recv(10) == b""
     assert termios.tcgetattr(console.slave) == console.before
     console.expect("Detached from mic0.")
@@ -136,7 +136,7 @@ def test_window_size_follows(console: Console) -> None:
 def test_backend_gone(console: Console) -> None:
     """When the console goes away the terminal is restored and the caller told."""
     console.backend.close()
-    assert console.process.wait(10) == 9
+    assert console.process.wait(20) == 9
     assert termios.tcgetattr(console.slave) == console.before
 
 
@@ -144,7 +144,7 @@ def test_backend_gone(console: Console) -> None:
 def test_signals_restore_the_terminal(console: Console, sig: signal.Signals) -> None:
     """A killed client leaves no raw terminal behind."""
     console.process.send_signal(sig)
-    assert console.process.wait(10) == 0
+    assert console.process.wait(20) == 0
     assert termios.tcgetattr(console.slave) == console.before
 
 
@@ -152,7 +152,7 @@ def test_terminal_gone(console: Console) -> None:
     """A terminal that is closed ends the relay."""
     os.close(console.master)
     try:
-        assert console.process.wait(10) == 0
+        assert console.process.wait(20) == 0
     finally:
         console.master = os.open("/dev/null", os.O_RDONLY)
 
@@ -161,7 +161,7 @@ def test_large_paste_and_slow_backend(console: Console) -> None:
     """A paste of 300 KB arrives whole although the backend reads late."""
     blob = bytes(range(32, 127)) * 3200
     os.set_blocking(console.master, False)
-    console.backend.settimeout(10)
+    console.backend.settimeout(20)
     sent, got = 0, b""
     deadline = time.monotonic() + 20
     while len(got) < len(blob):
@@ -182,7 +182,7 @@ def test_other_and_no_detach_key() -> None:
     c.frame()
     c.type(b"\x1d\x01")
     assert c.typed(1) == b"\x1d"
-    assert c.process.wait(10) == 0
+    assert c.process.wait(20) == 0
     c.close()
     c = Console("none")
     c.expect("no detach key.")
@@ -201,7 +201,7 @@ def test_piped_input() -> None:
     assert c.typed(7) == b"echo \x1d\n"
     c.backend.sendall(b"answer")
     c.expect("answer")
-    assert c.process.wait(10) == 0
+    assert c.process.wait(20) == 0
     c.close()
 
 
@@ -278,7 +278,7 @@ def test_console_of_a_card_that_hangs_ends_by_a_signal(machine: Machine, number:
             eventually(lambda: termios.tcgetattr(slave) != before, 20, "raw mode")
             os.write(master, b"x" * 1000)
             client.send_signal(number)
-            client.communicate(timeout=5)
+            client.communicate(timeout=20)
         assert client.returncode == 0
         assert termios.tcgetattr(slave) == before
     finally:

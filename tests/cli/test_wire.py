@@ -54,7 +54,7 @@ def test_messages_keep_order_and_content(pair: tuple[Channel, Channel]) -> None:
     for m in msgs:
         a.send(m)
     for m in msgs:
-        assert b.recv(1, "the message") == (m, [])
+        assert b.recv(20, "the message") == (m, [])
 
 
 def test_descriptors_belong_to_their_message(pair: tuple[Channel, Channel]) -> None:
@@ -65,7 +65,7 @@ def test_descriptors_belong_to_their_message(pair: tuple[Channel, Channel]) -> N
     a.send({"n": 1}, [r, w])
     a.send({"n": 2})
     a.send({"n": 3}, [w])
-    got = [b.recv(1, "message") for _ in range(4)]
+    got = [b.recv(20, "message") for _ in range(4)]
     assert [m["n"] for m, _ in got] == [0, 1, 2, 3]
     assert [len(f) for _, f in got] == [0, 2, 0, 1]
     os.write(got[3][1][0], b"x")
@@ -83,7 +83,7 @@ def test_most_descriptors_of_one_message(pair: tuple[Channel, Channel]) -> None:
     a, b = pair
     with open("/dev/null") as f:
         a.send({"x": 1}, [f.fileno()] * wire.MAX_FDS)
-        _, fds = b.recv(1, "descriptors")
+        _, fds = b.recv(20, "descriptors")
         assert len(fds) == wire.MAX_FDS
         for fd in fds:
             os.close(fd)
@@ -98,7 +98,7 @@ def test_large_message_with_descriptor(pair: tuple[Channel, Channel]) -> None:
     r, w = os.pipe()
     t = threading.Thread(target=a.send, args=({"text": text}, [w]))
     t.start()
-    msg, fds = b.recv(10, "the large message")
+    msg, fds = b.recv(20, "the large message")
     t.join()
     assert msg["text"] == text
     os.write(fds[0], b"y")
@@ -113,7 +113,7 @@ def test_too_long_message_is_refused_by_the_sender(pair: tuple[Channel, Channel]
     with pytest.raises(WireError, match="at most 16777216"):
         a.send({"x": "y" * wire.MAX_MESSAGE})
     a.send({"ok": 1})
-    assert b.recv(1, "x")[0] == {"ok": 1}
+    assert b.recv(20, "x")[0] == {"ok": 1}
 
 
 def test_timeouts_have_names(pair: tuple[Channel, Channel]) -> None:
@@ -130,9 +130,9 @@ def test_end_of_the_peer(raw: tuple[socket.socket, Channel]) -> None:
     peer, channel = raw
     peer.sendall(b'{"last":1}\n{"ha')
     peer.close()
-    assert channel.recv(1, "x")[0] == {"last": 1}
+    assert channel.recv(20, "x")[0] == {"last": 1}
     with pytest.raises(PeerClosed, match="in the middle"):
-        channel.recv(1, "x")
+        channel.recv(20, "x")
     with pytest.raises(ConnectionError):
         channel.send({"x": 1})
 
@@ -157,10 +157,10 @@ def test_garbage_is_a_wire_error(raw: tuple[socket.socket, Channel], line: bytes
     peer, channel = raw
     peer.sendall(line)
     with pytest.raises(WireError, match=why):
-        channel.recv(1, "x")
+        channel.recv(20, "x")
     peer.sendall(b'{"fine":1}\n')
     with pytest.raises(WireError):
-        channel.recv(1, "x")
+        channel.recv(20, "x")
 
 
 def test_endless_line_is_bounded(raw: tuple[socket.socket, Channel]) -> None:
@@ -177,7 +177,7 @@ def test_endless_line_is_bounded(raw: tuple[socket.socket, Channel]) -> None:
     t = threading.Thread(target=flood)
     t.start()
     with pytest.raises(WireError, match="longer than"):
-        channel.recv(10, "x")
+        channel.recv(20, "x")
     channel.close()
     t.join()
 
@@ -190,7 +190,7 @@ def test_unclaimed_descriptors_are_closed(raw: tuple[socket.socket, Channel], li
         rights = array.array("i", [f.fileno()] * 3)
         peer.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     with pytest.raises(WireError):
-        channel.recv(1, "x")
+        channel.recv(20, "x")
 
 
 def test_flood_of_descriptors_is_bounded(raw: tuple[socket.socket, Channel]) -> None:
@@ -201,7 +201,7 @@ def test_flood_of_descriptors_is_bounded(raw: tuple[socket.socket, Channel]) -> 
         for _ in range(3):
             peer.sendmsg([b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     with pytest.raises(WireError, match="waiting for a message"):
-        channel.recv(1, "x")
+        channel.recv(20, "x")
 
 
 def test_no_descriptor_left_here_is_an_error_not_a_loss() -> None:
@@ -260,7 +260,7 @@ def test_serve_unix_speaks_to_clients_and_leaves_nothing(tmp_path: Path) -> None
 
     async def handler(ch: AsyncChannel) -> None:
         while True:
-            msg, fds = await ch.recv(5, "a request")
+            msg, fds = await ch.recv(20, "a request")
             for fd in fds:
                 os.write(fd, b"seen")
                 os.close(fd)
@@ -274,7 +274,7 @@ def test_serve_unix_speaks_to_clients_and_leaves_nothing(tmp_path: Path) -> None
             r, w = os.pipe()
             await ch.send({"n": n, "pad": "x" * 500000}, [w])
             os.close(w)
-            reply, _ = await ch.recv(5, "the echo")
+            reply, _ = await ch.recv(20, "the echo")
             assert reply["echo"]["n"] == n
             assert os.read(r, 4) == b"seen"
             os.close(r)
@@ -310,13 +310,13 @@ def test_serve_unix_refuses_other_users(tmp_path: Path, monkeypatch: pytest.Monk
             server._group = group
             async with AsyncChannel(wire.connect_unix(path)) as ch:
                 with pytest.raises(PeerClosed):
-                    await ch.recv(5, "anything")
+                    await ch.recv(20, "anything")
             await server.close()
         for group in (3, 5):
             server = await wire_aio.serve_unix(path, handler)
             server._group = group
             async with AsyncChannel(wire.connect_unix(path)) as ch:
-                assert (await ch.recv(5, "anything"))[0] == {"hello": 1}
+                assert (await ch.recv(20, "anything"))[0] == {"hello": 1}
             await server.close()
 
     asyncio.run(main())
@@ -337,7 +337,7 @@ def test_async_deadline_and_cancel_lose_nothing() -> None:
         with pytest.raises(asyncio.CancelledError):
             await b_half
         a.send(b"1}\n")
-        assert (await right.recv(1, "x"))[0] == {"half": 1}
+        assert (await right.recv(20, "x"))[0] == {"half": 1}
         # A peer that does not read: the send ends, and the connection with it.
         with pytest.raises(WireTimeout):
             await left.send({"x": "y" * (8 << 20)}, timeout_s=0.05)
@@ -356,7 +356,7 @@ def test_concurrent_senders_do_not_mix() -> None:
         a, b = socket.socketpair()
         async with AsyncChannel(a) as left, AsyncChannel(b) as right:
             sends = [asyncio.ensure_future(left.send({"n": n, "pad": "z" * 400000})) for n in range(10)]
-            got = [(await right.recv(5, "a message"))[0] for _ in range(10)]
+            got = [(await right.recv(20, "a message"))[0] for _ in range(10)]
             await asyncio.gather(*sends)
             assert sorted(m["n"] for m in got) == list(range(10))
             assert all(len(m["pad"]) == 400000 for m in got)
@@ -370,6 +370,6 @@ def test_speed_of_small_messages(pair: tuple[Channel, Channel]) -> None:
     blob = b"".join(wire.encode({"n": n}) for n in range(10000))
     t = threading.Thread(target=a.sock.sendall, args=(blob,))
     t.start()
-    assert [b.recv(2, "x")[0]["n"] for _ in range(10000)] == list(range(10000))
+    assert [b.recv(20, "x")[0]["n"] for _ in range(10000)] == list(range(10000))
     t.join()
     assert json.loads(blob.splitlines()[0]) == {"n": 0}

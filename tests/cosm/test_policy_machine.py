@@ -95,6 +95,6 @@ def test_waiting_clients_that_go_away_leave_nothing_in_the_host(machine: Machine
     for process in waiting:
         process.kill()
         process.wait()
-    eventually(lambda: held() == before, 30, "the end of their requests")
+    eventually(lambda: held() <= before, 30, "the end of their requests")
     late = machine.micemu("wait", "ready", "--timeout", "0.2", check=False)
     assert (late.returncode, "mic0" in late.stderr) == (5, True)

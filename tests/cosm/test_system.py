@@ -41,7 +41,7 @@ def test_cosm_32_64_card_goes_down_by_itself_and_is_reset(
     """`poweroff` and `halt` on the card: shutting_down, the status, then the daemon's reset; no boot."""
     machine.boot(*QUICK)
     assert machine.on_card(command).returncode == 0
-    machine.micemu("wait", "ready", "--timeout", "20")
+    machine.micemu("wait", "ready", "--timeout", "40")
     assert words(machine) == ["booting", "online", "shutting_down", status, "resetting", "nop", "ready"]
 
 
@@ -73,7 +73,7 @@ def test_cosm_32_plain_processes_power_off_only_their_card(machine: Machine, tmp
     found = machine.shell("command -v poweroff halt reboot shutdown").split()
     assert {os.path.dirname(p) for p in found} == {str(machine.run_dir / "mic0" / "bin")}
     assert machine.on_card("shutdown", "-h", "now").returncode == 0
-    machine.micemu("wait", "ready", "--timeout", "20")
+    machine.micemu("wait", "ready", "--timeout", "40")
     assert "poweroff" in words(machine)
 
 
@@ -81,7 +81,7 @@ def test_cosm_50_hung_card_is_found_by_the_watchdog(machine: Machine) -> None:
     """SIGSTOP of the card OS: no process ends, only the heartbeat; after the window crashed; reset needs no help."""
     pids = machine.boot("--timing", "test", *QUICK)["cards"][0]["pids"]
     signal_tree(pids["os"], signal.SIGSTOP)
-    machine.micemu("wait", "crashed", "--timeout", "20")
+    machine.micemu("wait", "crashed", "--timeout", "40")
     assert seen(machine) == ("shutting_down", "crashed")
     machine.micemu("reset")
     assert seen(machine) == ("ready", "nop")
@@ -103,7 +103,7 @@ def test_program_that_fails_on_a_card_that_was_lost_keeps_its_status_and_run_say
         assert program.stdout
         assert program.stdout.readline() == "go\n"
         os.kill(pid, signal.SIGSTOP)
-        machine.micemu("wait", "crashed", "--timeout", "20")
+        machine.micemu("wait", "crashed", "--timeout", "40")
         _, err = program.communicate("\n", timeout=20)
     assert (program.returncode, err) == (3, "micemu: mic0 went down while sh was running\n")
     assert machine.on_card("true", check=False).returncode == 4
@@ -149,7 +149,7 @@ def test_cosm_64_crash_policy_reset_leaves_the_card_ready(machine: Machine, tmp_
     config.write_text('[[card]]\non_crash = "reset"\ndisk = "none"\nnet = "none"\n')
     machine.micemu("boot", "--config", str(config))
     os.kill(machine.card()["pids"]["os"], signal.SIGKILL)
-    machine.micemu("wait", "ready", "--timeout", "20")
+    machine.micemu("wait", "ready", "--timeout", "40")
     assert words(machine)[2:] == ["crashed", "shutting_down", "resetting", "nop", "ready"]
     assert machine.card()["boots"] == 1
 
@@ -197,8 +197,11 @@ def test_cosm_21_66_command_line_reaches_the_card_and_is_cut(machine: Machine) -
 def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: Machine) -> None:
     """The kernel log lies in GDDR: it outlives the card OS and goes with the reset."""
     pids = machine.boot(*QUICK)["cards"][0]["pids"]
+    eventually(
+        lambda: "card is up" in machine.micemu("dump", "log").stdout, 20, "its last line"
+    )  # after online
     os.kill(pids["os"], signal.SIGKILL)
-    machine.micemu("wait", "crashed", "--timeout", "5")
+    machine.micemu("wait", "crashed", "--timeout", "30")
     assert "card is up" in machine.micemu("dump", "log", "mic0").stdout
     machine.micemu("reset")
     assert "card is up" not in machine.micemu("dump", "log", "mic0").stdout
@@ -233,7 +236,7 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
     put(machine, "mic0/cmdline", "hello=world")
     assert words(machine)[-1] == "ready"
     assert put(machine, "mic0/state", "boot") == ""
-    machine.micemu("wait", "online", "mic0", "--timeout", "20")
+    machine.micemu("wait", "online", "mic0", "--timeout", "40")
     eventually(  # it writes that when it hears that it is online
         lambda: "card is up" in sysfs(machine, "kernel/debug/mic_cosm/mic0/log_buf"), 30, "the end of the card's boot in its log"
     )  # fmt: skip

@@ -14,7 +14,7 @@ def main() -> int:
     pid, terminal = pty.fork()
     if not pid:
         os.execvp(command[0], command)
-    pressed, quiet_since, deadline = False, time.monotonic(), time.monotonic() + 30
+    said, quiet_since, deadline = False, time.monotonic(), time.monotonic() + 50
     while time.monotonic() < deadline:
         ready, _, _ = select.select([terminal], [], [], 0.3)
         if ready:
@@ -25,10 +25,10 @@ def main() -> int:
             if not data:
                 break
             os.write(1, data)
-            quiet_since = time.monotonic()
-        elif not pressed and time.monotonic() - quiet_since > 0.3:
-            os.write(terminal, keys)  # it has said what it had to say
-            pressed = True
+            said, quiet_since = True, time.monotonic()
+        elif said and time.monotonic() - quiet_since > 0.3:
+            os.write(terminal, keys)  # it has said what it had to say; again when it did not listen yet
+            quiet_since = time.monotonic() + 1
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status)
 

@@ -122,7 +122,7 @@ class Shell:
         )
         self.work = work
 
-    def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
+    def run(self, command: str, timeout: float = 120) -> tuple[int, str]:
         """Exit status and output; the command reads nothing."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -62,6 +62,7 @@ class Writer(threading.Thread):
             self.blocks += 1
 
 
+@pytest.mark.timeout(600)
 def test_faults_come_and_go_under_load(machine: Machine) -> None:
     """Every harmless kind, twice, in a random order, two at a time, over a busy disk and network."""
     card = machine.boot()["cards"][0]
@@ -93,7 +94,7 @@ def test_faults_come_and_go_under_load(machine: Machine) -> None:
         eventually(lambda: writer.blocks > blocks + 5 or not writer.is_alive(), 30, "blocks without faults")
     finally:
         writer.done.set()
-        writer.join(10)
+        writer.join(30)
         if load:
             load.kill()
             load.wait()

@@ -22,8 +22,8 @@ def uri(machine: Machine) -> str:
     return f"nbd+unix:///vda?socket={machine.card()['run_dir']}/vda.nbd"
 
 
-def ping(machine: Machine, count: int, wait_s: int = 1) -> int:
-    """How many of the answers came."""
+def ping(machine: Machine, count: int, wait_s: int = 20) -> int:
+    """How many of the answers came in time."""
     out = machine.micemu("ping", "mic0", "-c", str(count), "-W", str(wait_s), "--json", check=False).stdout
     return int(json.loads(out)["received"])
 
@@ -102,7 +102,7 @@ def test_cosm_50_os_kill_at_a_time_is_a_crash(machine: Machine) -> None:
     machine.boot("--net", "none")
     begin = time.monotonic()
     fault = add_fault(machine, "os-kill", delay="1s")
-    machine.micemu("wait", "crashed", "--timeout", "10")
+    machine.micemu("wait", "crashed", "--timeout", "30")
     assert time.monotonic() - begin >= 1
     assert eventually(lambda: fault.row() is None, 20, "the end of the filter")
     assert fault.hits == 1
@@ -115,7 +115,9 @@ def test_os_kill_by_configuration_counts_boots(machine: Machine) -> None:
     path.write_text(
         '[[card]]\nnet = "none"\non_crash = "reboot"\n[[card.fault]]\nkind = "os-kill"\ndelay = "200ms"\ncount = 2\n'
     )
-    machine.boot("--config", str(path))
+    machine.micemu(
+        "boot", "--config", str(path), check=False
+    )  # the card may die before boot has looked at it
     eventually(lambda: machine.card()["crashes"] == 2, 20, "two crashes")
     eventually(lambda: machine.card()["state"] == "online", 20, "the third boot")
     assert machine.card()["faults"] == []
@@ -131,7 +133,7 @@ def test_os_kill_at_a_doorbell_strikes_at_exactly_that_one(machine: Machine) -> 
         qemu_io(machine, f"read {n * 4096} 4096")
         if machine.card()["shutdown_status"] == "crashed":
             break
-    machine.micemu("wait", "crashed", "--timeout", "5")
+    machine.micemu("wait", "crashed", "--timeout", "30")
     assert eventually(lambda: fault.row() is None, 20, "the end of the filter")
     assert (fault.seen, fault.hits) == (4, 1)
 
@@ -144,7 +146,7 @@ def test_cosm_50_os_hang_is_found_by_the_watchdog(machine: Machine) -> None:
     stat = Path(f"/proc/{pid}/stat")
     eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 20, "the card OS to stop")
     assert machine.card()["state"] == "online"
-    machine.micemu("wait", "crashed", "--timeout", "20")
+    machine.micemu("wait", "crashed", "--timeout", "40")
     assert fault.row() is not None
     assert machine.boot()["cards"][0]["state"] == "online"
     eventually(lambda: fault.row() is None, 20, "the end of the filter")
@@ -181,7 +183,7 @@ def test_os_hang_at_a_doorbell_stops_the_card(machine: Machine) -> None:
             assert reader.poll() is None
             assert fault.seen == 3
             fault.remove()
-            assert reader.wait(10) == 0
+            assert reader.wait(30) == 0
         finally:
             reader.kill()
             reader.wait()
@@ -204,7 +206,7 @@ def test_ping_loses_packets_and_recovers(machine: Machine) -> None:
     machine.boot()
     assert ping(machine, 3) == 3
     with machine.fault("packet-loss", rate=0.5, seed=11) as fault:
-        assert ping(machine, 10) < 10
+        assert ping(machine, 10, wait_s=1) < 10
         assert 0 < fault.hits < fault.seen
         metrics = machine.micemu("metrics").stdout
         assert 'micemu_fault_hits_total{card="mic0",fault="1",kind="packet-loss"}' in metrics
@@ -215,13 +217,13 @@ def test_ping_over_lost_late_and_double_doorbells(machine: Machine) -> None:
     """Double and late doorbells cost time only; a lost one waits for the next: the stack goes on."""
     machine.boot()
     with machine.fault("doorbell-duplicate") as double, machine.fault("doorbell-delay", delay="2ms") as late:
-        assert ping(machine, 5, wait_s=20) == 5
+        assert ping(machine, 5) == 5
         assert machine.shell("echo alive").strip() == "alive"
         assert double.hits > 0 < late.hits
     with machine.fault("doorbell-drop", device="net", rate=0.3, seed=2) as lost:
-        ping(machine, 10)
+        ping(machine, 10, wait_s=1)
         assert lost.seen > 0
-    assert ping(machine, 3, wait_s=20) == 3
+    assert ping(machine, 3) == 3
     assert machine.card()["state"] == "online"
 
 
@@ -236,10 +238,11 @@ def test_a_disk_that_lost_a_doorbell_goes_on_when_the_filter_is_removed(
         nbd.go(b"vda")
         with machine.fault("doorbell-drop", device="vda", direction=direction) as lost:
             waiting = nbd.request(READ, 0, 4096)
-            while select.select([nbd.sock], [], [], 0.5)[0]:  # whoever still polls needs no doorbell
+            while (
+                select.select([nbd.sock], [], [], 0.5)[0] or not lost.hits
+            ):  # whoever still polls needs no doorbell
                 assert nbd.simple(4096)[:2] == (0, waiting)
                 waiting = nbd.request(READ, 0, 4096)
-            assert lost.hits > 0
         assert nbd.simple(4096)[:2] == (0, waiting)
         assert nbd.call(READ, 0, 4096)[0] == 0
 

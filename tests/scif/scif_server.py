@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mic_emu
@@ -42,14 +43,12 @@ class Server:
     def stop(self) -> int:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        return self.process.wait(10)
+        return self.process.wait(30)
 
 
 def settled(server: Server) -> object:
     """The state of the nodes once every release has ended (asking again is the wait)."""
-    state = server.ask("state")
-    for _ in range(2000):
-        if state == server.idle:
-            break
-        state = server.ask("state")
+    end = time.monotonic() + 30
+    while (state := server.ask("state")) != server.idle and time.monotonic() < end:
+        pass
     return state

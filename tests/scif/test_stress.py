@@ -91,7 +91,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scif_17_114_134_processes_killed_at_random(server: Server, program: Path, tmp_path: Path) -> None:
     """SCIF-17, 114, 134: no wrong byte, no hang, and the nodes' tables and memory are empty afterwards."""
     seed = int(os.environ.get("SCIF_STRESS_SEED", "1"))
-    Storm(server, program, tmp_path / "counters", 9, 4, seed).run(seconds=4, pause=0.03, calm_s=20)
+    Storm(server, program, tmp_path / "counters", 9, 4, seed).run(seconds=4, pause=0.03, calm_s=60)
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -273,9 +274,10 @@ def churn(machine: Machine, folder: Path, mode: str, rounds: int, compiler: str 
             Path(f"/proc/{host['init']}/task/{host['init']}/children").read_text().split()
         )
         for fd in Path(f"/proc/{host['pid']}/fd").iterdir():
-            for memory in ("-host-", "-gddr-"):
-                if "/dev/shm/" in (to := os.readlink(fd)) and memory in to:
-                    found[memory] = fd.stat().st_blocks // 2
+            with suppress(FileNotFoundError):  # closed since it was listed
+                for memory in ("-host-", "-gddr-"):
+                    if "/dev/shm/" in (to := os.readlink(fd)) and memory in to:
+                        found[memory] = fd.stat().st_blocks // 2
         return found
 
     python = [sys.executable, "-c", PYTHON_CHURN]
@@ -294,11 +296,14 @@ def churn(machine: Machine, folder: Path, mode: str, rounds: int, compiler: str 
     load = Load(machine, card["run_dir"])
     try:
         run(2)  # what is opened once is open now
+        eventually(
+            lambda: 42 not in slots(machine), 20, "the end of the devices"
+        )  # after that of their programs
         before, live = held(), slots(machine)
         end = max(s["offset"] for s in machine.json("dump", "page")["slots"])
         run(rounds)
         load.check()
-        assert slots(machine) == live
+        eventually(lambda: slots(machine) == live, 20, "the end of the devices")
         # Slots are used again: four devices at a time at most, beside those that stay.
         assert max(s["offset"] for s in machine.json("dump", "page")["slots"]) <= end + 4 * 128
         # GDDR: the kernel's log grows up to 1 MiB, and the load uses some. One device takes 150 KiB, and 20 of the host's.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from life import DESC, TYPE, VERSION_1, VQ, C, Life, ProbeDriver
+from life import DESC, TYPE, VERSION_1, VQ, C, Life, ProbeDriver, until
 
 from mic_emu import layout as L
 from mic_emu._native import ffi, lib
@@ -72,6 +72,7 @@ class Lab:
         f = self.open()
         f.ioctl(ADD_DEVICE, block(**shape))
         eventually(lambda: self.status(f) & C["VIRTIO_DRIVER_OK"], 30, "DRIVER_OK")
+        self.call(until(lambda: not self.life.card._scan_lock.locked(), "the card's last word"))
         return f
 
     def status(self, f: DeviceFile) -> int:
@@ -103,7 +104,7 @@ class Lab:
         self.call(self.life.host.close())
         self.call(self._drain())
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(5)
+        self._thread.join(20)
         self.life.__exit__()
         self.loop.close()
 
@@ -166,7 +167,7 @@ def test_vop_23_29_31_a_request_from_kick_to_completion(lab: Lab) -> None:
         while f.poll(0.05):
             pass
         (answer,) = lab.offer([b"question"], [6])
-        assert f.poll(5) == select.POLLIN | select.POLLOUT
+        assert f.poll(20) == select.POLLIN | select.POLLOUT
         assert f.poll(0) == 0  # VOP-29: one wake per edge, though a chain is pending
         text, reply = bytearray(8), bytearray(b"answer")
         copy = Copy(text, reply, update=True)
@@ -315,7 +316,7 @@ def test_vop_41_nothing_works_before_add(lab: Lab) -> None:
         assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == EINVAL
         assert number(lambda: f.ioctl(CONFIG_CHANGE, b"")) == EINVAL
         assert number(lambda: f.mmap(0, 4096)) == EINVAL
-        assert [f.poll(None), f.poll(5)] == [select.POLLERR] * 2
+        assert [f.poll(None), f.poll(20)] == [select.POLLERR] * 2
 
 
 def test_vop_42_mmap(lab: Lab) -> None:
@@ -378,7 +379,7 @@ def test_vop_19_files_after_the_card_stopped(lab: Lab) -> None:
     f.close()
     idle.close()
     f.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
 
 
 def test_vop_55_removal_waits_for_a_copy(lab: Lab) -> None:
@@ -391,7 +392,7 @@ def test_vop_55_removal_waits_for_a_copy(lab: Lab) -> None:
         closing.result(0.3)
     assert lab.life.host.devices[0].slot.blocks
     f._rings.release()
-    closing.result(10)
+    closing.result(20)
     assert lab.life.host.devices == []
     assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(64)).arg)) == ENODEV
     f.close()
@@ -418,9 +419,9 @@ def test_vop_54_card_dies_with_a_chain_pending(lab: Lab) -> None:
     result(lambda: f.ioctl(COPY_DESC, pending.arg))
     lab.call(lab.files.close())
     lab.call(lab.life.host.close())
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
     assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == ENODEV
-    assert f.poll(5) == select.POLLERR
+    assert f.poll(20) == select.POLLERR
     f.close()
 
     async def boot_again() -> None:
@@ -442,7 +443,7 @@ def test_vop_29_close_wakes_a_waiting_poll(lab: Lab) -> None:
     waiter = threading.Thread(target=lambda: found.append(f.poll(None)))
     waiter.start()
     f.close()
-    waiter.join(5)
+    waiter.join(20)
     assert found == [select.POLLERR]
 
 

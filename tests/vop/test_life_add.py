@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -117,8 +118,10 @@ async def test_vop_06_a_scanning_card_never_sees_half_a_slot() -> None:
         thread = threading.Thread(target=scan)
         thread.start()
         try:
-            for _ in range(150):
+            rounds, end = 0, time.monotonic() + 30
+            while rounds < 150 or (not seen and time.monotonic() < end):
                 await life.host.remove(await life.add(config=bytes(5)))
+                rounds += 1
         finally:
             stop.set()
             thread.join()

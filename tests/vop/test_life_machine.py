@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,14 +33,15 @@ def test_vop_62_disk_swapped_at_run_time(machine: Machine) -> None:
     machine.micemu("vop", "swap", "mic0", "block", f"path={image}")
     now = machine.device("block")
     assert (now["path"], now["state"]) == (str(image), "running")
-    assert gone(first["pid"])
+    eventually(lambda: gone(first["pid"]), 20, "the end of the old backend")
     assert (run_dir / "vda.nbd").exists()
-    events = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
-    disks = [
-        e["event"] for e in events if e.get("event") in ("device_up", "device_gone") and e.get("type") == 2
-    ]
-    assert disks == ["device_up", "device_gone", "device_up"]
-    assert any("6144 sectors" in e["message"] for e in events)
+    # The card writes to the log what the host has heard of already.
+    eventually(
+        lambda: [e["event"] for e in log(machine) if e.get("event", "").startswith("device_") and e.get("type") == 2]
+        == ["device_up", "device_gone", "device_up"],
+        20, "the card's disks, one after the other",
+    )  # fmt: skip
+    assert any("6144 sectors" in e["message"] for e in log(machine))
     assert (
         "only disks" in machine.micemu("vop", "swap", "mic0", "console", f"path={image}", check=False).stderr
     )
@@ -50,32 +52,53 @@ def test_a_disk_that_is_removed_in_order_logs_no_error(machine: Machine) -> None
     machine.boot("--net", "none")
     machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / 'hot.img'}", "size=1M")
     machine.micemu("vop", "remove", "mic0", "block1")
-    records = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
-    assert any(r.get("event") == "device_gone" for r in records)
-    assert [r["message"] for r in records if r["level"] in ("error", "warning")] == []
+    eventually(
+        lambda: any(r.get("event") == "device_gone" for r in log(machine)),
+        20,
+        "the end of the device on the card",
+    )
+    assert [r["message"] for r in log(machine) if r["level"] in ("error", "warning")] == []
 
 
-def spares(machine: Machine) -> list[int]:
-    """Init's processes that have nothing to do yet."""
+def log(machine: Machine) -> list[dict[str, Any]]:
+    """The records so far."""
+    return [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def spare_of(machine: Machine) -> int:
+    """Init's process that has nothing to do yet: one, once it is forked."""
     init = machine.status()["host"]["init"]
-    pids = map(int, Path(f"/proc/{init}/task/{init}/children").read_text().split())
-    return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == "micemu-spare\n"]
+
+    def spares() -> list[int]:
+        pids = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+        return [int(pid) for pid in pids if comm(int(pid)) == "micemu-spare\n"]
+
+    eventually(lambda: len(spares()) == 1, 20, "the spare process")
+    return spares()[0]
+
+
+def comm(pid: int) -> str:
+    """Name of a process, "" when it has gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def test_the_spare_process_becomes_the_next_backend_and_is_not_missed_when_killed(machine: Machine) -> None:
     """It has stdio, the log and one socket; a device gets it, with a name; killed, the next one is forked afresh."""
     machine.boot("--disk", "none", "--net", "none")
-    (spare,) = spares(machine)
-    assert len(list(Path(f"/proc/{spare}/fd").iterdir())) == 5
+    spare = spare_of(machine)
+    eventually(lambda: len(list(Path(f"/proc/{spare}/fd").iterdir())) == 5, 20, "just five descriptors")
     machine.micemu("vop", "add", "mic0", "block", f"path={machine.home / 'hot.img'}", "size=1M")
     assert machine.device("block1")["pid"] == spare
-    assert Path(f"/proc/{spare}/comm").read_text() == "mic0-block1\n"
-    (spare,) = spares(machine)
+    assert comm(spare) == "mic0-block1\n"
+    spare = spare_of(machine)
     os.kill(spare, signal.SIGKILL)
     eventually(lambda: gone(spare), 20, "the end of the spare process")
     machine.micemu("vop", "add", "mic0", "rng")
     assert machine.device("rng")["state"] == "running"
-    assert len(spares(machine)) == 1
+    assert spare_of(machine)
     machine.micemu("vop", "remove", "mic0", "block1")
     machine.micemu("vop", "remove", "mic0", "rng")
 
@@ -89,7 +112,7 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     eventually(
         lambda: machine.card()["boots"] == 2 and machine.card()["state"] == "online", 20, "the second boot"
     )
-    assert all(gone(pid) for pid in before)
+    eventually(lambda: all(gone(pid) for pid in before), 20, "the end of the old backends, no zombie left")
     eventually(
         lambda: [d["state"] for d in machine.card()["devices"]] == ["running"] * 2, 30, "the new backends"
     )
@@ -97,7 +120,7 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     assert not set(before) & set(after)
     machine.micemu("shutdown", "mic0")
     assert machine.card()["state"] == "ready"
-    assert all(gone(pid) for pid in after)
+    eventually(lambda: all(gone(pid) for pid in after), 20, "the end of all backends, no zombie left")
 
 
 def test_vop_19_devices_are_gone_after_stop(machine: Machine) -> None:

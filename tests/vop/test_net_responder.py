@@ -165,7 +165,7 @@ class Client:
         out = ask(self.resp, tcp(self.port, at, self.nxt if ack is None else ack, flags, data, wnd=wnd))
         return [seg_of(f) for f in out]
 
-    def later(self, within_s: float = 3.0) -> list[Seg]:
+    def later(self, within_s: float = 20.0) -> list[Seg]:
         """What it says by itself, when a timer is due."""
         assert select.select([self.resp.poll_fd], [], [], within_s)[0], "no timer fired"
         return [seg_of(f) for f in drain(self.resp)]
@@ -352,19 +352,19 @@ def test_ping_out(resp: Responder) -> None:
     t = threading.Thread(target=peer)
     t.start()
     try:
-        result = resp.ping(MY_IP, 4, interval_s=0.01, timeout_s=0.2)
+        result = resp.ping(MY_IP, 4, interval_s=0.01, timeout_s=2)
     finally:
         stop.set()
         t.join()
     assert (result.sent, len(result.rtts_s), result.lost) == (4, 3, 1)
-    assert all(0 < r < 0.2 for r in result.rtts_s)
+    assert all(0 < r < 2 for r in result.rtts_s)
 
 
 def test_ping_without_a_loop_ends(resp: Responder) -> None:
     """A ping that nobody serves ends by itself with every request lost."""
     t0 = time.monotonic()
     assert resp.ping(MY_IP, 1, interval_s=0.01, timeout_s=0.1).lost == 1
-    assert time.monotonic() - t0 < 4
+    assert time.monotonic() - t0 < 20
 
 
 FRAMES = [

@@ -148,7 +148,7 @@ def test_vsock_credit_of_a_reader_that_never_reads(peer: Peer) -> None:
         peer.send(Op.RW, b"x", peer=5)
         assert peer.expect(Op.RST)["src_port"] == 5
         got = 0
-        program.settimeout(5)
+        program.settimeout(20)
         while data := program.recv(1 << 20):
             got += len(data)
         assert got == sent - BUFFER
@@ -160,7 +160,7 @@ def test_vsock_credit_comes_back_as_the_program_reads(peer: Peer) -> None:
         peer.send(Op.REQUEST, peer=5)
         told = peer.expect(Op.RESPONSE)["fwd_cnt"]
         program, _ = listener.accept()
-        program.settimeout(5)
+        program.settimeout(20)
         want = bytes(range(256)) * 16
         for n in range(64):
             while n * 4096 + 4096 - told > BUFFER:

@@ -140,7 +140,7 @@ def test_vsock_bytes_arrive_both_ways(lab: Lab) -> None:
     while piece := sock.recv(1 << 20):
         back += piece
     assert back == data
-    writer.join(10)
+    writer.join(20)
     sock.close()
 
 

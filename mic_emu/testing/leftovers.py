@@ -17,7 +17,7 @@ from mic_emu.testing import homes
 
 SESSION = "PYTEST_MICEMU_SESSION"
 """Environment: a word that folders and processes of one test run have in common."""
-STAYS_S = 15.0
+STAYS_S = 20.0
 _OWN_SOURCES = ("micemu", "card", "init", "ramdisk", "scratch")  # of mounts that cards have among themselves
 
 

@@ -54,7 +54,7 @@ class Machine:
             "XDG_CACHE_HOME": cache,
             **(environment or {}),
         }
-        self._before = Leftovers.now()
+        self._before = Leftovers.now(self.home)
 
     def __enter__(self) -> Machine:
         return self
@@ -193,7 +193,7 @@ class Machine:
 
     def check_clean(self) -> None:
         """Nothing is left: processes, shared memory, mounts, interfaces, run directory."""
-        eventually(lambda: not self.processes(), 10, f"the end of all processes, now {self.processes()}")
+        eventually(lambda: not self.processes(), 30, f"the end of all processes, now {self.processes()}")
         stays = self._before.stay(self.home)
         assert not stays, f"left on the machine: {', '.join(stays)}"
         left = [str(p) for p in (self.home / "run").rglob("*")]

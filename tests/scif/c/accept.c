@@ -26,6 +26,7 @@ static void *blocked_accept(void *arg)
 	struct scif_portID from;
 	int nfd;
 
+	about_to_block();
 	acc_errno = scif_accept(*(int *)arg, &from, &nfd, SCIF_ACCEPT_SYNC) < 0 ? errno : 0;
 	return NULL;
 }
@@ -39,7 +40,7 @@ TEST(scif_46_30_blocking_accept_ignores_o_nonblock)
 	fcntl(l, F_SETFL, O_NONBLOCK);
 	acc_errno = -1;
 	pthread_create(&t, NULL, blocked_accept, &l);
-	usleep(30000);
+	wait_until_blocked();
 	EQ(acc_errno, -1);
 	connect_to(node_a(), port);
 	pthread_join(t, NULL);
@@ -52,7 +53,7 @@ TEST(scif_48_closing_the_listener_ends_a_blocked_accept)
 	pthread_t t;
 
 	pthread_create(&t, NULL, blocked_accept, &l);
-	usleep(30000);
+	wait_until_blocked();
 	OK(scif_close(l));
 	pthread_join(t, NULL);
 	EQ(acc_errno, EINTR);
@@ -73,7 +74,7 @@ TEST(scif_49_a_forked_childs_close_does_not_end_accept)
 	scif_listen(l, 1);
 	acc_errno = -1;
 	pthread_create(&t, NULL, blocked_accept, &l);
-	usleep(30000);
+	wait_until_blocked();
 	pid_t pid = fork();
 	if (pid == 0)
 		_exit(scif_close(l) != 0);
@@ -94,7 +95,7 @@ static void interrupt_accept(int flags, int expected, int port)
 	struct sigaction sa = { .sa_handler = nothing, .sa_flags = flags };
 
 	sigaction(SIGUSR1, &sa, NULL);
-	usleep(30000);
+	wait_until_blocked();
 	pthread_kill(acc_thread, SIGUSR1);
 	usleep(30000);
 	if (flags & SA_RESTART) {

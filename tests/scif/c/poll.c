@@ -8,7 +8,7 @@ TEST(scif_69_the_poll_and_drain_idiom_terminates)
 
 	pair(e);
 	send_all(e[0], "twenty bytes of text", 20);
-	EQ(poll1(e[1], SCIF_POLLIN, 1000), SCIF_POLLIN);
+	EQ(poll1(e[1], SCIF_POLLIN, 20000), SCIF_POLLIN);
 	while ((n = scif_recv(e[1], buf, sizeof buf, 0)) > 0)
 		total += n;
 	EQ(n, 0);
@@ -45,7 +45,7 @@ TEST(scif_71_listening_reports_pollin_while_a_request_waits)
 	struct connector c = { node_a(), port, -1 };
 	pthread_create(&t, NULL, connect_thread, &c);
 	EQ(poll1(l, SCIF_POLLIN | SCIF_POLLOUT, 5000), SCIF_POLLIN);
-	EQ(native1(l, POLLIN | POLLOUT, 1000), POLLIN);
+	EQ(native1(l, POLLIN | POLLOUT, 20000), POLLIN);
 	int fd = accept_from(l, NULL);
 	pthread_join(t, NULL);
 	EQ(poll1(l, SCIF_POLLIN, 0), 0);
@@ -63,12 +63,12 @@ TEST(scif_72_connected_masks)
 	EQ(native1(e[0], POLLIN | POLLOUT, 0), POLLOUT);
 	EQ(scif_send(e[1], buf, 5000, 0), 4095);
 	EQ(poll1(e[0], SCIF_POLLIN | SCIF_POLLOUT, 0), SCIF_POLLIN | SCIF_POLLOUT);
-	EQ(native1(e[0], POLLIN, 1000), POLLIN);
+	EQ(native1(e[0], POLLIN, 20000), POLLIN);
 	EQ(poll1(e[1], SCIF_POLLIN | SCIF_POLLOUT, 0), 0);
 	EVENTUALLY(native1(e[1], POLLIN | POLLOUT, 0) == 0 || scif_send(e[1], buf, 1, 0) < 0);
 	EQ(scif_recv(e[0], buf, 1, 0), 1);
 	EQ(poll1(e[1], SCIF_POLLIN | SCIF_POLLOUT, 0), SCIF_POLLOUT);
-	EQ(native1(e[1], POLLOUT, 1000), POLLOUT);
+	EQ(native1(e[1], POLLOUT, 20000), POLLOUT);
 }
 
 static void *delayed(void *arg)
@@ -172,10 +172,10 @@ TEST(scif_77_a_mixture_of_descriptors)
 	EQ(scif_poll(p, 4, 10), 1);
 	EQ(p[3].revents, POLLOUT);
 	CHECK(write(pp[1], "x", 1) == 1);
-	EQ(scif_poll(p, 3, 1000), 1);
+	EQ(scif_poll(p, 3, 20000), 1);
 	EQ(p[2].revents, POLLIN);
 	send_all(e[1], "y", 1);
-	EQ(scif_poll(p, 3, 1000), 2);
+	EQ(scif_poll(p, 3, 20000), 2);
 	EQ(p[1].revents, SCIF_POLLIN);
 	EQ(p[0].revents, 0);
 }

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -74,6 +75,38 @@ static inline uint64_t now_us(void)
 /* Wait for a condition, at most 10 s. */
 #define EVENTUALLY(x) do { uint64_t end_ = now_us() + 10000000; \
 		while (!(x)) { if (now_us() > end_) DIE("never: %s", #x); sched_yield(); } } while (0)
+
+/* A thread says that its next call blocks; another one waits until it does. */
+static pid_t blocking_thread;
+
+static inline void about_to_block(void)
+{
+	__atomic_store_n(&blocking_thread, (pid_t)syscall(SYS_gettid), __ATOMIC_RELEASE);
+}
+static inline int is_asleep(pid_t tid)
+{
+	char path[64], line[512] = "";
+	FILE *f;
+
+	snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)tid);
+	f = fopen(path, "r");
+	if (!f)
+		return 0;
+	char *got = fgets(line, sizeof line, f), *name_end = strrchr(line, ')');
+
+	fclose(f);
+	return got && name_end && name_end[1] && name_end[2] == 'S';
+}
+static inline void wait_until_blocked(void)
+{
+	pid_t tid = 0;
+
+	EVENTUALLY((tid = __atomic_load_n(&blocking_thread, __ATOMIC_ACQUIRE)));
+	EVENTUALLY(is_asleep(tid));
+	usleep(20000); /* on its way into the call it may have slept for a moment */
+	EVENTUALLY(is_asleep(tid));
+	__atomic_store_n(&blocking_thread, 0, __ATOMIC_RELEASE);
+}
 
 static inline int listener_on(int port, int backlog)
 {

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.cli.ping import from_the_card
+from mic_emu.cli.ping import WAIT_S, from_the_card
 from mic_emu.cli.ras import ras, systools
 from mic_emu.cosm import tools_proto as P
 from mic_emu.errors import MicemuError, NotRunning
@@ -121,7 +121,7 @@ def console(card: Card) -> None:
 def ping(card: Card) -> None:
     if card["net"] == "none":
         raise Failed("the card has no network")
-    if not from_the_card(card, card["addresses"]["host"], 1):
+    if not from_the_card(card, card["addresses"]["host"], 1, WAIT_S):
         raise Failed("the host does not answer a ping from the card")
 
 

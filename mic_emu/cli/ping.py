@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +14,8 @@ import click
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError, StateError
 
+INTERVAL_S = 0.2
+WAIT_S = 5  # for an answer: machines are busy
 NO_PING = "there is no ping program here: install iputils-ping, or boot with --net responder"
 
 
@@ -22,7 +26,12 @@ NO_PING = "there is no ping program here: install iputils-ping, or boot with --n
     "-c", "--count", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many requests."
 )
 @click.option(
-    "-W", "--wait", type=click.IntRange(1, 60), default=1, show_default=True, help="Seconds for an answer."
+    "-W",
+    "--wait",
+    type=click.IntRange(1, 60),
+    default=WAIT_S,
+    show_default=True,
+    help="Seconds for an answer.",
 )
 @client.json_option
 def command(card: str, from_card: bool, count: int, wait: int, as_json: bool) -> None:
@@ -46,8 +55,10 @@ def command(card: str, from_card: bool, count: int, wait: int, as_json: bool) ->
     if from_card:
         rtts = from_the_card(info, target, count, wait)
     elif info["net"] == "responder":
-        request = {"op": "ping", "target": target, "count": count, "interval": 0.2, "timeout": wait}
-        reply = client.ask("backend", card=card, device="net", request=request, limit=count * 0.2 + wait + 4)
+        request = {"op": "ping", "target": target, "count": count, "interval": INTERVAL_S, "timeout": wait}
+        reply = client.ask(
+            "backend", card=card, device="net", request=request, limit=count * INTERVAL_S + wait + 4
+        )
         rtts = reply["rtts"]
     else:
         rtts = system_ping(target, count, wait)
@@ -72,17 +83,34 @@ def command(card: str, from_card: bool, count: int, wait: int, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
-def parse(output: str) -> list[float]:
-    """Round trips in seconds from the output of ping(8)."""
-    return [float(line.split("time=")[1].split()[0]) / 1e3 for line in output.splitlines() if "time=" in line]
+def arguments(target: str, count: int, wait: int) -> list[str]:
+    """ping(8) that ends with the last answer. Not by -W: once there was an answer, that leaves the last one no more
+    than one interval, which a busy machine does not keep. By -w it asks on when one is lost."""
+    return [
+        "ping",
+        "-n",
+        "-i",
+        str(INTERVAL_S),
+        "-c",
+        str(count),
+        "-w",
+        str(math.ceil(count * INTERVAL_S) + wait),
+        target,
+    ]
 
 
-def system_ping(target: str, count: int, wait: int = 1) -> list[float]:
+def parse(output: str, count: int) -> list[float]:
+    """Round trips in seconds of the first ``count`` requests, from the output of ping(8)."""
+    found = {int(n): float(ms) / 1e3 for n, ms in re.findall(r"seq=(\d+) .*time=([\d.]+)", output)}
+    return [s for n, s in sorted(found.items()) if n <= count]
+
+
+def system_ping(target: str, count: int, wait: int) -> list[float]:
     """ping(8) inside the emulator's own namespaces. Raises MicemuError when there is no such program."""
     with client.connect() as channel:
         for _, fds in client.converse(channel, "host_ns"):
             pass
-    argv = ["ping", "-n", "-i", "0.2", "-W", str(wait), "-c", str(count), target]
+    argv = arguments(target, count, wait)
     if fds:
         code = (
             "import sys, os\nfrom mic_emu.namespaces import join\n"
@@ -95,17 +123,17 @@ def system_ping(target: str, count: int, wait: int = 1) -> list[float]:
         raise MicemuError(NO_PING) from None
     if "No such file" in done.stderr:
         raise MicemuError(NO_PING)
-    return parse(done.stdout)
+    return parse(done.stdout, count)
 
 
-def from_the_card(card: dict[str, Any], target: str, count: int, wait: int = 1) -> list[float]:
+def from_the_card(card: dict[str, Any], target: str, count: int, wait: int) -> list[float]:
     """From the card's side: the responder of its network driver, or the card's own ping program."""
-    reply = client.ask_card(card, "ping", target=target, count=count, interval=0.2, timeout=wait)
+    reply = client.ask_card(card, "ping", target=target, count=count, interval=INTERVAL_S, timeout=wait)
     if "rtts" in reply:
         return list(reply["rtts"])
     if reply["errno"] != errno.EOPNOTSUPP:
         raise MicemuError(f"{card['name']}: {reply['error']}", reply["errno"])
-    argv = ["ping", "-n", "-i", "0.2", "-W", str(wait), "-c", str(count), target]
+    argv = arguments(target, count, wait)
     micemu = [sys.executable, "-m", "mic_emu.cli", "--instance", client.rundir().instance]
     done = subprocess.run(
         [*micemu, "run", card["name"], "--", *argv], capture_output=True, text=True, check=False
@@ -114,4 +142,4 @@ def from_the_card(card: dict[str, Any], target: str, count: int, wait: int = 1) 
         raise MicemuError(
             "there is no ping program on the card: install iputils-ping, or boot with --net responder"
         )
-    return parse(done.stdout)
+    return parse(done.stdout, count)

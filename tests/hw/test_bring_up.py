@@ -308,7 +308,7 @@ async def test_hw_46_either_side_may_publish_first(first: str) -> None:
         for _ in range(50):
             await asyncio.sleep(0)
         order[1].start()
-        await attached(host, card, 2.5)
+        await attached(host, card, 20)
         await asyncio.gather(host_link.stop(), card_link.stop())
         await card.close()
         await host.close()

@@ -53,7 +53,7 @@ def test_hw_34_freeing_a_stalled_channel(lab: Lab, caplog: pytest.LogCaptureFixt
     bad.submit(lambda: called.append(1))
     start = time.monotonic()
     assert ch.free(timeout_s=0.2) is False
-    assert 0.19 < time.monotonic() - start < 3
+    assert 0.19 < time.monotonic() - start < 4.5
     assert "not drained: Connection timed out within 0.2 s" in caplog.text
     assert called == []
     assert ch.free() is True  # nothing left to do
@@ -68,7 +68,7 @@ def test_hw_34_sync_wait_tells_a_halted_channel_at_once(lab: Lab) -> None:
     with pytest.raises(DmaError, match="DCHERR 0x20") as e:
         ch.sync_wait(tx.submit())
     assert e.value.errno == errno.EIO
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4.5
     assert ch.halted
     ch.free(timeout_s=0)
 

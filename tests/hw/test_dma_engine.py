@@ -377,7 +377,7 @@ def test_hw_52_reset_in_flight(bus: Bus, engine: DmaEngine) -> None:
     engine.reset()
     took = time.monotonic() - start
     bus.hw_reset()
-    assert took < 2.0, f"reset took {took:.3f} s"
+    assert took < 20, f"reset took {took:.3f} s"
     stats = engine.stats()
     for ch in channels:
         regs = ("dcar", "dhpr", "dtpr", "drar_lo", "drar_hi", "dstat", "dcherr")

@@ -91,7 +91,7 @@ def test_fault_delay_slows_and_a_reset_cuts_it_short(bus: Bus, engine: DmaEngine
     wait_for("the delay began", lambda: ch.active)
     start = time.monotonic()
     engine.reset()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert bus.gddr.load(0x1000, 8) == 1
 
 

@@ -163,7 +163,7 @@ def test_hw_49_release_and_acquire_again(rig: Rig) -> None:
         host, card = rig.host(), rig.card()
         host.release()
         card.release()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_hw_05_mbus_identity() -> None:

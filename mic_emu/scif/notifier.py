@@ -30,7 +30,7 @@ class Notifier:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.offset = 0  # of the notify page, in our memory
+        self.offset = 0  # of the notify page, in our memory; the page that says whether the node lives is behind it
         self.page: Any = None  # struct mic_scif_notify *, while it runs
         self._thread: Any = None
         self._event_fd = -1
@@ -42,7 +42,7 @@ class Notifier:
         """Allocate the page and start the thread; nothing when it runs. Raises OutOfNodeMemory."""
         if self._thread is not None:
             return
-        self.offset = self.node.allocator.alloc(PAGE)
+        self.offset = self.node.allocator.alloc(2 * PAGE)
         self._event_fd = lib.mic_eventfd(_EVENTFD_FLAGS)
         self.page = ffi.cast("struct mic_scif_notify *", self.node.memory.pointer + self.offset)
         self._thread = lib.mic_scif_notifier_start(self.page, self._event_fd)

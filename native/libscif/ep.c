@@ -16,6 +16,7 @@
 #define CHUNK     1024
 #define CHUNKS    1024
 #define OWN_BYTES (PAGE + MIC_SCIF_EP_RING + PAGE) /* queue pair, ring, control page */
+#define RW        (PROT_READ | PROT_WRITE)
 
 static struct ep **chunks[CHUNKS];
 static struct ep *free_list;
@@ -82,7 +83,7 @@ static struct ep **slot_of(int fd, bool create)
 
 static void unmap_pages(struct ep *ep)
 {
-	void *pages[] = {ep->peer, ep->own_notify, ep->notify};
+	void *pages[] = {ep->peer, ep->own_notify, ep->notify, ep->life};
 
 	if (ep->qp)
 		munmap(ep->qp, OWN_BYTES);
@@ -94,6 +95,7 @@ static void unmap_pages(struct ep *ep)
 	ep->qp = ep->peer = NULL;
 	ep->peer_ring = NULL;
 	ep->own_notify = ep->notify = NULL;
+	ep->life = NULL;
 }
 
 /* The last user is gone: recycle. Called with table_lock held. */
@@ -244,9 +246,9 @@ void ep_after_fork(void)
 	pthread_mutex_init(&table_lock, NULL);
 }
 
-static void *map(int fd, uint64_t off, size_t len)
+static void *map(int fd, uint64_t off, size_t len, int prot)
 {
-	void *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)off);
+	void *p = mmap(NULL, len, prot, MAP_SHARED, fd, (off_t)off);
 
 	if (p == MAP_FAILED)
 		return NULL;
@@ -259,13 +261,14 @@ static int map_connection(struct ep *ep, const struct answer *ans)
 	const uint64_t *v = ans->head.v;
 	struct stat st;
 
-	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], OWN_BYTES);
-	ep->peer = map(ans->fds[1], v[MIC_SCIF_V_PEER_QP], PAGE);
-	ep->peer_ring = map(ans->fds[1], v[MIC_SCIF_V_PEER_RING], MIC_SCIF_EP_RING);
-	ep->own_notify = map(ans->fds[0], v[MIC_SCIF_V_OWN_NOTIFY], PAGE);
-	ep->notify = map(ans->fds[1], v[MIC_SCIF_V_PEER_NOTIFY], PAGE);
+	uint8_t *own = map(ans->fds[0], v[MIC_SCIF_V_OWN_QP], OWN_BYTES, RW);
+	ep->peer = map(ans->fds[1], v[MIC_SCIF_V_PEER_QP], PAGE, RW);
+	ep->peer_ring = map(ans->fds[1], v[MIC_SCIF_V_PEER_RING], MIC_SCIF_EP_RING, RW);
+	ep->own_notify = map(ans->fds[0], v[MIC_SCIF_V_OWN_NOTIFY], PAGE, RW);
+	ep->life = map(ans->fds[0], v[MIC_SCIF_V_OWN_NOTIFY] + PAGE, PAGE, PROT_READ);
+	ep->notify = map(ans->fds[1], v[MIC_SCIF_V_PEER_NOTIFY], PAGE, RW);
 	ep->qp = (void *)own;
-	if (!own || !ep->peer || !ep->peer_ring || !ep->own_notify || !ep->notify) {
+	if (!own || !ep->peer || !ep->peer_ring || !ep->own_notify || !ep->life || !ep->notify) {
 		unmap_pages(ep);
 		return -ENOMEM;
 	}

@@ -42,10 +42,11 @@ struct ep {
 	struct mic_scif_ctl *ctl;
 	uint8_t *ring, *peer_ring;
 	struct mic_scif_notify *own_notify, *notify;
-	uint32_t slot;             /* the peer's bit in *notify */
-	uint32_t spin;             /* how long waiting looks before it sleeps, time stamp ticks */
-	uint64_t mem_dev, mem_ino; /* our node's memory */
-	struct rma_table *rma;     /* windows as last seen */
+	struct mic_scif_life *life; /* of our node, read-only */
+	uint32_t slot;              /* the peer's bit in *notify */
+	uint32_t spin;              /* how long waiting looks before it sleeps, time stamp ticks */
+	uint64_t mem_dev, mem_ino;  /* our node's memory */
+	struct rma_table *rma;      /* windows as last seen */
 	pthread_mutex_t rma_lock;
 	uint32_t want; /* bytes that a spinning sender has left */
 	struct ep *next_free;

@@ -57,20 +57,20 @@ bool spin_allowed(void)
 
 bool node_dead(struct ep *ep)
 {
-	return mic_load_acquire((uint32_t *)(void *)ep->own_notify->alive) & FUTEX_OWNER_DIED;
+	return mic_load_acquire((const uint32_t *)(const void *)ep->life->alive) & FUTEX_OWNER_DIED;
 }
 
 /* The kernel wakes one sleeper of a dead node's lock; it wakes the others. */
 static int report_death(struct ep *ep)
 {
-	(void)syscall(SYS_futex, ep->own_notify->alive, FUTEX_WAKE, 1 << 30, NULL, NULL, 0);
+	(void)syscall(SYS_futex, ep->life->alive, FUTEX_WAKE, 1 << 30, NULL, NULL, 0);
 	return -ENODEV;
 }
 
 int sleep_on(struct ep *ep, uint32_t *word, uint32_t seen)
 {
 	static uint32_t refused; /* before Linux 5.16, or by a tool or filter that does not know the call */
-	uint32_t *alive = (uint32_t *)(void *)ep->own_notify->alive;
+	const uint32_t *alive = (const uint32_t *)(const void *)ep->life->alive;
 	uint32_t owner = mic_load_acquire(alive);
 	struct waitv w[2] = {{seen, (uint64_t)(uintptr_t)word, WAITV_U32, 0},
 			     {owner, (uint64_t)(uintptr_t)alive, WAITV_U32, 0}};

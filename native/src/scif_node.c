@@ -220,10 +220,11 @@ static void serve_bits(struct mic_scif_notifier *n, uint64_t *bits, int rx)
 static void *notifier_main(void *arg)
 {
 	struct mic_scif_notifier *n = arg;
-	pthread_mutex_t *alive = (pthread_mutex_t *)(void *)n->page->alive;
+	struct mic_scif_life *life = (void *)(n->page + 1);
+	pthread_mutex_t *alive = (pthread_mutex_t *)(void *)life->alive;
 
 	pthread_mutex_lock(alive);
-	mic_fetch_or((uint32_t *)(void *)n->page->alive, FUTEX_WAITERS);
+	mic_fetch_or((uint32_t *)(void *)life->alive, FUTEX_WAITERS);
 	for (;;) {
 		uint32_t seen = mic_load_acquire(&n->page->seq);
 
@@ -255,7 +256,7 @@ struct mic_scif_notifier *mic_scif_notifier_start(struct mic_scif_notify *page, 
 	for (uint32_t i = 0; i < MIC_SCIF_SLOTS; i++)
 		n->fd[i] = -2;
 	pthread_mutex_init(&n->lock, NULL);
-	shared_mutex(page->alive);
+	shared_mutex(((struct mic_scif_life *)(void *)(page + 1))->alive);
 	sigfillset(&all); /* signals are for the process's main thread */
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	int rc = pthread_create(&n->thread, NULL, notifier_main, n);

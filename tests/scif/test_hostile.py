@@ -7,7 +7,10 @@ import contextlib
 import random
 import socket
 import struct
+import subprocess
+import sys
 
+import pytest
 from fabric import eventually, fabric
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,6 +36,69 @@ def connect(server: Server) -> socket.socket:
 def call(sock: socket.socket, op: int, sid: int = 0, args: tuple[int, ...] = (), data: bytes = b"") -> bytes:
     sock.send(REQUEST.pack(op, len(data), sid, *(args + (0,) * 6)[:6]) + data)
     return sock.recv(1 << 17)
+
+
+VICTIM = """
+import threading
+from mic_emu import scif
+l, a = scif.Endpoint(), scif.Endpoint()
+port = l.bind()
+l.listen()
+t = threading.Thread(target=lambda: a.connect((scif.get_node_ids()[1], port)))
+t.start()
+b, _ = l.accept()
+t.join()
+a.send(b"x")
+b.recv(1)
+print(port, flush=True)
+c, _ = l.accept()
+c.recv(1)
+c.send(b"x")
+input()
+assert scif.poll([(a, scif.POLLIN | scif.POLLOUT), (b, scif.POLLIN)], 0) == [scif.POLLOUT, 0]
+for i in range(100):
+    a.send(bytes(4000))
+    assert b.recv(4000) == bytes(4000)
+threading.Timer(0, a.send, (b"y",)).start()
+assert b.recv(1) == b"y"
+print("unharmed")
+"""
+SCRIBBLER = """
+import ctypes, os, random, sys
+from mic_emu import scif
+ep = scif.Endpoint()
+ep.connect((0, int(sys.argv[1])))
+ep.send(b"x")
+ep.recv(1)
+shared = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.split()[1] == "rw-s"]
+assert len(shared) >= 3
+for start, end in shared:
+    start, size = int(start, 16), int(end, 16) - int(start, 16)
+    if sys.argv[2] == "random":
+        ctypes.memmove(start, random.Random(size).randbytes(size), size)
+    else:
+        ctypes.memset(start, int(sys.argv[2]), size)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("what", ["255", "0", "random"])
+def test_scif_135_a_program_scribbles_over_all_that_it_has_mapped(
+    server: Server, node: int, what: str
+) -> None:
+    """Ring headers, rings, notify pages: its own connection is gone, others go on, on its node and on the peer's."""
+    env = [{**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / f"node{n}.sock")} for n in (0, node)]
+    pipe = subprocess.PIPE
+    victim = subprocess.Popen(
+        [sys.executable, "-c", VICTIM], env=env[0], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    assert victim.stdout is not None
+    port = victim.stdout.readline().strip()
+    subprocess.run([sys.executable, "-c", SCRIBBLER, port, what], env=env[1], check=True, timeout=20)
+    out, said = victim.communicate("go on\n", timeout=20)
+    assert (out, said, victim.returncode) == ("unharmed\n", "", 0)
+    assert settled(server) == server.idle
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

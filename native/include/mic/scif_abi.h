@@ -93,12 +93,17 @@ struct mic_scif_ctl {
 #define MIC_SCIF_NOT_INLINE 0xffffffff
 #define MIC_SCIF_SLOTS      15872
 struct mic_scif_notify {
-	uint32_t seq;      /* futex of the notifier thread */
-	uint32_t left;     /* a copy that some endpoint's node waits for has ended */
-	uint64_t alive[5]; /* robust mutex, held by the notifier for as long as the node lives */
-	uint8_t reserved1[16];
+	uint32_t seq;  /* futex of the notifier thread */
+	uint32_t left; /* a copy that some endpoint's node waits for has ended */
+	uint8_t reserved1[56];
 	uint64_t rx[248]; /* one bit per slot: bytes for it arrived, put a token on its descriptor */
 	uint64_t tx[248]; /* there is room again: make its descriptor writable */
+	uint8_t reserved2[64];
+};
+/* The page behind it, which programs of the node map read-only: what one of them writes by mistake must not
+ * tell the others that their node is dead. */
+struct mic_scif_life {
+	uint64_t alive[5]; /* robust mutex, held by the notifier for as long as the node lives */
 };
 
 /* Node side (scif_node.c). 0 or -errno. */
@@ -129,8 +134,8 @@ void mic_scif_kernel_wants_room(struct mic_scif_qpage *peer);
 
 enum { MIC_SCIF_COPY_LEFT = -2 };
 struct mic_scif_notifier;
-/* A thread that serves a node's notify page. Slots without a descriptor are collected for Python:
- * event_fd becomes readable. NULL with errno. */
+/* A thread that serves a node's notify page and the page behind it. Slots without a descriptor are collected
+ * for Python: event_fd becomes readable. NULL with errno. */
 struct mic_scif_notifier *mic_scif_notifier_start(struct mic_scif_notify *page, int event_fd);
 void mic_scif_notifier_stop(struct mic_scif_notifier *n);
 /* The node's end of the descriptor of `slot`; -1: a kernel client. */
@@ -158,7 +163,7 @@ _Static_assert(offsetof(struct mic_scif_ctl, rx_lock) == 192, "ctl");
 _Static_assert(offsetof(struct mic_scif_ctl, busy) == 320, "ctl");
 _Static_assert(offsetof(struct mic_scif_ctl, drain) == 384, "ctl");
 _Static_assert(MIC_SCIF_GENS == sizeof((struct mic_scif_ctl){0}.busy) / sizeof(uint32_t), "ctl");
-_Static_assert(sizeof(struct mic_scif_notify) <= 4096, "notify");
+_Static_assert(sizeof(struct mic_scif_notify) == 4096, "notify");
 
 /* --- messages on the node's socket (SOCK_SEQPACKET) --------------------------------------------
  *

@@ -10,10 +10,13 @@ An ``Endpoint`` is a file descriptor (``fileno``): it works with select, poll, e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import math
 import mmap as _mmap
 import os
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -97,20 +100,23 @@ class Window:
 
 
 class Mapping:
-    """The peer's pages in this process: ``view`` is a memoryview of them, live in both directions."""
+    """The peer's pages in this process: ``view`` is a memoryview of them, live in both directions.
+
+    They are unmapped when nothing refers to them any more: neither ``view`` nor an array made of it.
+    """
 
     def __init__(self, pointer: Any, length: int, writable: bool) -> None:
-        self._pointer = pointer
-        self._length = length
-        view = memoryview(ffi.buffer(pointer, length))
+        buffer = ffi.buffer(pointer, length)
+        weakref.finalize(buffer, lib.scif_munmap, pointer, length).atexit = False
+        view = memoryview(buffer)
         self.view = view if writable else view.toreadonly()
 
     def close(self) -> None:
-        """Unmap; ``view`` must not be used afterwards."""
-        if self._pointer is not None:
-            pointer, self._pointer = self._pointer, None
-            self.view.release()
-            _check(lib.scif_munmap(pointer, self._length), "munmap")
+        """Release ``view`` and unmap; arrays made of it, as by ``numpy.frombuffer``, keep the pages until they go."""
+        view, self.view = self.view, memoryview(b"")
+        self.view.release()
+        with contextlib.suppress(BufferError):  # held by an object of ctypes, for one: it goes with that
+            view.release()
 
     def __enter__(self) -> memoryview:
         return self.view
@@ -122,9 +128,16 @@ class Mapping:
 
 
 class Endpoint:
-    """A SCIF endpoint. ``fd``: take over a descriptor (accepted, inherited) instead of opening one."""
+    """A SCIF endpoint. ``fd``: take over a descriptor (accepted, inherited) instead of opening one.
+
+    Like a socket it is closed with its last reference, with a ResourceWarning: better use ``with``.
+    """
+
+    _fd = -1  # also when __init__ fails
 
     def __init__(self, fd: int | None = None) -> None:
+        self._waiting: tuple[list[asyncio.Future[None]], list[asyncio.Future[None]]] = ([], [])
+        self._given_up = False  # aconnect was cancelled
         self._fd = _check_open(lib.scif_open(), "open") if fd is None else fd
 
     def fileno(self) -> int:
@@ -138,10 +151,23 @@ class Endpoint:
         return self._fd < 0
 
     def close(self) -> None:
-        """Close; twice is fine."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
+        """Close; twice is fine. Tasks that wait for the endpoint get ScifError EBADF."""
+        if self._fd < 0:
+            return
+        for writable, waiting in enumerate(self._waiting):
+            for task in waiting:
+                self._unwatch(task.get_loop(), bool(writable))
+                _finish(task)
+        fd, self._fd = self._fd, -1
+        if self._given_up:
+            os.close(fd)  # scif_close waits for a connect that nobody has accepted yet
+        else:
             _check(lib.scif_close(fd), "close")
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            os.close(self._fd)  # never waits
 
     def __enter__(self) -> Endpoint:
         return self
@@ -218,7 +244,10 @@ class Endpoint:
         flags = 0 if offset is None else MAP_FIXED
         at = lib.scif_register(self.fileno(), buf, len(buf), offset or 0, prot, flags)
         if at < 0:
-            raise _fail("register")
+            hint = (
+                " (memory in whole pages: scif.alloc)" if ffi.errno == errno.EINVAL and offset is None else ""
+            )
+            raise _fail(f"register{hint}")
         return Window(self, buf, at, len(buf))
 
     def mmap(self, offset: int, length: int, prot: int = PROT_READ | PROT_WRITE) -> Mapping:
@@ -268,20 +297,25 @@ class Endpoint:
     # --- asyncio ----------------------------------------------------------------------------------
 
     async def _ready(self, writable: bool) -> None:
+        """Until the descriptor is ready; of several tasks each may then find that another was faster."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
-        add, remove = (
-            (loop.add_writer, loop.remove_writer) if writable else (loop.add_reader, loop.remove_reader)
-        )
-        fd = self.fileno()
-        add(fd, lambda: done.done() or done.set_result(None))  # type: ignore[func-returns-value]
+        waiting = self._waiting[writable]
+        waiting.append(done)
+        if len(waiting) == 1:
+            (loop.add_writer if writable else loop.add_reader)(self.fileno(), _finish_all, waiting)
         try:
             await done
         finally:
-            remove(fd)
+            waiting.remove(done)
+            if not waiting and not self.closed:
+                self._unwatch(loop, writable)
+
+    def _unwatch(self, loop: asyncio.AbstractEventLoop, writable: bool) -> None:
+        (loop.remove_writer if writable else loop.remove_reader)(self._fd)
 
     async def aconnect(self, address: tuple[int, int]) -> int:
-        """``connect`` in an event loop."""
+        """``connect`` in an event loop. Close the endpoint after a cancellation: the attempt goes on meanwhile."""
         self.setblocking(False)
         try:
             while True:
@@ -291,6 +325,9 @@ class Endpoint:
                     if e.errno != errno.EINPROGRESS:
                         raise
                 await self._ready(writable=True)
+        except asyncio.CancelledError:
+            self._given_up = True
+            raise
         finally:
             if not self.closed:
                 self.setblocking(True)
@@ -327,6 +364,16 @@ class Endpoint:
             if data or not nbytes:
                 return data
             await self._ready(writable=False)
+
+
+def _finish(task: asyncio.Future[None]) -> None:
+    if not task.done():
+        task.set_result(None)
+
+
+def _finish_all(waiting: list[asyncio.Future[None]]) -> None:
+    for task in waiting:
+        _finish(task)
 
 
 def poll(items: Sequence[tuple[Endpoint | int, int]], timeout_s: float | None = None) -> list[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
+import gc
 import os
 import select
 import threading
@@ -82,6 +84,32 @@ def test_scif_86_104_windows_rma_mapping_and_fences(node: Server) -> None:
         assert e.value.errno == errno.ENXIO
 
 
+def test_scif_98_a_mapping_lives_as_long_as_what_is_made_of_it(node: Server) -> None:
+    """Closed, but an array has a view of its own: no dangling memory; the window goes with the last of them."""
+    a, b = pair()
+    with a, b:
+        memory = scif.alloc(4096)
+        window = a.register(memory, 0)
+        mapping = b.mmap(0, 4096)
+        other, held = memoryview(mapping.view.obj), (ctypes.c_char * 8).from_buffer(mapping.view)
+        window.unregister()
+        mapping.close()
+        with pytest.raises(ValueError, match="released"):
+            mapping.view[0]
+        mapping.close()
+        other[:4], held[4] = b"live", b"!"
+        assert memory[:5] == b"live!"
+        for lingers in (other, held):
+            with pytest.raises(scif.ScifError) as taken:
+                a.register(memory, 0)
+            assert taken.value.errno == errno.EADDRINUSE
+            if lingers is other:
+                other.release()
+        del held, lingers, mapping
+        gc.collect()
+        a.register(memory, 0)
+
+
 def test_scif_40_asyncio_helpers(node: Server) -> None:
     """aconnect, aaccept, asend and arecv move a megabyte in one loop."""
 
@@ -106,6 +134,61 @@ def test_scif_40_asyncio_helpers(node: Server) -> None:
             server.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_scif_53_several_tasks_wait_on_one_endpoint(node: Server) -> None:
+    """Two accepting tasks get one connection each; of two that receive each gets something; close wakes them."""
+
+    async def main() -> None:
+        with scif.Endpoint() as listener, scif.Endpoint() as one, scif.Endpoint() as two:
+            port = listener.bind()
+            listener.listen()
+            first, second = (asyncio.create_task(listener.aaccept()) for _ in range(2))
+            ports = await asyncio.gather(one.aconnect((0, port)), two.aconnect((0, port)))
+            (a, peer_a), (b, peer_b) = await first, await second
+            assert sorted(ports) == sorted((peer_a.port, peer_b.port))
+            with a, b:
+                readers = [asyncio.create_task(a.arecv(1)) for _ in range(2)]
+                await (one if ports[0] == peer_a.port else two).asend(b"12")
+                assert sorted(await asyncio.gather(*readers)) == [b"1", b"2"]
+            waiting = asyncio.create_task(listener.aaccept())
+            await asyncio.sleep(0)
+            listener.close()
+            with pytest.raises(scif.ScifError) as closed:
+                await waiting
+            assert closed.value.errno == errno.EBADF
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.timeout(20)  # less than the node's 30 s
+def test_scif_40_a_connect_that_was_cancelled_is_closed_at_once(node: Server) -> None:
+    """Nobody accepts: the program does not wait for the node's time-out."""
+
+    async def main() -> None:
+        with scif.Endpoint() as listener:
+            port = listener.bind()
+            listener.listen()
+            with scif.Endpoint() as client:
+                task = asyncio.create_task(client.aconnect((0, port)))
+                while scif.poll([(listener, scif.POLLIN)], 0) == [0]:
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_scif_15_an_endpoint_goes_with_its_last_reference(node: Server) -> None:
+    """As a socket: the peer sees it closed, and a ResourceWarning names it."""
+    a, b = pair()
+    with a:
+        with pytest.warns(ResourceWarning, match="unclosed <scif endpoint"):
+            del b
+        with pytest.raises(scif.ScifError) as reset:
+            a.recv(1)
+        assert reset.value.errno == errno.ECONNRESET
 
 
 def test_scif_125_node_ids_and_leaks(node: Server) -> None:

@@ -60,7 +60,7 @@ def test_scif_39_c_examples(server: Server, tmp_path: Path, name: str, nodes: tu
 
 def test_scif_39_python_work_queue(server: Server) -> None:
     """The Python example: a worker on a card, its master on the host."""
-    script = [sys.executable, str(EXAMPLES / "queue.py")]
+    script = [sys.executable, str(EXAMPLES / "workqueue.py")]
     out = together(server, [*script, "worker", "3100"], [*script, "master", "1", "3100"], (1, 0))
     assert "100 jobs for node 0" in out[0]
     assert "sum of 100 squares: 338350" in out[1]

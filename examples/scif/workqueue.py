@@ -1,7 +1,7 @@
 """A work queue between host and card: jobs go out as messages, results come back through a window.
 
-queue.py worker PORT           for example: micemu run mic0 -- python3 queue.py worker 3000
-queue.py master NODE PORT      on the host; node 1 is mic0
+workqueue.py worker PORT           for example: micemu run mic0 -- python3 queue.py worker 3000
+workqueue.py master NODE PORT      on the host; node 1 is mic0
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A work queue between host and card: jobs go out as messages, results come back through a window.
 
-workqueue.py worker PORT           for example: micemu run mic0 -- python3 queue.py worker 3000
+workqueue.py worker PORT           for example: micemu run mic0 -- python3 workqueue.py worker 3000
 workqueue.py master NODE PORT      on the host; node 1 is mic0
 """
 

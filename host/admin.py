@@ -15,6 +15,7 @@ from mic_emu.errors import MicemuError, StateError
 from mic_emu.host import metrics
 from mic_emu.host.devices import block
 from mic_emu.host.logfile import keep_small
+from mic_emu.host.supervisor import Plugged
 from mic_emu.host.sysfs import Sysfs, watch_states
 from mic_emu.peers import restrict
 from mic_emu.scif.errors import ScifError
@@ -35,7 +36,7 @@ class Admin:
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.sysfs = Sysfs(instance)
-        self.suspended: set[str] = set()  # cards that a resume boots again
+        self.suspended: dict[str, list[Plugged]] = {}  # cards that a resume boots again, with their devices
         self._metrics: list[asyncio.AbstractServer] = []
         self._rotation: asyncio.Task[None] | None = None
         self.requests: dict[str, Request] = {
@@ -95,7 +96,9 @@ class Admin:
         """Remember which cards are up, shut them down in order, then what the driver does: reset whatever
         still runs. Never refused (COSM-59)."""
         cards = list(self.instance.cards.values())
-        self.suspended |= {c.name for c in cards if c.cosm.state is State.ONLINE}
+        for card in cards:
+            if card.cosm.state is State.ONLINE:
+                self.suspended[card.name] = card.running.plugged() if card.running else []
         await asyncio.gather(*(self._suspend_one(c, msg.get("timeout")) for c in cards))
         self.instance.log.info("suspended", event="suspend", cards=sorted(self.suspended))
         return {"status": self.instance.status(), "suspended": sorted(self.suspended)}
@@ -109,10 +112,15 @@ class Admin:
         await card.cosm.suspend()
 
     async def _resume(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        """Boot what was online at the suspend."""
-        names, self.suspended = self.suspended, set()
-        cards = [c for c in self.instance.cards.values() if c.name in names and c.cosm.state is State.READY]
-        results = await asyncio.gather(*(c.boot_stored() for c in cards), return_exceptions=True)
+        """Boot what was online at the suspend, with the devices that it had."""
+        were, self.suspended = self.suspended, {}
+        cards = [c for c in self.instance.cards.values() if c.name in were and c.cosm.state is State.READY]
+
+        async def up(card: Card) -> None:
+            await card.boot_stored()
+            await card.online().plug(were[card.name])
+
+        results = await asyncio.gather(*(up(c) for c in cards), return_exceptions=True)
         failed = [r for r in results if isinstance(r, BaseException)]
         self.instance.log.info("resumed", event="resume", cards=sorted(c.name for c in cards))
         if failed:

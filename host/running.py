@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mic_emu.errors import MicemuError
 from mic_emu.host.devices import extra_device, plan, swapped_block
 from mic_emu.host.scif_link import HostLink
-from mic_emu.host.supervisor import Backend, Supervisor
+from mic_emu.host.supervisor import Backend, Plugged, Supervisor
 from mic_emu.host.vop import VopHost
 from mic_emu.host.vop_files import VopFiles
 
@@ -62,15 +62,30 @@ class Running:
 
     async def add_device(self, kind: str, options: dict[str, Any]) -> Backend:
         """Hot-plug a device and wait until the card drives it. Raises MicemuError, TimeoutError."""
-        return await self._bring_up(extra_device(self.card, kind, options))
+        backend = extra_device(self.card, kind, options)
+        backend.plugged = Plugged("add", kind, {**options, "name": backend.name})
+        return await self._bring_up(backend)
 
     async def swap_device(self, name: str, options: dict[str, Any]) -> Backend:
         """Another image for a disk: the card sees it go and a new one come (VOP-62). An image that
         cannot be opened changes nothing."""
         old = self.card.backend(name)
         fresh = swapped_block(self.card, old, options)
+        added = old.plugged is not None and old.plugged.op == "add"
+        fresh.plugged = (
+            Plugged("add", "block", {**options, "name": name}) if added else Plugged("swap", name, options)
+        )
         await self.supervisor.remove(old)
         return await self._bring_up(fresh)
+
+    def plugged(self) -> list[Plugged]:
+        """What somebody has made of the devices since the boot."""
+        return [b.plugged for b in self.supervisor.backends if b.plugged]
+
+    async def plug(self, plugged: list[Plugged]) -> None:
+        """The same again, after another boot. Raises MicemuError, TimeoutError."""
+        for p in plugged:
+            await (self.add_device if p.op == "add" else self.swap_device)(p.what, p.options)
 
     async def _bring_up(self, backend: Backend) -> Backend:
         card = self.card

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mic_emu import layout as L
@@ -33,6 +34,15 @@ STOP_LIMIT_S = 3.0
 MAX_PAUSE_S = 5.0
 
 
+@dataclass(frozen=True)
+class Plugged:
+    """How somebody made a device of a card that ran: added it, or swapped what the configuration gave it."""
+
+    op: str  # add, swap
+    what: str  # kind of the device, name of the disk
+    options: dict[str, Any]
+
+
 class Backend:
     """One backend process and its device."""
 
@@ -47,6 +57,7 @@ class Backend:
         self.facts: dict[str, Any] = {}  # what the backend told about itself (pty, mode, ...)
         self.leaving: asyncio.Future[None] | None = None  # the removal of its device
         self.ready = asyncio.Event()  # DRIVER_OK seen
+        self.plugged: Plugged | None = None
         self.restarts = 0
         self.wanted = True  # False: it is being removed for good
         self.failed = ""

@@ -191,7 +191,8 @@ def test_cosm_21_66_command_line_reaches_the_card_and_is_cut(machine: Machine) -
     assert line.startswith(" mem=256M ")
     assert "ifcfg=static;address,172.31.1.1;netmask,255.255.255.0" in line
     assert (len(line), line[-1]) == (2047, "x")
-    assert machine.card()["addresses"] == {"host": "172.31.1.254", "card": "172.31.1.1"}
+    addresses = machine.card()["addresses"]
+    assert (addresses["host"], addresses["card"]) == ("172.31.1.254", "172.31.1.1")
 
 
 def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: Machine) -> None:
@@ -250,3 +251,30 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
     text = machine.micemu("metrics").stdout
     assert 'micemu_card_state{card="mic0",state="ready"} 1\n' in text
     assert 'micemu_card_boots_total{card="mic1"} 1\n' in text
+
+
+def test_cosm_59_devices_and_disks_come_back_on_resume(machine: Machine) -> None:
+    """Those of the configuration, those that were added or swapped since; what was removed stays the configuration's. Ends
+    that were asked for are no warnings."""
+    for name in ("one", "two", "three"):
+        os.truncate(os.open(machine.home / f"{name}.img", os.O_CREAT | os.O_RDWR), 4 << 20)
+    machine.boot("--disk", "one.img", "--net", "none")
+    machine.micemu("vop", "add", "mic0", "block", "path=two.img", "name=data")
+    machine.micemu("vop", "add", "mic0", "rng")
+    machine.micemu("vop", "swap", "mic0", "block", "path=three.img")
+
+    def devices() -> set[tuple[str, str, str]]:
+        return {(d["type"], d["state"], Path(d.get("path", "")).name) for d in machine.card()["devices"]}
+
+    before = devices()
+    assert before == {
+        ("console", "running", ""), ("block", "running", "three.img"), ("data", "running", "two.img"), ("rng", "running", ""),
+    }  # fmt: skip
+    for _ in range(2):
+        machine.micemu("suspend")
+        assert devices() == set()
+        machine.micemu("resume")
+        assert devices() == before
+    assert "warning" not in machine.micemu("log", "--level", "warning").stdout
+    machine.micemu("reboot")  # an ordinary boot is what the configuration says
+    assert devices() == {("console", "running", ""), ("block", "running", "one.img")}

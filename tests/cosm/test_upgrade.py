@@ -31,7 +31,7 @@ CARD = (
     "autoboot cmdline device_id devices disk disk_size fault heartbeat image interrupts max_reboots memory namespaces net "
     "on_crash personality ramdisk read_only restart stepping"
 )
-CONFIG = "cards group host_memory timing"
+CONFIG = "cards group host_memory metrics_port timing"
 
 
 def test_protocol_number_stands_for_these_requests_and_settings() -> None:

@@ -74,6 +74,10 @@ class _Page:
         self.lines = source.splitlines()
         self.name = ""
 
+    def names(self) -> list[str]:
+        """What the page is about, from its NAME section."""
+        return [line.split()[1].lower() for line in self.lines if re.match(r"\.Nm scif\w* ?,?$", line)]
+
     def markdown(self) -> Iterator[str]:
         code: list[str] = []
         kind, fo, fo_args = "", "", []
@@ -98,6 +102,8 @@ class _Page:
             elif word == "Dt":
                 self.name = rest[0].lower() if rest[0] != "SCIF_GET_NODEIDS" else "scif_get_nodeIDs"
                 yield f"## {self.name}\n"
+                # Links to the other functions of the page lead here, too.
+                yield from (f"({name})=\n" for name in self.names() if name != self.name)
             elif word in ("Sh", "Ss"):
                 if code:
                     yield "```c\n" + "\n".join(code) + "\n```\n"

@@ -69,6 +69,16 @@ def test_pages_are_markdown_on_the_site(page: Path):
     assert text.count("```") % 2 == 0
 
 
+def test_links_between_pages_lead_somewhere():
+    """Also to the functions that share another's page. Sphinx does not complain: links to files of the repository are allowed."""
+    import mdoc
+
+    site = "\n".join(mdoc.to_markdown(p.read_text()) for p in SOURCES)
+    targets = set(re.findall(r"^## (\w+)$|^\((\w+)\)=$", site, re.M))
+    names = {name.lower() for pair in targets for name in pair if name}
+    assert {t.lower() for t in re.findall(r"\]\(#(\w+)\)", site)} <= names
+
+
 @pytest.mark.peer("mandoc")
 @pytest.mark.parametrize("page", SOURCES, ids=lambda p: p.stem)
 def test_pages_pass_mandoc(page: Path):

@@ -89,7 +89,7 @@ def network() -> Finding:
 
 
 def fuse() -> Finding:
-    from mic_emu.cosm.fuse import open_device
+    from mic_emu.cosm.fuse import mount_helper, open_device
 
     try:
         os.close(open_device())
@@ -98,6 +98,11 @@ def fuse() -> Finding:
             "sysfs mount", "degraded", f"/dev/fuse: {e.strerror}",
             "only micemu sysfs ls, cat and write work; for the mount: modprobe fuse, or chmod 666 /dev/fuse, or "
             "docker run --device /dev/fuse",
+        )  # fmt: skip
+    if os.geteuid() != 0 and mount_helper() is None:
+        return Finding(
+            "sysfs mount", "degraded", "no fusermount3",
+            "micemu run host --sysfs and micemu sysfs exec work; for micemu sysfs mount: install fuse3",
         )  # fmt: skip
     return Finding("sysfs mount", "ok", "/dev/fuse")
 

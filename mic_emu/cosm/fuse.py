@@ -306,6 +306,11 @@ def open_device() -> int:
     return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
 
 
+def mount_helper() -> str | None:
+    """The program that mounts for those who may not, where it is installed."""
+    return shutil.which("fusermount3") or shutil.which("fusermount")
+
+
 def mount_at(target: str, source: str, fstype: str) -> int:
     """Mount an empty FUSE file system at ``target``; returns the descriptor to serve.
 
@@ -330,7 +335,7 @@ def mount_at(target: str, source: str, fstype: str) -> int:
 
 
 def _fusermount(target: str, source: str, fstype: str, refusal: OSError) -> int:
-    helper = shutil.which("fusermount3") or shutil.which("fusermount")
+    helper = mount_helper()
     if helper is None:
         raise OSError(
             refusal.errno,
@@ -372,6 +377,6 @@ def mounted(target: str, source: str, fstype: str) -> bool:
 def unmount(target: str) -> None:
     """Take the mount away, busy or not; nothing when there is none."""
     if lib.mic_ns_detach(os.fsencode(target)) < 0:
-        helper = shutil.which("fusermount3") or shutil.which("fusermount")
+        helper = mount_helper()
         if helper:
             subprocess.run([helper, "-u", "-z", "-q", target], check=False, capture_output=True)

@@ -69,6 +69,16 @@ def test_refused_devices_and_calls_are_degraded(monkeypatch: pytest.MonkeyPatch)
         assert name in found.detail + found.fix
 
 
+def test_mount_of_an_ordinary_user_needs_the_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may open /dev/fuse may not mount yet; programs in a mount namespace of their own do without."""
+    monkeypatch.setattr("mic_emu.cosm.fuse.open_device", lambda: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for helper, verdict in ((None, "degraded"), ("/usr/bin/fusermount3", "ok")):
+        monkeypatch.setattr("mic_emu.cosm.fuse.mount_helper", lambda helper=helper: helper)
+        found = doctor.fuse()
+        assert (found.verdict, "install fuse3" in found.fix) == (verdict, helper is None)
+
+
 def test_userfaultfd_is_asked_of_the_kernel() -> None:
     """Zero or an error number, and no descriptor is left open."""
     before = len(os.listdir("/proc/self/fd"))

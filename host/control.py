@@ -137,12 +137,12 @@ class Control:
         try:
             await self.instance.plug(configs)
             cards = self.instance.select(names)
-            images = {c.name: self._image(c) for c in cards}
             for card in cards:
                 card.cwd = msg.get("cwd", "/")
-                await card.prepare(images[card.name])
+                if not msg.get("apart"):  # all or nothing, as far as it can be known before
+                    await card.prepare(self._image(card))
             results = await asyncio.gather(
-                *(self._boot_one(channel, c, images[c.name]) for c in cards), return_exceptions=True
+                *(self._boot_one(channel, c, bool(msg.get("apart"))) for c in cards), return_exceptions=True
             )
         except BaseException:
             await self._unplug_new(before)
@@ -158,9 +158,11 @@ class Control:
             raise failed[0]
         return {"status": self.instance.status()}
 
-    async def _boot_one(self, channel: AsyncChannel, card: Card, image_path: str) -> None:
+    async def _boot_one(self, channel: AsyncChannel, card: Card, prepare: bool) -> None:
+        if prepare:
+            await card.prepare(self._image(card))
         await channel.send({"progress": card.name, "state": "booting"})
-        await card.boot(image_path, card.config.ramdisk, card.config.cmdline)
+        await card.boot(self._image(card), card.config.ramdisk, card.config.cmdline)
         await channel.send({"progress": card.name, "state": card.cosm.state.word})
 
     async def _unplug_new(self, before: set[str], only_ready: bool = False) -> None:

@@ -54,9 +54,9 @@ class Service:
         self.journal = "JOURNAL_STREAM" in os.environ
         self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
 
-    def start(self) -> None:
-        """Start the instance, plug its cards in, boot those that want it. A card that does not boot is
-        reported, the others stay. Raises StateError when the instance runs already."""
+    def start(self) -> list[str]:
+        """Start the instance, plug its cards in, boot those that want it, each for itself (COSM-60). Returns a
+        sentence for each that does not boot. Raises StateError when the instance runs already."""
         from mic_emu.cli.boot import connect_or_start
 
         if self.where.read_pids():
@@ -64,13 +64,13 @@ class Service:
         connect_or_start(self.where, self.config).close()
         client.ask("plug", cards=self._cards())
         names = [f"mic{i}" for i, card in enumerate(self.config.cards) if card.autoboot]
-        if names:
-            try:
-                status = client.ask("boot", cards=self._cards(), names=names, cwd="/")["status"]
-                for text in failures(status, names):
-                    self.say("error", text)
-            except MicemuError as e:
-                self.say("error", str(e))
+        if not names:
+            return []
+        try:
+            status = client.ask("boot", cards=self._cards(), names=names, cwd="/", apart=True)["status"]
+        except MicemuError as e:
+            return [str(e)]
+        return failures(status, names)
 
     def _cards(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(c) for c in self.config.cards]
@@ -176,6 +176,8 @@ class Service:
 def command(foreground: bool, config_path: Path | None, group: str | None, unit_kind: str | None) -> None:
     """Run the emulator as a service: plug the configured cards in and boot those with autoboot.
 
+    A card that does not boot is named, the others run on; without --foreground the exit status is then 1.
+
     With --foreground the command stays: it prints events (with journal priorities under systemd), speaks
     sd_notify, ends the emulator in order on SIGTERM and SIGINT, and reads the configuration again on SIGHUP:
     cards that are down take the new values at once, others at their next boot, a changed disk is swapped.
@@ -197,6 +199,12 @@ def command(foreground: bool, config_path: Path | None, group: str | None, unit_
     except NoCards as e:
         click.echo(f"micemu: {e}: nothing to do", err=True)
         raise click.exceptions.Exit(3) from None  # as the daemon of the real stack (COSM-63)
-    service.start()
+    trouble = service.start()
     if foreground:
+        for text in trouble:
+            service.say("error", text)
         raise click.exceptions.Exit(service.serve())
+    for text in trouble:
+        click.echo(f"micemu: {text}", err=True)
+    if trouble:
+        raise click.exceptions.Exit(MicemuError.code)

@@ -69,15 +69,21 @@ def test_cosm_64_card_that_dies_at_every_boot_is_tried_with_growing_pauses_and_l
 
 
 def test_service_goes_on_when_a_card_dies_at_its_autoboot(machine: Machine, tmp_path: Path) -> None:
-    """`micemu host`: the bad card is reported once and ready, the good one is online."""
+    """`micemu host`: the bad card is reported once and ready, the good one is online; exit status 1. So it is with an image
+    that is not there (COSM-60)."""
     config, own = configured(tmp_path)
     own.write_bytes(broken_image())
     with Path(config).open("a") as f:
         f.write('[[card]]\ndisk = "none"\nnet = "none"\n')
-    done = machine.micemu("host", "--config", config)
-    assert "mic0 did not boot" in done.stderr
+    done = machine.micemu("host", "--config", config, check=False)
+    assert (done.returncode, "micemu: mic0 did not boot" in done.stderr) == (1, True)
     assert [c["state"] for c in machine.status()["cards"]] == ["ready", "online"]
     assert [c["boots"] for c in machine.status()["cards"]] == [1, 1]
+    machine.micemu("stop")
+    own.unlink()
+    done = machine.micemu("host", "--config", config, check=False)
+    assert (done.returncode, done.stderr) == (1, f"micemu: mic0: the card image {own} does not exist\n")
+    assert [c["state"] for c in machine.status()["cards"]] == ["ready", "online"]
 
 
 def test_waiting_clients_that_go_away_leave_nothing_in_the_host(machine: Machine) -> None:

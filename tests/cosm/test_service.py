@@ -128,6 +128,24 @@ def test_cosm_63_no_cards_is_exit_3_and_an_unusable_run_directory_exit_1(
     machine.run_dir.parent.unlink()
 
 
+def test_service_that_is_stopped_from_elsewhere_has_not_failed(machine: Machine, tmp_path: Path) -> None:
+    """`micemu stop` by hand: exit status 0, so that the service manager does not start it again."""
+    config = tmp_path / "lab.toml"
+    config.write_text(CONFIG)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = ("host", "--foreground", "--config", str(config))
+        with machine.popen(*command, stderr=subprocess.PIPE, text=True) as service:
+            assert manager.recv(4096).startswith(b"READY=1\n")
+            machine.micemu("stop")
+            _, said = service.communicate(timeout=30)
+    assert service.returncode == 0
+    assert said.splitlines()[-1].endswith("info the emulator has stopped (instance default)")
+    machine.check_clean()
+
+
 def test_service_ends_when_the_host_process_dies(machine: Machine, tmp_path: Path) -> None:
     """kill -9 of the host process: the service fails, so that its manager starts it again; which works."""
     config = tmp_path / "lab.toml"

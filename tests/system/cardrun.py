@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cardlab
+import needs
 from cardlab import Board, board
 
 from mic_emu import runproto, wire
@@ -179,3 +180,42 @@ def booted(user: bool = False, plain: bool = False, **options: Any) -> Iterator[
         listener.close()
         path.unlink()
         where.rmdir()
+
+
+def possible(plain: bool) -> None:
+    """Skip where no such card can be had: plain processes take root to forbid namespaces, the others namespaces."""
+    if plain:
+        needs.root()
+    else:
+        needs.contained_cards()
+
+
+@contextmanager
+def one_for_all(plain: bool) -> Iterator[Card]:
+    """A card for a whole module."""
+    possible(plain)
+    with booted(plain=plain) as c:
+        yield c
+    cardlab.forget_userland()
+
+
+def running(*argv: str) -> bool:
+    """Is a program with exactly this command line alive?"""
+    want = b"\0".join(a.encode() for a in argv) + b"\0"
+    return any(_command_line(p) == want for p in Path("/proc").glob("[0-9]*/cmdline"))
+
+
+def _command_line(p: Path) -> bytes:
+    try:
+        return p.read_bytes()
+    except OSError:
+        return b""
+
+
+def outer(os_pid: int, inner: int) -> int:
+    """The pid here of a child of the card OS."""
+    for child in Path(f"/proc/{os_pid}/task/{os_pid}/children").read_text().split():
+        for line in Path(f"/proc/{child}/status").read_text().splitlines():
+            if line.startswith("NSpid:") and int(line.split()[-1]) == inner:
+                return int(child)
+    raise AssertionError("init is no child of the card OS")

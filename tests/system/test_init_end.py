@@ -58,7 +58,8 @@ def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
     """When card OS or init are killed, every program goes with them and the caller is told."""
     possible(plain)
     with booted(plain=plain) as c:
-        p = c.client(["sh", "-c", "echo go; sleep 1007"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # exec: a shell that waits may see its child's death before its own, and says so.
+        p = c.client(["sh", "-c", "echo go; exec sleep 1007"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert p.stdout
         assert p.stdout.readline() == b"go\n"
         inner = c.hello["init"]

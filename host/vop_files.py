@@ -71,6 +71,10 @@ class VopFiles:
             file.device.acknowledged()
         elif op == "released":
             file.released.set()
+        elif op == "close":  # as the real close, which returns when the device is gone (VOP 4.7)
+            file.released.set()
+            await self._remove(file)
+            await file.channel.send({"op": "closed"})
         elif op == "counters" and file.counting and not file.counting.done():
             told = msg["counters"]
             file.counting.set_result({name: int(told.get(name, 0)) for name in COUNTERS})

@@ -126,13 +126,14 @@ class DeviceFile:
             return ReadOnlyMapping(self._bus.fds[lib.MIC_FD_HOST], chosen)
 
     def close(self) -> None:
-        """The device is removed from the card; may be repeated."""
+        """The device is removed from the card; back when it has left it, as the real close. May be repeated."""
         with self._calls:
             if self._closed:
                 return
             self._closed = self._closing = True
             os.write(self._stop, (1).to_bytes(8, "little"))
             self._thread.join(REPLY_LIMIT_S)
+            self._await_removal()
             self._removed = True
             self._set_wake()
             self._calls.wait_for(lambda: self._pollers == 0, REPLY_LIMIT_S)
@@ -145,6 +146,17 @@ class DeviceFile:
                     os.close(fd)
             self._wake = self._stop = self._kick = -1
             self._bus.close()
+
+    def _await_removal(self) -> None:
+        """What the device held is free afterwards; the host answers the card's hand-shakes meanwhile (VOP 4.7)."""
+        if self._slot is None:
+            return
+        try:
+            self._send({"op": "close"})
+            while self._channel.recv(REPLY_LIMIT_S, "the removal of the device")[0].get("op") != "closed":
+                pass
+        except (PeerClosed, WireError, OSError):
+            pass  # the host has gone, or takes longer than any limit of its own
 
     def __enter__(self) -> DeviceFile:
         return self

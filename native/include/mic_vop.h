@@ -61,7 +61,7 @@ enum {
 
 /* path: `micN/vop.sock`. ENOENT: the card is not up. */
 struct mic_vop *mic_vop_open(const char *path);
-/* Removes the device from the card; NULL is allowed. */
+/* Removes the device from the card, and returns when it has left it; NULL is allowed. */
 void mic_vop_close(struct mic_vop *f);
 
 /* ADD_DEVICE. EBUSY: this file has a device. EINVAL: see VOP 6.3. */

@@ -174,9 +174,11 @@ API void mic_vop_close(struct mic_vop *f)
 	for (unsigned i = 0; i < MIC_MAX_VRINGS; i++)
 		if (f->copy[i])
 			mic_copy_destroy(f->copy[i]);
-	if (f->added)
+	if (f->added) {
 		mic_vdev_fini(&f->vdev);
-	vop_wire_close(&f->wire); /* the host removes the device from the card */
+		vop_wire_goodbye(&f->wire);
+	}
+	vop_wire_close(&f->wire);
 	mic_bus_detach(f->bus);
 	for (unsigned i = 0; i < f->card_nfds; i++)
 		close(f->card_fds[i]);

@@ -38,6 +38,9 @@ struct vop_wire {
 
 int vop_wire_connect(struct vop_wire *w, const char *path);
 void vop_wire_close(struct vop_wire *w);
+/* As the real close: back when the device has left the card, so that what it held is free (VOP 4.7). The host
+ * answers the card's hand-shakes meanwhile. */
+void vop_wire_goodbye(struct vop_wire *w);
 /* 1: `line` is filled, its descriptors are the caller's; 0: not complete yet. -ENODEV: the host has gone. */
 int vop_wire_recv(struct vop_wire *w, struct vop_line *line);
 int vop_wire_send(struct vop_wire *w, const char *text, size_t len);

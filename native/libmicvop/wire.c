@@ -40,6 +40,26 @@ void vop_wire_close(struct vop_wire *w)
 		close(w->fds[--w->nfds]);
 }
 
+void vop_wire_goodbye(struct vop_wire *w)
+{
+	static const char bye[] = "{\"op\":\"close\"}\n";
+	struct vop_line line;
+	int rc = vop_wire_send(w, bye, sizeof bye - 1);
+
+	while (rc >= 0) {
+		while ((rc = vop_wire_recv(w, &line)) > 0) {
+			while (line.nfds)
+				close(line.fds[--line.nfds]);
+			if (vop_word(line.text, "op", "\"closed\""))
+				return;
+		}
+		struct pollfd p = {.fd = w->sock, .events = POLLIN};
+
+		if (rc < 0 || (poll(&p, 1, REPLY_MS) <= 0 && errno != EINTR))
+			return;
+	}
+}
+
 static void take_fds(struct vop_wire *w, struct msghdr *msg)
 {
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {

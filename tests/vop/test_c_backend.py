@@ -152,6 +152,26 @@ def test_vop_c_copy_desc(machine: Machine, tmp_path: Path, compiler: str) -> Non
         assert running.wait(60) == 0
 
 
+def test_vop_16_c_close_waits_for_the_card(machine: Machine, tmp_path: Path) -> None:
+    """VOP-16: mic_vop_close returns when the device has left the card, not before."""
+    program = build(EXAMPLE / "upper.c", tmp_path / "upper")
+    path = prepare(machine, tmp_path, "Upper", UPPER)
+    with subprocess.Popen([program, path]) as running:
+        says(machine, "the answer is hello: ABC")
+        with machine.fault("os-hang", delay="0s"):
+            eventually(lambda: os_is_stopped(machine), 10, "the card OS to stand still")
+            running.terminate()
+            with pytest.raises(subprocess.TimeoutExpired):
+                running.wait(0.5)
+        assert running.wait(20) == 0
+        assert 42 not in slots(machine)
+
+
+def os_is_stopped(machine: Machine) -> bool:
+    pid = machine.card()["pids"]["os"]
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
 def test_vop_driver_loaded_again(machine: Machine, tmp_path: Path) -> None:
     """vop driver takes the module's present text; one that cannot be loaded says why and harms nothing."""
     program = build(EXAMPLE / "upper.c", tmp_path / "upper")

@@ -447,6 +447,16 @@ def test_vop_29_close_wakes_a_waiting_poll(lab: Lab) -> None:
     assert found == [select.POLLERR]
 
 
+def test_vop_16_close_returns_when_the_device_is_gone(lab: Lab) -> None:
+    """VOP-16, VOP 4.7: as the real close; so the next device finds the interrupt and the slot of this one free."""
+    for _ in range(3):
+        f = lab.added()
+        f.close()
+        assert lab.life.host.devices == []
+    f = lab.open()  # one without a device has nothing to wait for
+    f.close()
+
+
 @pytest.mark.system
 def test_vop_20_killed_process_takes_its_device_along(machine: Machine) -> None:
     """VOP-20: kill -9 of a program with an open device file: the card sees its device go."""

@@ -32,7 +32,12 @@ class Running:
         self.supervisor = Supervisor(
             card.name, card.spawner, self.vop, card.bus.fds, card.config.restart, card.clock, card.log, card.notify
         )  # fmt: skip
-        self.files = VopFiles(self.vop, card.config.personality, card.log)
+        self.files = VopFiles(
+            self.vop,
+            card.config.personality,
+            card.log,
+            lambda: driver.dma.channels[0] if driver.dma else None,
+        )  # channel 0 is VOP's (HW 5.1)
         self.link = HostLink(
             card.node, card.index + 1, card.bus, driver, card.memory, card.clock, card.log
         )  # last: it takes an interrupt

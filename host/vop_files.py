@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable
 from typing import Any
 
+from mic_emu.dma import DmaChannel
 from mic_emu.errors import MicemuError
 from mic_emu.host.vop import VopDevice, VopHost
+from mic_emu.host.vop_dma import ProgramDma
 from mic_emu.log import Log
 from mic_emu.peers import peer_credentials
 from mic_emu.vop.device_file import COUNTERS
@@ -23,6 +26,7 @@ class _File:
         self.channel = channel
         self.pid = peer_credentials(channel.sock)[0]
         self.device: VopDevice | None = None
+        self.dma: ProgramDma | None = None
         self.released = asyncio.Event()
         self.counting: asyncio.Future[dict[str, int]] | None = None  # who waits for its counters
 
@@ -30,8 +34,15 @@ class _File:
 class VopFiles:
     """The open files of one card, between its start and stop."""
 
-    def __init__(self, vop: VopHost, personality: str, log: Log) -> None:
+    def __init__(
+        self,
+        vop: VopHost,
+        personality: str,
+        log: Log,
+        channel: Callable[[], DmaChannel | None] = lambda: None,
+    ) -> None:
         self.vop = vop
+        self.channel = channel  # of the host, for programs that ask for DMA
         self.personality = personality
         self.log = log
         self._files: set[_File] = set()
@@ -96,7 +107,22 @@ class VopFiles:
         except (OSError, MicemuError) as e:
             await file.channel.send({"errno": e.errno, "error": str(e)})
             return
-        await file.channel.send({"slot": file.device.slot.to_dict()}, [file.device.irq.fd])
+        reply: dict[str, Any] = {"slot": file.device.slot.to_dict()}
+        fds = [file.device.irq.fd]
+        if msg.get("dma"):
+            try:
+                file.dma = self._dma()
+                reply["bounce"] = [file.dma.offset, file.dma.address]
+                fds.append(file.dma.theirs.fileno())
+            except (OSError, MemoryError) as e:
+                self.log.warning(f"{file.device.name}: no DMA for a program's device, the CPU copies: {e}")
+        await file.channel.send(reply, fds)
+
+    def _dma(self) -> ProgramDma:
+        channel, vop = self.channel(), self.vop
+        if channel is None:
+            raise OSError(errno.ENODEV, "the host has no channel")
+        return ProgramDma(channel, vop.memory, vop.smpt, vop.bus.gddr.size, vop.clock)
 
     async def _config(self, file: _File, config: bytes) -> None:
         reply: dict[str, Any] = {"errno": errno.EINVAL, "error": "no device"}
@@ -111,6 +137,13 @@ class VopFiles:
             pass  # it was closed meanwhile
 
     async def _remove(self, file: _File) -> None:
+        dma, file.dma = file.dma, None
+        if dma:
+            ended = await dma.close()
+            if ended:
+                dma.free()
+            else:
+                self.vop.hold(dma.free)
         device, file.device = file.device, None
         if device:
             await self.vop.remove(device)

@@ -4,7 +4,8 @@ For backends that were written for the real character device. The host process o
 life of the device; rings and buffers are used from this process. The arguments are the real
 structures, as a buffer of this process or as its address. When the process ends, its device goes.
 
-The CPU copies: DMA channels belong to the host process. All rings of a device have the same number
+The CPU copies, or with ``dma=True`` the host's DMA channel 0, which belongs to the host process and is asked for each piece:
+as the real driver does it, with its alignment rules and counters, not for speed. All rings of a device have the same number
 of entries (EINVAL otherwise), because that is what the host announces.
 """
 
@@ -45,7 +46,7 @@ def _fail(code: int, what: str) -> OSError:
 class DeviceFile:
     """One open file, at most one device. Threads may share it: one call at a time, as the real one."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, dma: bool = False) -> None:
         hello, fds = channel.recv(10.0, "the host's greeting")
         self._channel = channel
         self._compat = hello["personality"] == "compat"
@@ -60,15 +61,17 @@ class DeviceFile:
         self._slot: DeviceSlot | None = None
         self._removed = self._closing = self._closed = False
         self._vdev = ffi.new("struct mic_vdev *", {"line_fd": -1})
-        self._kick = -1
+        self._kick = self._owner = -1
+        self._dma = dma
         self._copies: list[Any] = []
         self._thread = threading.Thread(target=self._serve, name="vop-file", daemon=True)
         self._thread.start()
 
     @classmethod
-    def open(cls, path: str | Path) -> DeviceFile:
-        """``<run dir>/micN/vop.sock``. Raises OSError: ENOENT while the card is not up."""
-        return cls(Channel(connect_unix(str(path))))
+    def open(cls, path: str | Path, dma: bool = False) -> DeviceFile:
+        """``<run dir>/micN/vop.sock``. ``dma``: COPY_DESC uses the host's DMA channel where the rules let it; when the
+        host has none to give, the CPU copies. Raises OSError: ENOENT while the card is not up."""
+        return cls(Channel(connect_unix(str(path))), dma)
 
     # --- the four operations --------------------------------------------------------------------
 
@@ -141,10 +144,10 @@ class DeviceFile:
             for copy in self._copies:
                 lib.mic_copy_destroy(copy)
             lib.mic_vdev_fini(self._vdev)
-            for fd in (self._wake, self._stop, self._kick):
+            for fd in (self._wake, self._stop, self._kick, self._owner):
                 if fd >= 0:
                     os.close(fd)
-            self._wake = self._stop = self._kick = -1
+            self._wake = self._stop = self._kick = self._owner = -1
             self._bus.close()
 
     def _await_removal(self) -> None:
@@ -210,18 +213,23 @@ class DeviceFile:
         features = int.from_bytes(block[at : at + f], "little")
         reply, fds = self._ask(
             op="add", type=desc["type"], num_vq=n, num=nums.pop() if nums else 0, features=features, feature_len=f,
-            config=block[at + 2 * f :].hex(),
+            config=block[at + 2 * f :].hex(), dma=self._dma,
         )  # fmt: skip
         if "errno" in reply:
             raise OSError(reply["errno"], reply["error"])
-        self._opened(DeviceSlot.from_dict(reply["slot"]), fds[0])
+        self._kick, *owner = fds
+        setup = {"compat": self._compat, "dma_timeout_ms": DMA_TIMEOUT_MS}
+        if owner:
+            (self._owner,), (offset, address) = owner, reply["bounce"]
+            setup |= {"owner": self._owner, "bounce_off": offset, "bounce_addr": address}
+        self._opened(
+            DeviceSlot.from_dict(reply["slot"]), self._kick, ffi.new("struct mic_copy_setup *", setup)
+        )
         return 0
 
-    def _opened(self, slot: DeviceSlot, kick: int) -> None:
-        self._kick = kick
+    def _opened(self, slot: DeviceSlot, kick: int, setup: Any) -> None:
         lib.mic_vdev_init(self._vdev, self._bus.ptr, slot.desc, slot.ctrl, kick, -1, slot.shape.num_vq)
         self._vdev.fault_target = slot.off
-        setup = ffi.new("struct mic_copy_setup *", {"compat": self._compat, "dma_timeout_ms": DMA_TIMEOUT_MS})
         self._copies = [lib.mic_copy_create(self._vdev, i, setup) for i in range(slot.shape.num_vq)]
         if ffi.NULL in self._copies:
             raise _fail(errno.ENOMEM, "ADD_DEVICE")
@@ -311,8 +319,10 @@ class DeviceFile:
             if half.rings_offered:
                 self._take_rings(half)
             if half.reset_wanted:
-                for copy in self._copies:
+                for i, copy in enumerate(self._copies):
                     lib.mic_copy_reset(copy)
+                    # What the card handed over is void: nothing looks at it until it hands over again.
+                    self._vdev.vq[i].broken, self._vdev.vq[i].error = True, errno.ENXIO
                 half.acknowledge_reset()
         if CTRL.get(self._bus.host, self._slot.ctrl, "guest_ack"):
             CTRL.put(self._bus.host, self._slot.ctrl, "config_change", 0)

@@ -91,6 +91,11 @@ size_t mic_vop_write(const struct mic_vop_chain *chain, size_t at, const void *f
 /* New configuration space, config_len bytes. 1: the card has taken note; 0: it did not within ten seconds. */
 int mic_vop_set_config(struct mic_vop *f, const void *config);
 
+/* Before the device is added: COPY_DESC uses the host's DMA channel 0 where the alignment rules let it (VOP
+ * 7), as the real driver does; not for speed. When the host has no channel to give, the CPU copies, as it
+ * does without this call. */
+void mic_vop_dma(struct mic_vop *f, bool on);
+
 /* The calls of the character device, with its structures: MIC_VIRTIO_ADD_DEVICE (a mic_device_desc block),
  * MIC_VIRTIO_COPY_DESC (a mic_copy_desc), MIC_VIRTIO_CONFIG_CHANGE. Results as VOP 6. ENOTTY: another one. */
 int mic_vop_ioctl(struct mic_vop *f, unsigned long command, void *arg);

@@ -152,7 +152,7 @@ API struct mic_vop *mic_vop_open(const char *path)
 
 	if (!f)
 		return NULL;
-	f->kick_fd = f->vdev.line_fd = -1;
+	f->kick_fd = f->owner_fd = f->vdev.line_fd = -1;
 	f->epoll = epoll_create1(EPOLL_CLOEXEC);
 	int rc = f->epoll < 0 ? -errno : vop_wire_connect(&f->wire, path);
 
@@ -184,9 +184,16 @@ API void mic_vop_close(struct mic_vop *f)
 		close(f->card_fds[i]);
 	if (f->kick_fd >= 0)
 		close(f->kick_fd);
+	if (f->owner_fd >= 0)
+		close(f->owner_fd);
 	if (f->epoll >= 0)
 		close(f->epoll);
 	free(f);
+}
+
+API void mic_vop_dma(struct mic_vop *f, bool on)
+{
+	f->wants_dma = on;
 }
 
 /* --- ADD_DEVICE --------------------------------------------------------------------------------- */
@@ -202,9 +209,14 @@ static int opened(struct mic_vop *f, const struct vop_line *slot)
 {
 	uint64_t off, num;
 
+	uint64_t bounce[2] = {0, 0};
+
 	f->kick_fd = slot->nfds ? slot->fds[0] : -1;
-	if (slot->nfds != 1 || !vop_number(slot->text, "off", &off) || !vop_number(slot->text, "num", &num) ||
-	    vop_numbers(slot->text, "blocks", f->blocks, MIC_MAX_VRINGS) != f->shape.num_vq)
+	f->owner_fd = slot->nfds > 1 ? slot->fds[1] : -1;
+	if (slot->nfds < 1 || slot->nfds > 2 || !vop_number(slot->text, "off", &off) ||
+	    !vop_number(slot->text, "num", &num) ||
+	    vop_numbers(slot->text, "blocks", f->blocks, MIC_MAX_VRINGS) != f->shape.num_vq ||
+	    (f->owner_fd >= 0 && vop_numbers(slot->text, "bounce", bounce, 2) != 2))
 		return -EPROTO;
 	unsigned body = (unsigned)sizeof(struct mic_device_desc) +
 			(unsigned)sizeof(struct mic_vqconfig) * f->shape.num_vq + 2u * f->shape.feature_len +
@@ -217,7 +229,11 @@ static int opened(struct mic_vop *f, const struct vop_line *slot)
 	if (rc < 0)
 		return rc;
 	f->added = true;
-	const struct mic_copy_setup setup = {.compat = f->compat, .dma_timeout_ms = 5000};
+	const struct mic_copy_setup setup = {.compat = f->compat,
+					     .dma_timeout_ms = 5000,
+					     .owner = f->owner_fd > 0 ? f->owner_fd : 0,
+					     .bounce_off = bounce[0],
+					     .bounce_addr = bounce[1]};
 
 	for (unsigned i = 0; i < f->shape.num_vq; i++)
 		if (!(f->copy[i] = mic_copy_create(&f->vdev, i, &setup)))
@@ -255,9 +271,9 @@ int vop_add_block(struct mic_vop *f, const void *block)
 	hex(config, bytes + features_at + 2u * d->feature_len, d->config_len);
 	int len = snprintf(text, sizeof text,
 			   "{\"op\":\"add\",\"type\":%d,\"num_vq\":%u,\"num\":%u,\"features\":%llu,"
-			   "\"feature_len\":%u,\"config\":\"%s\"}\n",
+			   "\"feature_len\":%u,\"config\":\"%s\",\"dma\":%s}\n",
 			   d->type, d->num_vq, vq[0].num, (unsigned long long)f->offered, d->feature_len,
-			   config);
+			   config, f->wants_dma ? "true" : "false");
 	int rc = vop_ask(f, text, (size_t)len, &answer);
 
 	return rc < 0 ? rc : opened(f, &answer);

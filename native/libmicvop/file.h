@@ -20,6 +20,8 @@ struct mic_vop {
 	uint64_t offered, accepted;
 	uint64_t blocks[MIC_MAX_VRINGS];
 	int kick_fd;
+	bool wants_dma;
+	int owner_fd; /* asks the host for copies by DMA; -1: the CPU copies */
 	struct mic_vdev vdev;
 	struct mic_copy *copy[MIC_MAX_VRINGS];
 	unsigned generation; /* resets so far */

@@ -7,9 +7,12 @@
 #include "mic/copy_desc.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -68,7 +71,7 @@ static uint64_t card_address(const struct mic_copy *c, const void *p)
 	return (uint64_t)((const uint8_t *)p - mic_bus_gddr(c->vdev->bus));
 }
 
-static int dma(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
+static int by_channel(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
 {
 	struct mic_dma_chan *ch = c->setup.chan;
 	int rc = mic_dma_prep_memcpy(ch, dst, src, len, MIC_DMA_PREP_FENCE);
@@ -80,6 +83,38 @@ static int dma(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
 		if (rc < 0) /* what is stuck must not write later (VOP-57) */
 			mic_dma_terminate(ch, c->setup.dma_timeout_ms);
 	}
+	return rc;
+}
+
+/* The owner has a limit of its own; ours is for an owner that hangs. Answers to copies that we gave up are
+ * passed over. */
+static int by_owner(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
+{
+	static _Atomic uint64_t ids;
+	struct mic_copy_job job = {++ids, dst, src, len};
+	struct mic_copy_done done = {0};
+	struct pollfd p = {.fd = c->setup.owner, .events = POLLIN};
+	ssize_t n;
+
+	do
+		n = send(p.fd, &job, sizeof job, MSG_NOSIGNAL);
+	while (n < 0 && errno == EINTR);
+	while (n > 0 && done.id != job.id) {
+		int ready = poll(&p, 1, 2 * c->setup.dma_timeout_ms);
+
+		if (ready == 0)
+			return -ETIMEDOUT;
+		n = recv(p.fd, &done, sizeof done, MSG_DONTWAIT);
+		if (n < 0 && (errno == EINTR || errno == EAGAIN))
+			n = 1;
+	}
+	return n > 0 ? (int)done.result : -EIO;
+}
+
+static int dma(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
+{
+	int rc = c->setup.chan ? by_channel(c, dst, src, len) : by_owner(c, dst, src, len);
+
 	if (rc == 0)
 		return 0;
 	c->stats.dma_errors++;
@@ -88,9 +123,14 @@ static int dma(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
 	return c->setup.compat ? DMA_STATUS_ERROR : -EIO;
 }
 
+static bool has_dma(const struct mic_copy_setup *setup)
+{
+	return setup->chan || setup->owner;
+}
+
 static bool wants_dma(const struct mic_copy *c, size_t len)
 {
-	return c->setup.chan && (c->setup.compat || len >= c->setup.dma_min);
+	return has_dma(&c->setup) && (c->setup.compat || len >= c->setup.dma_min);
 }
 
 /* Card to user through the bounce buffer: the source is widened to whole 64-byte lines. */
@@ -257,6 +297,8 @@ static int run_locked(struct mic_copy *c, const struct mic_copy_desc *d, uint64_
 		return -ENODEV;
 	if (c->failed)
 		return -EIO;
+	if (c->vq->broken && !mic_vdev_driver_ok(c->vdev))
+		return 0; /* the card has not handed its ring over yet: nothing is in it */
 	int rc = fetched ? fetch(c) : 1;
 
 	if (rc <= 0)
@@ -298,9 +340,9 @@ struct mic_copy *mic_copy_create(struct mic_vdev *vdev, unsigned index, const st
 	errno = 0;
 	if (index >= vdev->num_vq)
 		errno = EINVAL;
-	else if (setup->chan && (setup->bounce_off % ALIGN || setup->bounce_addr % ALIGN))
+	else if (has_dma(setup) && (setup->bounce_off % ALIGN || setup->bounce_addr % ALIGN))
 		errno = EINVAL;
-	else if (setup->chan && (setup->bounce_off > size || MIC_COPY_BOUNCE > size - setup->bounce_off))
+	else if (has_dma(setup) && (setup->bounce_off > size || MIC_COPY_BOUNCE > size - setup->bounce_off))
 		errno = EFAULT;
 	if (errno)
 		return NULL;
@@ -312,7 +354,7 @@ struct mic_copy *mic_copy_create(struct mic_vdev *vdev, unsigned index, const st
 	c->vdev = vdev;
 	c->vq = &vdev->vq[index];
 	c->setup = *setup;
-	if (setup->chan)
+	if (has_dma(setup))
 		c->bounce = mic_bus_host(vdev->bus) + setup->bounce_off;
 	return c;
 }

@@ -408,6 +408,25 @@ def test_vop_13_copy_without_status_is_enodev(lab: Lab) -> None:
         assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == ENODEV
 
 
+def test_vop_21_ring_that_was_not_handed_over_is_empty(lab: Lab) -> None:
+    """VOP-21: between the card's first status and its rings, at the start and after a reset, COPY_DESC moves nothing and
+    breaks nothing."""
+    with lab.added() as f:
+        lab.offer([b"abc"], [])
+        copy = Copy(bytearray(3), update=True)
+        f.ioctl(COPY_DESC, copy.arg)
+        assert copy.out_len == 3
+        dev = lab.driver().dev
+        assert dev
+        lab.call(dev.reset())
+        DESC.put(lab.life.page, f.slot_offset, "status", C["VIRTIO_ACKNOWLEDGE"])
+        for _ in range(2):
+            copy = Copy(bytearray(3), update=True)
+            assert f.ioctl(COPY_DESC, copy.arg) == 0
+            assert copy.out_len == 0
+        assert lab.status(f) == C["VIRTIO_ACKNOWLEDGE"]  # not NEEDS_RESET
+
+
 def test_vop_54_card_dies_with_a_chain_pending(lab: Lab) -> None:
     """VOP-54: copies still end at once; after the stop ENODEV and POLLERR; a new boot takes new files."""
     f = lab.added()

@@ -25,11 +25,22 @@ struct mic_copy_stats {
 
 struct mic_copy_setup {
 	bool compat;
-	struct mic_dma_chan *chan; /* host channel, NULL: the CPU copies everything */
-	uint64_t bounce_off;       /* MIC_COPY_BOUNCE bytes of host memory, 64-byte aligned ... */
-	uint64_t bounce_addr;      /* ... and as the card sees them */
-	uint32_t dma_min;          /* shorter copies are the CPU's (modern; compat always uses DMA) */
-	int dma_timeout_ms;        /* 5000 on the real stack */
+	struct mic_dma_chan *chan; /* host channel; without it and `owner` the CPU copies everything */
+	int owner;            /* or a socket to whoever owns one: mic_copy_job there, _done back; 0: none */
+	uint64_t bounce_off;  /* MIC_COPY_BOUNCE bytes of host memory, 64-byte aligned ... */
+	uint64_t bounce_addr; /* ... and as the card sees them */
+	uint32_t dma_min;     /* shorter copies are the CPU's (modern; compat always uses DMA) */
+	int dma_timeout_ms;   /* 5000 on the real stack */
+};
+
+/* One copy between card memory and the bounce buffer, as card addresses; and what became of it: 0 or -errno.
+ */
+struct mic_copy_job {
+	uint64_t id, dst, src, len;
+};
+struct mic_copy_done {
+	uint64_t id;
+	int64_t result;
 };
 
 struct mic_copy;

@@ -38,11 +38,12 @@ int main(int argc, char **argv)
 	struct mic_vop *f;
 	int served = 0;
 
-	if (argc != 2)
+	if (argc < 2)
 		return 2;
 	CHECK(!mic_vop_open("/nonexistent/vop.sock") && errno == ENOENT);
 	f = mic_vop_open(argv[1]);
 	CHECK(f);
+	mic_vop_dma(f, argc > 2);
 	CHECK(copy(f, data, 4, 0) < 0 && errno == EINVAL);
 	CHECK(mic_vop_wait(f, 0, -1) < 0 && errno == EINVAL);
 	CHECK(mic_vop_ioctl(f, 12345, NULL) < 0 && errno == ENOTTY);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import click
 
 from mic_emu.errors import BY_NAME, MicemuError, NoSuchCard, NotRunning
+from mic_emu.peers import group_of
 from mic_emu.rundir import RunDir
 from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import Channel, connect_unix
 
 Message = dict[str, Any]
 END_LIMIT_S = 10.0  # init ends what is left
+NOT_YOURS = "the emulator in {} belongs to another user and is not shared with you"
 
 
 def rundir() -> RunDir:
@@ -35,9 +39,7 @@ def connect(where: RunDir | None = None) -> Channel:
             f"no emulator runs (instance {where.instance}): start one with micemu boot"
         ) from None
     except PermissionError as e:
-        raise MicemuError(
-            f"the emulator in {where.path} belongs to another user and is not shared with you", e.errno or 0
-        ) from None
+        raise MicemuError(NOT_YOURS.format(where.path), e.errno or 0) from None
 
 
 def converse(
@@ -54,7 +56,21 @@ def converse(
             if msg.get("done"):
                 return
     except ConnectionError:
+        if stranger(where):
+            raise MicemuError(NOT_YOURS.format(where.path), errno.EACCES) from None
         raise ended(where, crash, f"during {op!r}") from None
+
+
+def stranger(where: RunDir) -> bool:
+    """Are we neither its user nor root nor of its group? Then the host process hangs up on us (``mic_emu.peers``)."""
+    try:
+        group = group_of(where.control)
+        return os.geteuid() not in (0, where.path.stat().st_uid) and group not in (
+            os.getegid(),
+            *os.getgroups(),
+        )
+    except OSError:  # it is gone
+        return False
 
 
 def ended(where: RunDir, crash: tuple[int, int] | None, when: str) -> MicemuError:

@@ -107,7 +107,7 @@ class Mapping:
 
     def __init__(self, pointer: Any, length: int, writable: bool) -> None:
         buffer = ffi.buffer(pointer, length)
-        weakref.finalize(buffer, lib.scif_munmap, pointer, length).atexit = False
+        weakref.finalize(buffer, lib.scif_munmap, pointer, length).atexit = False  # type: ignore[misc]  # a property
         view = memoryview(buffer)
         self.view = view if writable else view.toreadonly()
 

@@ -43,7 +43,7 @@ def test_protocol_number_stands_for_these_requests_and_settings() -> None:
     ops = Requests(Nothing())._requests  # type: ignore[arg-type]
     assert set(Admin(Nothing()).requests) < set(ops)  # type: ignore[arg-type]
     fields = [[f.name for f in dataclasses.fields(c)] for c in (CardConfig, Config)]
-    assert PROTOCOL == 1
+    assert PROTOCOL == 2
     assert set(OPS.split()) <= set(ops)
     assert [" ".join(sorted(names)) for names in fields] == [CARD, CONFIG]
 

@@ -30,9 +30,8 @@ class Notifier:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.offset = (
-            0  # of the notify page, in our memory; the page that says whether the node lives is behind it
-        )
+        # Of the notify page, in our memory; the page that says whether the node lives is behind it.
+        self.offset = 0
         self.page: Any = None  # struct mic_scif_notify *, while it runs
         self._thread: Any = None
         self._event_fd = -1

@@ -167,7 +167,9 @@ def test_commands_show_the_cards_that_they_were_given(machine: Machine) -> None:
 
 def test_cosm_20_reboot_of_a_card_that_hangs_in_booting(machine: Machine) -> None:
     """A board that is stopped boots nothing; run says what to do, and reboot resets before it boots."""
-    board = machine.boot("--disk", "none", "--net", "none")["cards"][0]["pids"]["board"]
+    # By the card's own times a reset waits 45 s for the board: long enough to see it.
+    status = machine.boot("--timing", "x100", "--disk", "none", "--net", "none")
+    board = status["cards"][0]["pids"]["board"]
     machine.micemu("reset")
     os.kill(board, signal.SIGSTOP)
     machine.micemu("sysfs", "write", "mic0/state", "boot")
@@ -225,7 +227,7 @@ def test_sigterm_ends_the_instance_in_order(machine: Machine, told: str) -> None
     events = machine.popen("events", "--recent", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert events.stdout
     events.stdout.readline()
-    eventually(lambda: connected(waiting.pid), 10, "the connection of wait")
+    eventually(lambda: connected(waiting.pid), 30, "the connection of wait")
     for pid in everybody(machine) if told == "all" else [host["init" if told == "init" else "pid"]]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -233,7 +235,7 @@ def test_sigterm_ends_the_instance_in_order(machine: Machine, told: str) -> None
     assert (waiting.returncode, said) == (3, "micemu: the emulator has stopped (instance default)\n")
     _, said = events.communicate(timeout=30)
     assert (events.returncode, said) == (0, "")
-    eventually(lambda: not machine.run_dir.exists(), 10, "the end of the run directory")
+    eventually(lambda: not machine.run_dir.exists(), 30, "the end of the run directory")
     assert not list((machine.home / "state").rglob("*crash*"))
     machine.check_clean()
 

@@ -228,7 +228,7 @@ def test_device_without_a_driver_on_the_card(machine: Machine) -> None:
     assert (added.returncode, added.stderr) == (1, f"micemu: mic0: lone1: {why}\n")
     assert [d["type"] for d in machine.card()["devices"]] == ["console", "lone"]
     machine.micemu("vop", "driver", "mic0", "lone:LoneDriver")
-    eventually(lambda: machine.card()["devices"][1]["state"] == "running", 10, "the driver takes the device")
+    eventually(lambda: machine.card()["devices"][1]["state"] == "running", 30, "the driver takes the device")
     assert "error" not in machine.card()["devices"][1]
 
 

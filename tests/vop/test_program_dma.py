@@ -12,7 +12,7 @@ from test_device_file import Copy, block
 from mic_emu.testing.machine import Machine, eventually
 from mic_emu.vop.device_file import ADD_DEVICE, COPY_DESC, DeviceFile
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 LENGTHS = (64, 1000, 65536, 150001)
 DRIVER = """
@@ -65,7 +65,7 @@ def prepared(machine: Machine, folder: Path, *words: str) -> str:
 def right(machine: Machine, lengths: tuple[int, ...]) -> None:
     for n in lengths:
         eventually(
-            lambda n=n: f"{n} bytes are right" in machine.micemu("log").stdout, 15, f"the answer of {n} bytes"
+            lambda n=n: f"{n} bytes are right" in machine.micemu("log").stdout, 30, f"the answer of {n} bytes"
         )  # type: ignore[misc]
     assert "WRONG" not in machine.micemu("log").stdout
 

@@ -20,7 +20,7 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 def tool(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a peer program."""
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": PATH}, check=False
+        argv, capture_output=True, text=True, timeout=200, env={**os.environ, "PATH": PATH}, check=False
     )
     assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return done

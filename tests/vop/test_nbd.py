@@ -76,7 +76,7 @@ def read_only(tmp_path: Path) -> Iterator[Served]:
 
 
 def run(*args: str) -> str:
-    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _SEG = struct.Struct("<2Q")
 _WIN = struct.Struct("<3Q2I")
-PACKET_DATA = 131072 - 256
 
 
 def signed(value: int) -> int:
@@ -180,8 +179,6 @@ class MemoryRequests:
             places = [path.window_place(addr, n) for addr, n in w.segments]
             fd = places[0][0]
             out += _pack(w, [(off, n) for (_, off), (_, n) in zip(places, w.segments, strict=True)])
-        if len(out) > PACKET_DATA:
-            raise ScifError(errno.ENOMEM, "too many windows")
         return Reply([gen, len(own), len(remote)], [self.node.memory_fd, fd], bytes(out))
 
     def _mmap(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:

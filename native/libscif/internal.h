@@ -81,7 +81,7 @@ struct answer {
 	struct mic_scif_reply head;
 	uint32_t nfds;
 	int fds[MIC_SCIF_MAX_FDS];
-	void *data; /* head.ndata bytes go here, up to max */
+	void *data; /* head.ndata bytes go here: of malloc, with room for max, and given more if need be */
 	size_t max;
 };
 

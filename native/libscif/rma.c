@@ -82,16 +82,16 @@ no:
 	return NULL;
 }
 
-static struct win_map *reuse(const struct rma_table *old, uint64_t id, bool own)
+/* What the old list has of a window. Both lists are by offset: `at` goes on from where it was. */
+static struct win_map *reuse(const struct rma_table *old, uint32_t *at, uint32_t end,
+			     const struct mic_scif_win *w)
 {
-	uint32_t from = own ? 0 : old->own, to = own ? old->own : old->own + old->peer;
-
-	for (uint32_t i = from; i < to; i++)
-		if (old->w[i].id == id) {
-			mic_fetch_add(&old->w[i].map->refs, 1);
-			return old->w[i].map;
-		}
-	return NULL;
+	while (*at < end && old->w[*at].offset < w->offset)
+		++*at;
+	if (*at == end || old->w[*at].id != w->id)
+		return NULL;
+	mic_fetch_add(&old->w[*at].map->refs, 1);
+	return old->w[*at].map;
 }
 
 /* The lists in an answer; mappings of windows that were known before are kept. */
@@ -101,6 +101,7 @@ static int build(const struct ep *ep, const struct answer *ans, const struct rma
 	uint32_t own = (uint32_t)ans->head.v[1], peer = (uint32_t)ans->head.v[2], done = 0;
 	bool card = ep->peer_node && ep->peer_node != ep->node; /* the host outlives us all */
 	const uint8_t *p = ans->data, *end = p + ans->head.ndata;
+	uint32_t at = 0, at_end = old ? old->own : 0; /* in the old list: own windows, then the peer's */
 	struct rma_table *t = calloc(1, sizeof *t + (own + peer) * sizeof t->w[0]);
 
 	if (!t)
@@ -117,8 +118,12 @@ static int build(const struct ep *ep, const struct answer *ans, const struct rma
 			goto no;
 		struct win *e = &t->w[done];
 
+		if (done == own && old) {
+			at = old->own;
+			at_end = old->own + old->peer;
+		}
 		*e = (struct win){w.id, w.offset, w.len, (int)w.prot,
-				  old ? reuse(old, w.id, done < own) : NULL};
+				  old ? reuse(old, &at, at_end, &w) : NULL};
 		if (!e->map)
 			e->map = map_window((const void *)p, w.nsegs, w.len, ans->fds[done < own ? 0 : 1],
 					    card && done >= own);

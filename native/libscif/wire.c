@@ -93,7 +93,27 @@ static void take_fds(struct msghdr *mh, struct answer *ans)
 	}
 }
 
-/* 0, -EINTR (nothing was received), -ENODEV (the node is gone). */
+/* The data of an answer that is beyond a packet: in the file that came last. */
+static int take_file(struct answer *ans)
+{
+	int fd = ans->fds[--ans->nfds], rc = 0;
+	size_t at = 0, size = ans->head.ndata;
+	uint8_t *data = realloc(ans->data, size);
+
+	if (!data)
+		rc = -ENOMEM;
+	else
+		ans->data = data;
+	for (ssize_t n; rc == 0 && at < size; at += (size_t)n) {
+		n = pread(fd, data + at, size - at, (off_t)at);
+		if (n <= 0)
+			rc = -ENODEV;
+	}
+	close(fd);
+	return rc;
+}
+
+/* 0, -EINTR (nothing was received), -ENODEV (the node is gone), -ENOMEM. */
 static int recv_packet(int fd, struct answer *ans)
 {
 	union {
@@ -110,6 +130,8 @@ static int recv_packet(int fd, struct answer *ans)
 	if (n < 0)
 		return errno == EINTR ? -EINTR : -ENODEV;
 	take_fds(&mh, ans); /* whatever the answer is worth, they are ours to close */
+	if ((size_t)n == sizeof ans->head && ans->head.ndata > MIC_SCIF_INLINE && ans->max && ans->nfds)
+		return take_file(ans);
 	if ((size_t)n < sizeof ans->head || (size_t)n != sizeof ans->head + ans->head.ndata)
 		return -ENODEV;
 	return 0;

@@ -4,6 +4,7 @@
 #include <linux/sockios.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -60,19 +61,16 @@ int mic_scif_receive(int fd, void *packet, size_t max)
 	return n < 0 ? -errno : (int)n;
 }
 
-int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data, const int *fds,
-		    uint32_t nfds)
+static int send_answer(int fd, const struct mic_scif_reply *head, const void *data, uint32_t ndata,
+		       const int *fds, uint32_t nfds)
 {
-	struct iovec iov[2] = {{(void *)(uintptr_t)head, sizeof *head},
-			       {(void *)(uintptr_t)data, head->ndata}};
+	struct iovec iov[2] = {{(void *)(uintptr_t)head, sizeof *head}, {(void *)(uintptr_t)data, ndata}};
 	union {
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(MIC_SCIF_MAX_FDS * sizeof(int))];
 	} control;
-	struct msghdr mh = {.msg_iov = iov, .msg_iovlen = head->ndata ? 2 : 1};
+	struct msghdr mh = {.msg_iov = iov, .msg_iovlen = ndata ? 2 : 1};
 
-	if (nfds > MIC_SCIF_MAX_FDS)
-		return -EINVAL;
 	if (nfds) {
 		memset(&control, 0, sizeof control);
 		mh.msg_control = &control;
@@ -85,6 +83,47 @@ int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data,
 		memcpy(CMSG_DATA(c), fds, nfds * sizeof(int));
 	}
 	return sendmsg(fd, &mh, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+/* A file with `size` bytes of data. -errno. */
+static int file_with(const uint8_t *data, size_t size)
+{
+	int fd = memfd_create("scif-answer", MFD_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	for (ssize_t n; size; data += n, size -= (size_t)n) {
+		n = write(fd, data, size);
+		if (n <= 0) {
+			close(fd);
+			return -ENOMEM;
+		}
+	}
+	return fd;
+}
+
+int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data, const int *fds,
+		    uint32_t nfds)
+{
+	int all[MIC_SCIF_MAX_FDS];
+	const uint32_t more = head->ndata > MIC_SCIF_INLINE;
+
+	if (nfds + more > MIC_SCIF_MAX_FDS)
+		return -EINVAL;
+	if (!more)
+		return send_answer(fd, head, data, head->ndata, fds, nfds);
+	for (uint32_t i = 0; i < nfds; i++)
+		all[i] = fds[i];
+	all[nfds] = file_with(data, head->ndata);
+	if (all[nfds] < 0) { /* the program gets that, not nothing */
+		const struct mic_scif_reply failed = {.status = all[nfds]};
+
+		return send_answer(fd, &failed, NULL, 0, NULL, 0);
+	}
+	int rc = send_answer(fd, head, NULL, 0, all, nfds + 1);
+
+	close(all[nfds]);
+	return rc;
 }
 
 int mic_scif_hang_up(int fd)

@@ -245,8 +245,10 @@ struct mic_scif_win { /* a window, followed by its segments */
 	uint32_t prot, nsegs;
 };
 
-/* Largest message, bytes, and the descriptors that come with one. */
+/* Largest message, bytes, and the descriptors that come with one. An answer with more than MIC_SCIF_INLINE
+ * bytes of data has them in a file, its last descriptor. */
 #define MIC_SCIF_PACKET  131072
+#define MIC_SCIF_INLINE  130816
 #define MIC_SCIF_MAX_FDS 4
 
 /* The node's end of these connections (scif_socket.c). Counts, descriptors or -errno. */

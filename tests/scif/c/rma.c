@@ -351,3 +351,28 @@ TEST(scif_114_unregister_waits_for_copies_in_progress)
 	stop_copying = 1;
 	pthread_join(t, NULL);
 }
+
+TEST(scif_104_thousands_of_windows)
+{
+	enum { N = 3000 }; /* their list is beyond a packet */
+	const off_t from = 0x4000000000000000;
+	int e[2];
+	char *p = pages(N), *q = malloc(N * PG);
+
+	pair(e);
+	for (int i = 0; i < N; i++) {
+		memset(p + i * PG, i % 251, PG);
+		EQ(scif_register(e[0], p + i * PG, PG, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0), from + i * PG);
+	}
+	OK(scif_vreadfrom(e[1], q, PG, from + (N - 1) * PG, 0));
+	EQ((unsigned char)*q, (N - 1) % 251);
+	OK(scif_vreadfrom(e[1], q, N * PG, from, 0));
+	char *m = scif_mmap(NULL, N * PG, SCIF_PROT_READ, 0, e[1], from);
+	CHECK(m != SCIF_MMAP_FAILED);
+	CHECK(!memcmp(p, q, N * PG) && !memcmp(p, m, N * PG));
+	OK(scif_munmap(m, N * PG));
+	OK(scif_unregister(e[0], from + PG, PG)); /* most mappings are kept */
+	FAILS(scif_vreadfrom(e[1], q, N * PG, from, 0), ENXIO);
+	OK(scif_vreadfrom(e[1], q, (N - 2) * PG, from + 2 * PG, 0));
+	OK(scif_unregister(e[0], from + 2 * PG, (N - 2) * PG));
+}

@@ -1,6 +1,6 @@
 """The sysfs and debugfs trees as paths, for the FUSE mount and for ``micemu sysfs`` (COSM 6, 7, 9).
 
-class/mic/micN/<attribute>          class/mic/micN/device/{config,uevent,vendor,...}
+class/mic/micN/<attribute>          class/mic/micN/device -> devices/micemu/<slot>/{config,uevent,vendor,...}
 class/mic/micN/{uevent,subsystem}   class/mic/micN/power/{control,runtime_status,...}
 kernel/debug/mic_cosm/micN/{log_buf,force_reset}
 kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}    kernel/debug/mic_x100_dma/mbus-devN/mic_dma_reg
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+import stat
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
     from mic_emu.host.daemon import Instance
 
 C = L.CONSTANTS
+DEVICES = "devices/micemu"  # where the kernel would have the cards' PCI functions
+
+
+def pci_slot(index: int) -> str:
+    """Domain, bus, device and function of a card."""
+    return f"0000:{index + 1:02x}:00.0"
 
 
 def log_buffer(gddr: View, addr: int, len_addr: int) -> bytes:
@@ -84,9 +91,11 @@ class Sysfs:
         return File(0o666, read, write)
 
     def file(self, path: str) -> File:
-        """One file. Raises MicemuError ENOENT."""
+        """One file, also through a card's link to its PCI function. Raises MicemuError ENOENT."""
+        linked = re.match(r"class/mic/mic([0-9]{1,3})/device/(.*)", path)
+        target = f"{DEVICES}/{pci_slot(int(linked[1]))}/{linked[2]}" if linked else path
         try:
-            return self.tree()[path]
+            return self.tree()[target]
         except KeyError:
             pass
         card = re.match(r"class/mic/(mic[0-9]+)(/|$)", path)
@@ -134,23 +143,25 @@ class Sysfs:
             writable = write if attribute.store else None
             wakes = card.name if name == "state" else ""
             files[f"{base}/{name}"] = File(attribute.mode, read, writable, wakes)
+        function = f"{DEVICES}/{pci_slot(card.index)}"
+        files[f"{base}/device"] = File(stat.S_IFLNK | 0o777, constant(f"../../../{function}".encode()))
         for name, text in self._device(card, pci).items():
-            files[f"{base}/device/{name}"] = File(0o444, constant(text))
-        files[f"{base}/device/config"] = File(0o444, _lazy(pci.raw))
+            files[f"{function}/{name}"] = File(0o444, constant(text))
+        files[f"{function}/config"] = File(0o444, _lazy(pci.raw))
         return files
 
     def _device(self, card: Card, pci: ConfigSpace) -> Mapping[str, bytes]:
         """Files of the PCI function that tools look at (COSM 13.5)."""
-        slot = f"0000:{card.index + 1:02x}:00.0"
         sub = pci.read(0x2C, 4)
         ids = f"{pci.vendor:04X}:{pci.device:04X}"
         uevent = (
             f"DRIVER=mic\nPCI_CLASS={pci.read(8, 4) >> 8:X}\nPCI_ID={ids}\n"
-            f"PCI_SUBSYS_ID={sub & 0xFFFF:04X}:{sub >> 16:04X}\nPCI_SLOT_NAME={slot}\n"
+            f"PCI_SUBSYS_ID={sub & 0xFFFF:04X}:{sub >> 16:04X}\nPCI_SLOT_NAME={pci_slot(card.index)}\n"
         )
         return {
             "uevent": uevent.encode(), "vendor": f"{pci.vendor:#06x}\n".encode(), "device": f"{pci.device:#06x}\n".encode(),
             "class": f"{pci.read(8, 4) >> 8:#08x}\n".encode(), "revision": f"{pci.revision:#04x}\n".encode(),
+            "subsystem_vendor": f"{sub & 0xFFFF:#06x}\n".encode(), "subsystem_device": f"{sub >> 16:#06x}\n".encode(),
         }  # fmt: skip
 
     # --- kernel/debug -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mic_emu.wire_aio import AsyncChannel
 LIST_AGE_S = 0.1
 PAGE = 4096
 SOURCE, FSTYPE = "micemu", "sysfs"
+FOLDERS = ("class", "class/mic", "devices", "devices/micemu")  # also without a card
 
 
 class RemoteTree:
@@ -57,14 +58,15 @@ class RemoteTree:
 
     def _file(self, path: str, mode: int) -> Stat:
         return Stat(
-            mode if stat.S_IFMT(mode) else stat.S_IFREG | mode, PAGE if path.startswith("class/") else 0
+            mode if stat.S_IFMT(mode) else stat.S_IFREG | mode,
+            0 if path.startswith("kernel/debug") else PAGE,
         )
 
     async def stat(self, path: str) -> Stat:
         files = await self._list()
         if path in files:
             return self._file(path, files[path][0])
-        if path == "" or any(f.startswith(path + "/") for f in files) or path in ("class", "class/mic"):
+        if path == "" or any(f.startswith(path + "/") for f in files) or path in FOLDERS:
             return Stat(stat.S_IFDIR | 0o755)
         raise OSError(errno.ENOENT, path)
 
@@ -160,6 +162,21 @@ def run(target: str, control: Path, foreground: bool) -> None:
         os._exit(0)
 
 
+def _make_room(path: str) -> None:
+    """An empty directory at ``path``, where sysfs has none: a tmpfs takes its parent's place, with what is in it."""
+    parent, own = os.path.split(path)
+    was = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    names = [n for n in os.listdir(parent) if n != own]
+    namespaces.mount("micemu", parent, "tmpfs", lib.MIC_MS_NOSUID | lib.MIC_MS_NODEV, "mode=755")
+    for name in names:
+        os.mkdir(f"{parent}/{name}")
+        namespaces.mount(
+            f"/proc/self/fd/{was}/{name}", f"{parent}/{name}", None, lib.MIC_MS_BIND | lib.MIC_MS_REC
+        )
+    os.close(was)
+    os.mkdir(path)
+
+
 def become(argv: list[str], control: Path) -> NoReturn:
     """Become ``argv`` in a mount namespace of its own that has the tree at /sys/class/mic and /sys/kernel/debug.
 
@@ -168,17 +185,10 @@ def become(argv: list[str], control: Path) -> NoReturn:
     if lib.mic_ns_unshare(lib.MIC_NS_MNT) < 0:
         namespaces.create(("user", "mnt"))  # not root: of our own user namespace
     namespaces.mount(None, "/", None, lib.MIC_MS_REC | lib.MIC_MS_PRIVATE)
-    bind = lib.MIC_MS_BIND | lib.MIC_MS_REC
-    classes = os.open("/sys/class", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    names = [n for n in os.listdir("/sys/class") if n != "mic"]
-    namespaces.mount("micemu", "/sys/class", "tmpfs", lib.MIC_MS_NOSUID | lib.MIC_MS_NODEV, "mode=755")
-    for name in names:
-        os.mkdir(f"/sys/class/{name}")
-        namespaces.mount(f"/proc/self/fd/{classes}/{name}", f"/sys/class/{name}", None, bind)
-    os.close(classes)
-    staging = "/sys/class/.micemu"
-    for path in (staging, "/sys/class/mic"):
-        os.mkdir(path)
+    staging, ours = "/sys/class/.micemu", {"class/mic", "devices/micemu"}
+    for path in ours:
+        _make_room(f"/sys/{path}")
+    os.mkdir(staging)
     fd = mount_at(staging, SOURCE, FSTYPE)
     me = os.getpid()
     if os.fork() == 0:
@@ -188,7 +198,8 @@ def become(argv: list[str], control: Path) -> NoReturn:
         finally:
             os._exit(0)
     os.close(fd)
-    namespaces.mount(f"{staging}/class/mic", "/sys/class/mic", None, bind)
     if os.path.isdir("/sys/kernel/debug"):
-        namespaces.mount(f"{staging}/kernel/debug", "/sys/kernel/debug", None, bind)
+        ours.add("kernel/debug")
+    for path in ours:
+        namespaces.mount(f"{staging}/{path}", f"/sys/{path}", None, lib.MIC_MS_BIND)
     os.execvp(argv[0], argv)

@@ -67,6 +67,21 @@ def wait_for(fd: int, word: str) -> list[str]:
     return seen
 
 
+def test_cosm_1_device_is_a_link_to_the_pci_function(machine: Machine, tree: Path) -> None:
+    """Scripts take the slot from it; the files behind it are the function's, and micemu sysfs follows it, too."""
+    card = tree / "class/mic/mic0"
+    function = card / "device"
+    assert (function.is_symlink(), function.resolve().name) == (True, "0000:01:00.0")
+    assert function.resolve() == tree / "devices/micemu/0000:01:00.0"
+    assert [(function / n).read_text() for n in ("vendor", "subsystem_vendor")] == ["0x8086\n"] * 2
+    assert "PCI_SLOT_NAME=0000:01:00.0\n" in (function / "uevent").read_text()
+    assert (function / "config").read_bytes()[:4] == bytes.fromhex("86805c22")
+    assert (card / "subsystem").resolve() == tree / "class/mic"
+    assert machine.micemu("sysfs", "cat", "mic0/device/device").stdout == "0x225c\n"
+    missing = machine.micemu("sysfs", "cat", "mic7/device/device", check=False)
+    assert (missing.returncode, missing.stderr) == (6, "micemu: there is no card mic7; cards: mic0\n")
+
+
 def test_cosm_1_2_3_9_11_56_files_modes_and_errnos(machine: Machine, tree: Path) -> None:
     """One long look at the tree of a ready card: names, modes, contents, errnos, no wake-up without a change."""
     mic = tree / "class/mic/mic0"

@@ -52,6 +52,13 @@ def test_cosm_9_17_18_35_50_56_script_with_the_tree_at_its_real_place(machine: M
     script, watch, crash = tools(machine.home, sys.executable, " ".join(MICEMU), "poll")
     ran = machine.micemu("run", "host", "--sysfs", "--", "sh", script, "/sys", watch, crash)
     assert (ran.stdout, ran.stderr) == ("done\n", "")
+    where = "readlink -f /sys/class/mic/mic0/device; cat /sys/class/mic/mic0/device/vendor; LC_ALL=C ls /sys/devices"
+    seen = machine.micemu("run", "host", "--sysfs", "--", "sh", "-c", where).stdout.split()
+    assert seen == [
+        "/sys/devices/micemu/0000:01:00.0",
+        "0x8086",
+        *sorted([*os.listdir("/sys/devices"), "micemu"]),
+    ]
     wrong = machine.micemu("run", "mic0", "--sysfs", "--", "true", check=False)
     assert (wrong.returncode, "host side" in wrong.stderr) == (2, True)
     assert machine.micemu("run", "host", "--sysfs", "--", "no-such-program", check=False).returncode == 127

@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from mic_emu.config import CardConfig
+from mic_emu.config import HARDWARE, CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
 from mic_emu.host import metrics
@@ -145,22 +145,23 @@ class Admin:
 
     async def _reload(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         """New configurations: at once for cards that are down and for disks of cards that are up (VOP-62),
-        at the next boot for the rest. Size of memory and identity of a card that is up stay."""
+        at the next boot for the rest. ``kept``: what a card that is up keeps of its hardware, by card."""
         configs = [CardConfig(**c) for c in msg["cards"]]
         before = {name: card.config for name, card in self.instance.cards.items()}
+        kept: dict[str, list[str]] = {}
         await self.instance.plug(configs)
         for index, config in enumerate(configs):
             card = self.instance.cards[f"mic{index}"]
             old = card.config
             if card.cosm.state is State.READY or old == config:
                 continue
-            fixed = {k: getattr(old, k) for k in ("memory", "device_id", "stepping", "namespaces")}
-            card.reconfigure(dataclasses.replace(config, **fixed))
+            kept[card.name] = [k for k in HARDWARE if getattr(old, k) != getattr(config, k)]
+            card.reconfigure(dataclasses.replace(config, **{k: getattr(old, k) for k in HARDWARE}))
             if any(getattr(old, k) != getattr(config, k) for k in ("disk", "disk_size", "read_only")):
                 await self._swap_disk(card)
         changed = [n for n, card in self.instance.cards.items() if before.get(n) != card.config]
         self.instance.log.info("configuration read again", event="reload", cards=changed)
-        return {"changed": changed}
+        return {"changed": changed, "kept": {name: keys for name, keys in kept.items() if keys}}
 
     async def _swap_disk(self, card: Card) -> None:
         """The card sees its disk go and the new one come."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from mic_emu import image
 from mic_emu.clock import Clock
-from mic_emu.config import CardConfig, Config
+from mic_emu.config import HARDWARE, CardConfig, Config
 from mic_emu.errors import MicemuError, NoSuchCard
 from mic_emu.host.card import Card
 from mic_emu.host.control import Control
@@ -108,8 +108,7 @@ class Instance:
     async def _reconfigure(self, card: Card, config: CardConfig) -> None:
         if not card.is_ready or card.config == config:
             return
-        hardware = ("memory", "device_id", "stepping", "interrupts", "namespaces")
-        if any(getattr(card.config, name) != getattr(config, name) for name in hardware):
+        if any(getattr(card.config, name) != getattr(config, name) for name in HARDWARE):
             faults = card.faults.from_command()  # they are the slot's, and stay
             await self.unplug(card)
             fresh = self.cards[card.name] = await self._new_card(card.index, config)

@@ -37,6 +37,12 @@ MSIX_DEVICES = 4  # what nine vectors leave when SCIF and four DMA channels have
 STEPPINGS = ("A0", "B0", "B1", "C0")
 
 
+# What is in the slot: a card has it from when it was plugged in, and another one takes its place when it is down.
+HARDWARE = ("memory", "device_id", "stepping", "interrupts", "namespaces")
+# What an instance has from its start to its end.
+FOR_LIFE = ("timing", "host_memory", "group", "metrics_port")
+
+
 class NoCards(UsageError):
     """The file says explicitly that there are none."""
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import click
 from mic_emu.cli import client
 from mic_emu.cli.status import failures
 from mic_emu.cli.stop import kill_instance, stop_instance
-from mic_emu.config import NoCards, load
+from mic_emu.config import FOR_LIFE, Config, NoCards, load
 from mic_emu.errors import MicemuError, NotRunning, StateError, WaitTimeout
 from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
@@ -48,11 +49,16 @@ class Service:
     def __init__(self, where: RunDir, config_path: Path | None, group: str | None = None) -> None:
         self.where = where
         self.config_path = config_path
-        self.config = load(config_path)
-        if group is not None:
-            self.config.group = group
+        self.group = group
+        self.config = self._load()
         self.journal = "JOURNAL_STREAM" in os.environ
         self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+
+    def _load(self) -> Config:
+        config = load(self.config_path)
+        if self.group is not None:
+            config.group = self.group
+        return config
 
     def start(self) -> list[str]:
         """Start the instance, plug its cards in, boot those that want it, each for itself (COSM-60). Returns a
@@ -143,12 +149,25 @@ class Service:
         """SIGHUP: the file is read again; a mistake in it leaves everything as it is."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            self.config = load(self.config_path)
-            done = client.ask("reload", cards=self._cards())["changed"]
-            self.say("info", f"configuration read again: {', '.join(done) or 'nothing changed'}")
+            fresh = self._load()
+            answer = client.ask("reload", cards=[dataclasses.asdict(c) for c in fresh.cards])
+            self.say("info", f"configuration read again: {', '.join(answer['changed']) or 'nothing changed'}")
+            for text in self._not_taken(fresh, answer.get("kept", {})):
+                self.say("warning", text)
+            self.config.cards = fresh.cards
         except MicemuError as e:
             self.say("error", f"the configuration stays as it was: {e}")
         notify("READY=1")
+
+    def _not_taken(self, fresh: Config, kept: dict[str, list[str]]) -> Iterator[str]:
+        """What of the new file has to wait, a sentence each."""
+        keys = [k for k in FOR_LIFE if getattr(self.config, k) != getattr(fresh, k)]
+        if keys:
+            yield f"{', '.join(keys)}: taken when the emulator starts again"
+        for name, words in kept.items():
+            yield f"{name} keeps its {', '.join(words)} while it is up: micemu shutdown {name}, then SIGHUP again"
+        for index in range(len(fresh.cards), len(self.config.cards)):
+            yield f"mic{index} is no longer in the file: it stays until the emulator ends"
 
     def _show(self, events: Channel) -> bool:
         """Print what happened; False when the stream has ended."""

@@ -146,6 +146,44 @@ def test_service_that_is_stopped_from_elsewhere_has_not_failed(machine: Machine,
     machine.check_clean()
 
 
+def test_reload_names_what_has_to_wait(machine: Machine, tmp_path: Path) -> None:
+    """The whole emulator's keys, hardware of a card that is up, a card that the file no longer has. When the card is down
+    and the file is read once more, it has its new memory."""
+    config = tmp_path / "lab.toml"
+    config.write_text(
+        'metrics_port = 0\n[[card]]\nmemory = "64M"\ndisk = "none"\nnet = "none"\n[[card]]\nautoboot = false\n'
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "JOURNAL_STREAM": "1:2"}
+        errors = (tmp_path / "journal").open("w+")
+        with errors, machine.popen("host", "--foreground", "--config", str(config), stderr=errors) as service:
+            try:
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                config.write_text(
+                    'timing = "test"\n[[card]]\nmemory = "128M"\ninterrupts = "msi"\ndisk = "none"\nnet = "none"\n'
+                )
+                for memory in (64, 128):
+                    service.send_signal(signal.SIGHUP)
+                    assert manager.recv(4096).startswith(b"RELOADING=1")
+                    assert manager.recv(4096) == b"READY=1"
+                    assert machine.card()["memory"] == memory << 20
+                    machine.micemu("shutdown")
+                service.send_signal(signal.SIGTERM)
+                assert manager.recv(4096) == b"STOPPING=1"
+                assert service.wait(timeout=30) == 0
+            finally:
+                service.kill()
+    warnings = [line for line in (tmp_path / "journal").read_text().splitlines() if line.startswith("<4>")]
+    assert warnings == [
+        "<4>timing: taken when the emulator starts again",
+        "<4>mic0 keeps its memory, interrupts while it is up: micemu shutdown mic0, then SIGHUP again",
+        "<4>mic1 is no longer in the file: it stays until the emulator ends",
+        "<4>timing: taken when the emulator starts again",
+    ]
+
+
 def test_service_ends_when_the_host_process_dies(machine: Machine, tmp_path: Path) -> None:
     """kill -9 of the host process: the service fails, so that its manager starts it again; which works."""
     config = tmp_path / "lab.toml"

@@ -223,7 +223,7 @@ def test_sigterm_ends_the_instance_in_order(machine: Machine, told: str) -> None
     """SIGTERM to init, to the host process, or to all processes at once, as at the end of a session: nothing is left,
     and who waits is told that the emulator has stopped, not of a crash."""
     host = machine.boot("--disk", "none", "--net", "none")["host"]
-    waiting = machine.popen("wait", "crashed", stderr=subprocess.PIPE, text=True)
+    waiting = machine.popen("wait", "crashed", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     events = machine.popen("events", "--recent", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert events.stdout
     events.stdout.readline()

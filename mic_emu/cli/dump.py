@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
-from mic_emu.cli.log import clock
+from mic_emu.cli.log import clock, harmless
 from mic_emu.fields import words
 from mic_emu.layout import CONSTANTS as C
 
@@ -51,7 +51,7 @@ def command(what: str, card: str, device: str | None, everything: bool, as_json:
 
 def kernel_log(data: str) -> str:
     """The card's kernel log with times as ``micemu log`` shows them."""
-    return re.sub(r"^\[(\d+\.\d{6})\]", lambda m: clock(float(m[1])), data, flags=re.M)
+    return re.sub(r"^\[(\d+\.\d{6})\]", lambda m: clock(float(m[1])), harmless(data, "\n\t"), flags=re.M)
 
 
 def registers(rows: list[dict[str, Any]], everything: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import sys
 import textwrap
@@ -23,15 +24,22 @@ def clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03d}"
 
 
+def harmless(said: str, keep: str = "") -> str:
+    """Control characters as ``\\xNN``: what a card or its programs said reaches a terminal as text, not as its commands."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: m[0] if m[0] in keep else f"\\x{ord(m[0]):02x}", said)
+
+
 def text(line: str) -> str:
     """A record as people read it: a line, and below it the traceback of an exception."""
     try:
         r = json.loads(line)
     except ValueError:
-        return line.rstrip("\n")
+        return harmless(line.rstrip("\n"))
     who = " ".join(str(r[k]) for k in ("process", "card", "device") if r.get(k))
-    trace = textwrap.indent(r.get("traceback", "").rstrip("\n"), "    ")
-    return f"{clock(r['time'])} {r['level']:<7} {who}: {r['message']}" + (f"\n{trace}" if trace else "")
+    trace = textwrap.indent(harmless(r.get("traceback", ""), "\n\t").rstrip("\n"), "    ")
+    return harmless(f"{clock(r['time'])} {r['level']:<7} {who}: {r['message']}", "\t") + (
+        f"\n{trace}" if trace else ""
+    )
 
 
 @dataclass

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from mic_emu import layout as L
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection
+from mic_emu.host.card_os import ask_os
 from mic_emu.scif.state import State as EndpointState
 from mic_emu.scif.traffic import checked
 from mic_emu.version import VERSION
-from mic_emu.wire import connect_unix
-from mic_emu.wire_aio import AsyncChannel
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -159,10 +158,7 @@ async def traffic(instance: Instance, limit_s: float = 1.0) -> dict[int, dict[in
 
 async def _ask_card(card: Card) -> dict[int, dict[str, int]]:
     """What the card's node has counted. Raises OSError."""
-    async with AsyncChannel(connect_unix(str(card.dir / "os.sock"), wait=False)) as channel:
-        await channel.send({"op": "traffic"})
-        answer, _ = await channel.recv(None, "what the card's SCIF node has counted")
-    return checked(answer.get("peers"))
+    return checked((await ask_os(card.dir, "traffic")).get("peers"))
 
 
 SCIF_NAMES = {

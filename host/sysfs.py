@@ -4,6 +4,7 @@ class/mic/micN/<attribute>          class/mic/micN/device -> devices/micemu/<slo
 class/mic/micN/{uevent,subsystem}   class/mic/micN/power/{control,runtime_status,...}
 kernel/debug/mic_cosm/micN/{log_buf,force_reset}
 kernel/debug/mic_host/micN/{smpt,post_code,msi_irq_info}    kernel/debug/mic_x100_dma/mbus-devN/mic_dma_reg
+kernel/debug/mic_card/micN/intr_test (the card's own file: mic_card/mic there)
 kernel/debug/scif/scif_dev          kernel/debug/vopN/{dp,vdev_info}
 """
 
@@ -20,6 +21,7 @@ from mic_emu import layout as L
 from mic_emu.errors import MicemuError, NoSuchCard, WaitTimeout
 from mic_emu.host import debugfs, vop_debug
 from mic_emu.host.attributes import ATTRIBUTES, LOG_STATES, Refused, parse_int
+from mic_emu.host.card_os import ask_os
 from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.device_class import DeviceClass, File, Read, constant
 from mic_emu.memory import View
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 C = L.CONSTANTS
 DEVICES = "devices/micemu"  # where the kernel would have the cards' PCI functions
+INTR_TEST_S = 10.0  # beyond the pauses of the test itself
 
 
 def pci_slot(index: int) -> str:
@@ -174,12 +177,23 @@ class Sysfs:
             await card.cosm.stop(force=True)
             return b""
 
+        async def intr_test() -> bytes:
+            try:
+                limit = card.clock.delay(C["SRC_DOORBELLS"]) + card.clock.limit(INTR_TEST_S)
+                await ask_os(card.dir, "intr_test", limit)
+            except OSError as e:
+                raise MicemuError(
+                    f"{card.name}: its card OS does not ring: {e.strerror or e}", errno.ENODEV
+                ) from e
+            return b""
+
         async def vdev_info() -> bytes:
             return (await vop_debug.rings(card)).encode()
 
         return {
             f"{cosm}/log_buf": File(0o444, _lazy(lambda: self.log_buf(card))),
             f"{cosm}/force_reset": File(0o444, force_reset),
+            f"kernel/debug/mic_card/{card.name}/intr_test": File(0o444, intr_test),
             f"{host}/post_code": File(0o444, _lazy(lambda: debugfs.post_code(card.bus))),
             f"{host}/smpt": File(0o444, _lazy(lambda: debugfs.smpt(card.index, card.driver.smpt))),
             f"{host}/msi_irq_info": File(
@@ -196,7 +210,7 @@ class Sysfs:
         """The card's debug files one after the other, but those whose reading does something."""
         texts = []
         for path, file in self._debug(card).items():
-            if not path.endswith("/force_reset"):
+            if not path.endswith(("/force_reset", "/intr_test")):
                 text = (await file.read()).decode(errors="replace")
                 texts.append(f"==> {path.removeprefix('kernel/debug/')} <==\n{text.rstrip()}\n")
         return "\n".join(texts)

@@ -11,6 +11,7 @@ from mic_emu.card.os.disk import BlockDriver
 from mic_emu.card.os.drivers import Environment, NetworkDriver
 from mic_emu.card.os.pydriver import add_driver
 from mic_emu.card.os.vop import VopCard
+from mic_emu.layout import CONSTANTS as C
 from mic_emu.scif.node import Node
 from mic_emu.vop.loading import LoadError
 from mic_emu.wire_aio import AsyncChannel, UnixServer, serve_unix
@@ -43,6 +44,7 @@ class Agent:
             "bench": self._bench,
             "driver": self._driver,
             "traffic": self._traffic,
+            "intr_test": self._intr_test,
         }
         try:
             handler = requests.get(msg.get("op", ""))
@@ -54,6 +56,13 @@ class Agent:
 
     async def _traffic(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"peers": self._node.traffic.sums()}
+
+    async def _intr_test(self, _: dict[str, Any]) -> dict[str, Any]:
+        """The card driver's debug file of that name: every host doorbell, a second after each (HW 9)."""
+        for doorbell in range(C["SRC_DOORBELLS"]):
+            self._env.bus.ring_host(doorbell)
+            await self._node.clock.pause(1.0)
+        return {}
 
     async def _driver(self, msg: dict[str, Any]) -> dict[str, Any]:
         try:  # in a thread: importing runs the user's code

@@ -95,6 +95,24 @@ def test_hw_54_debug_files(machine: Machine) -> None:
         machine.micemu("shutdown")
 
 
+def test_hw_54_intr_test_rings_every_doorbell(machine: Machine) -> None:
+    """HW-54: reading the card's file rings doorbells 0 to 3 and gives nothing; without a card OS it is ENODEV."""
+    machine.micemu("boot", "--net", "none")
+    path = "kernel/debug/mic_card/mic0/intr_test"
+
+    def sent() -> dict[str, int]:
+        rows = json.loads(machine.micemu("dump", "interrupts", "--json").stdout)
+        return {r["sources"]: r["count"] for r in rows if r["sources"].startswith("db")}
+
+    before = sent()
+    assert sorted(before) == ["db0", "db1", "db2"]  # SCIF, console, block
+    assert machine.micemu("sysfs", "cat", path).stdout == ""
+    assert all(count > before[source] for source, count in sent().items())
+    machine.micemu("shutdown")
+    refused = machine.micemu("sysfs", "cat", path, check=False)
+    assert (refused.returncode, "its card OS does not ring" in refused.stderr) == (1, True)
+
+
 def test_vop_31_debug_files_of_the_devices(machine: Machine) -> None:
     """VOP 10, VOP-31: dp has every byte of a slot in words, vdev_info every entry of every ring and the bytes moved."""
     machine.micemu("boot", "--net", "none", "--disk", "none")

@@ -199,6 +199,11 @@ def one_for_all(plain: bool) -> Iterator[Card]:
     cardlab.forget_userland()
 
 
+def seconds(n: int) -> str:
+    """A long time that no other test run on this machine sleeps: ``running`` looks at all processes."""
+    return f"{n}{os.getpid():07}"
+
+
 def running(*argv: str) -> bool:
     """Is a program with exactly this command line alive?"""
     want = b"\0".join(a.encode() for a in argv) + b"\0"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cardlab import eventually
-from cardrun import booted, outer, possible, running
+from cardrun import booted, outer, possible, running, seconds
 
 PIDFD_GETFD = 438  # system call
 
@@ -39,9 +39,10 @@ def test_shutdown_ends_everything(plain: bool) -> None:
     """Shutdown kills who ignores SIGTERM, daemons included, and says how many."""
     possible(plain)
     with booted(plain=plain) as c:
-        stubborn = c.client(["sh", "-c", "trap '' TERM HUP; setsid sleep 1005 & sleep 1006"])
-        for seconds in ("1005", "1006"):
-            eventually(lambda seconds=seconds: running("sleep", seconds), 20, "the stubborn programs")
+        daemon, other = seconds(5), seconds(6)
+        stubborn = c.client(["sh", "-c", f"trap '' TERM HUP; setsid sleep {daemon} & sleep {other}"])
+        for each in (daemon, other):
+            eventually(lambda each=each: running("sleep", each), 20, "the stubborn programs")
         c.say("shutdown 0.3")
         programs, killed = c.answer()
         assert programs >= 3
@@ -49,7 +50,7 @@ def test_shutdown_ends_everything(plain: bool) -> None:
         stubborn.communicate(timeout=20)
         # The shell may see its child's death before its own.
         assert stubborn.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        assert not running("sleep", "1005")
+        assert not running("sleep", daemon)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -59,7 +60,9 @@ def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
     possible(plain)
     with booted(plain=plain) as c:
         # exec: a shell that waits may see its child's death before its own, and says so.
-        p = c.client(["sh", "-c", "echo go; exec sleep 1007"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        p = c.client(
+            ["sh", "-c", f"echo go; exec sleep {seconds(7)}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         assert p.stdout
         assert p.stdout.readline() == b"go\n"
         inner = c.hello["init"]
@@ -68,7 +71,7 @@ def test_kill_9_of_card_os_or_init(plain: bool, victim: str) -> None:
         _, err = p.communicate(timeout=10)
         assert p.returncode == 1
         assert err == b"mic0 went down while sh was running\n"
-        eventually(lambda: not running("sleep", "1007"), 20, "the program gone")
+        eventually(lambda: not running("sleep", seconds(7)), 20, "the program gone")
 
 
 @pytest.mark.root

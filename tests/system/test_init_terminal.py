@@ -16,7 +16,7 @@ from pathlib import Path
 import cardlab
 import pytest
 from cardlab import eventually
-from cardrun import Card, booted, one_for_all, running
+from cardrun import Card, booted, one_for_all, running, seconds
 
 from mic_emu.cli.terminal import set_window_size
 
@@ -107,16 +107,16 @@ def test_terminal_ctrl_c_and_job_control(card: Card) -> None:
     with Terminal(card, ["bash", "--norc", "--noprofile", "-i"]) as t:
         t.type("PS1='$''> '\n")
         t.expect(r"\$> ")
-        t.type("sleep 100009\n")
-        eventually(lambda: running("sleep", "100009"), 20, "the sleep started")
+        t.type(f"sleep {seconds(9)}\n")
+        eventually(lambda: running("sleep", seconds(9)), 20, "the sleep started")
         time_limit = time.monotonic() + 60
         t.type("\x03")
         t.expect(r"\$> ")
         t.type("echo st=$?\n")
         t.expect("st=130")
-        t.type("sleep 1001\n")
-        t.expect("sleep 1001\r\n")
-        eventually(lambda: running("sleep", "1001"), 20, "the sleep started")
+        t.type(f"sleep {seconds(1)}\n")
+        t.expect(f"sleep {seconds(1)}\r\n")
+        eventually(lambda: running("sleep", seconds(1)), 20, "the sleep started")
         t.type("\x1a")
         t.expect("Stopped")
         t.type("jobs; kill -KILL %1; wait %1; echo done=$((1+1))\n")
@@ -169,12 +169,12 @@ def test_terminal_signals_and_hangup(card: Card) -> None:
         t.process.send_signal(signal.SIGTERM)
         assert t.process.wait(20) == -signal.SIGTERM
         assert termios.tcgetattr(t.slave) == t.before
-    t = Terminal(card, ["sh", "-c", "echo ready; exec sleep 1003"])
+    t = Terminal(card, ["sh", "-c", f"echo ready; exec sleep {seconds(3)}"])
     t.expect("ready")
-    eventually(lambda: running("sleep", "1003"), 20, "the program")
+    eventually(lambda: running("sleep", seconds(3)), 20, "the program")
     os.close(t.slave)
     os.close(t.master)
-    eventually(lambda: not running("sleep", "1003"), 30, "the program ended with the terminal")
+    eventually(lambda: not running("sleep", seconds(3)), 30, "the program ended with the terminal")
     assert t.process.wait(20) != 0
 
 
@@ -195,9 +195,9 @@ def test_console_shell(cwd: str) -> None:
 
         c.say("type " + json.dumps("PS1='con''> '; unset PROMPT_COMMAND\n"))
         until("con> ")
-        c.say("type " + json.dumps("tty; sleep 1004\n"))
+        c.say("type " + json.dumps(f"tty; sleep {seconds(4)}\n"))
         until("/dev/pts/")
-        eventually(lambda: running("sleep", "1004"), 20, "the sleep started")
+        eventually(lambda: running("sleep", seconds(4)), 20, "the sleep started")
         c.say("type " + json.dumps("\x03"))
         until("con> ")
         c.say("type " + json.dumps("exit\n"))

@@ -12,7 +12,7 @@ from mic_emu.cli.status import show
 @client.cards_argument
 @client.json_option
 def command(cards: tuple[str, ...], as_json: bool) -> None:
-    """Reset cards at once, whatever they do.
+    """Reset cards, whatever they do. One that hangs takes seconds: the host waits for its answers first.
 
     \b
     Examples:

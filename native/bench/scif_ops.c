@@ -15,12 +15,16 @@
 
 static int send_all(int epd, void *buf, uint32_t size)
 {
-	return scif_send(epd, buf, (int)size, SCIF_SEND_BLOCK) == (int)size ? 0 : -EIO;
+	int n = scif_send(epd, buf, (int)size, SCIF_SEND_BLOCK);
+
+	return n == (int)size ? 0 : n < 0 ? -errno : -EIO;
 }
 
 static int recv_all(int epd, void *buf, uint32_t size)
 {
-	return scif_recv(epd, buf, (int)size, SCIF_RECV_BLOCK) == (int)size ? 0 : -EIO;
+	int n = scif_recv(epd, buf, (int)size, SCIF_RECV_BLOCK);
+
+	return n == (int)size ? 0 : n < 0 ? -errno : -EIO;
 }
 
 static int there_and_back(int epd, void *buf, uint32_t size, int serve)
@@ -36,25 +40,31 @@ static double ping(int epd, const struct mic_bench *b, uint8_t *buf, int serve)
 {
 	uint64_t start = mic_now_ns();
 
-	for (uint64_t i = 0; i < b->count; i++)
-		if (there_and_back(epd, buf, b->size, serve) < 0)
-			return -EIO;
+	for (uint64_t i = 0; i < b->count; i++) {
+		int rc = there_and_back(epd, buf, b->size, serve);
+
+		if (rc < 0)
+			return rc;
+	}
 	return (double)(mic_now_ns() - start) / (double)b->count / 2;
 }
 
 static double paced(int epd, const struct mic_bench *b, uint8_t *buf, int serve)
 {
 	uint64_t *ns = calloc(b->count, sizeof *ns);
-	double half = -EIO;
+	double half = -EINVAL;
 
 	if (!ns)
 		return -ENOMEM;
 	for (uint64_t i = 0; i < b->count; i++) {
 		bench_pause(serve ? 0 : b->pause_ns);
 		uint64_t start = mic_now_ns();
+		int rc = there_and_back(epd, buf, b->size, serve);
 
-		if (there_and_back(epd, buf, b->size, serve) < 0)
+		if (rc < 0) {
+			half = rc;
 			goto out;
+		}
 		ns[i] = mic_now_ns() - start;
 	}
 	half = bench_median(ns, b->count) / 2;

@@ -20,6 +20,7 @@ from mic_emu import layout as L
 from mic_emu._native import ffi, lib
 from mic_emu.host.vop_files import VopFiles
 from mic_emu.testing.machine import Machine, eventually
+from mic_emu.vop import device_file
 from mic_emu.vop.device_file import ADD_DEVICE, CONFIG_CHANGE, COPY_DESC, COUNTERS, DeviceFile
 from mic_emu.vop.device_page import ring_magic, vring_size
 from mic_emu.wire import Channel
@@ -181,6 +182,37 @@ def test_vop_23_29_31_a_request_from_kick_to_completion(lab: Lab) -> None:
         assert empty.out_len == 0
 
 
+def test_vop_21_no_rings_yet(lab: Lab) -> None:
+    """VOP-21: with a status and no rings of the card yet, COPY_DESC finds nothing and the device is not broken."""
+    with lab.open() as f:
+        f.ioctl(ADD_DEVICE, block(kind=TYPE + 1))  # nobody drives it
+        eventually(lambda: lab.status(f) == C["VIRTIO_ACKNOWLEDGE"], 30, "ACKNOWLEDGE")
+        for _ in range(2):
+            copy = Copy(bytearray(8), update=True)
+            assert f.ioctl(COPY_DESC, copy.arg) == 0
+            assert copy.out_len == 0
+        assert lab.status(f) == C["VIRTIO_ACKNOWLEDGE"]
+
+
+def test_vop_57_reset_forgets_chains_that_wait(lab: Lab) -> None:
+    """VOP-57: after a reset, whatever the status, neither the half consumed chain nor the one behind it is served."""
+    with lab.added() as f:
+        answers = [*lab.offer([b"first"], [4]), *lab.offer([b"second"], [4])]
+        head = Copy(bytearray(3))
+        assert f.ioctl(COPY_DESC, head.arg) == 0
+        assert head.out_len == 3
+        dev = lab.driver().dev
+        assert dev
+        lab.call(dev.reset())
+        dev.add_status(C["VIRTIO_ACKNOWLEDGE"])
+        mine = bytearray(b"." * 16)
+        copy = Copy(mine, update=True)
+        assert f.ioctl(COPY_DESC, copy.arg) == 0
+        assert (copy.out_len, mine) == (0, b"." * 16)
+        assert [lab.life.bus.gddr.read(at, 4) for at in answers] == [bytes(4)] * 2
+        assert lab.status(f) == C["VIRTIO_ACKNOWLEDGE"]
+
+
 def test_vop_31_host_knows_the_counters(lab: Lab) -> None:
     """VOP-31: the host asks each file for its bytes; one whose process hangs is left out, and asked again later."""
     with lab.added() as f, lab.open():
@@ -246,6 +278,32 @@ def test_vop_36_header_that_changes(lab: Lab) -> None:
         thread.join()
     assert seen <= {8, 16}
     assert codes <= {0, EINVAL}
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_vop_36_header_that_differs_the_second_time(
+    lab: Lab, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VOP-36: any byte of the header changed between its two reads: EINVAL, page unchanged; unchanged it is taken."""
+    arg, fetch = block(config=b"a" * 8), device_file._fetch
+    reads: list[int] = []
+
+    def changing(memory: Any, length: int) -> bytes:
+        data = fetch(memory, length)
+        reads.append(length)
+        if len(reads) == 1:
+            arg[at] ^= 4
+        return data
+
+    before = lab.life.page.read(24, 4072)
+    with lab.open() as f:
+        monkeypatch.setattr(device_file, "_fetch", changing)
+        assert number(lambda: f.ioctl(ADD_DEVICE, arg)) == EINVAL
+        monkeypatch.undo()
+        assert reads[0] == 8
+        assert lab.life.page.read(24, 4072) == before
+        arg[at] ^= 4
+        assert f.ioctl(ADD_DEVICE, arg) == 0
 
 
 def test_vop_37_page_full_then_room(lab: Lab) -> None:

@@ -154,7 +154,7 @@ async def test_contents_end_at_one_page() -> None:
      (0xFFC, 0x80, 5, b""), (0x100, 0xFFC, 0, b""), (0x100, 0xFFD, 0, b""), (-1, 0x80, 5, b""),
      (0x100, -4, 5, b""), (1 << 40, 0x80, 5, b"")],
 )  # fmt: skip
-def test_cosm_62_log_has_exactly_the_length_words_bytes(
+def test_cosm_62_hw_54_log_has_exactly_the_length_words_bytes(
     text_at: int, length_at: int, length: int, expected: bytes
 ) -> None:
     """Both addresses are checked against the aperture; what lies outside is empty output, never a fault."""

@@ -150,7 +150,7 @@ def test_what_every_class_device_has(machine: Machine, tree: Path) -> None:
     machine.micemu("sysfs", "mount", str(tree))
 
 
-def test_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree: Path) -> None:
+def test_hw_54_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree: Path) -> None:
     """COSM 7: every file of the table, its mode, and the two switches of SCIF with their errnos."""
     debug = tree / "kernel/debug"
     files = {
@@ -159,6 +159,7 @@ def test_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree:
     shown = {
         "mic_cosm/mic0/log_buf",
         "mic_cosm/mic0/force_reset",
+        "mic_card/mic0/intr_test",
         "scif/scif_dev",
         "vop1/dp",
         "vop1/vdev_info",
@@ -173,6 +174,8 @@ def test_debug_files_have_the_drivers_texts_and_switches(machine: Machine, tree:
     assert len(smpt) == 1 + 2 + 32
     assert (debug / "mic_host/mic0/msi_irq_info").read_text().startswith("irq: 0 entry: 0 MXAR[0]: ")
     assert (debug / "scif/scif_dev").read_text().startswith("Total Nodes")
+    # HW-54: the card is ready, whatever GDDR holds.
+    assert (debug / "mic_cosm/mic0/log_buf").read_text() == ""
     switch = debug / "scif/en_msg_log"
     assert switch.read_text() == "0\n"
     assert put(switch, b"1\n") == 0
@@ -208,7 +211,9 @@ def test_cosm_17_31_56_57_shell_boots_and_shuts_down_with_poll(machine: Machine,
         os.close(fd)
 
 
-def test_cosm_40_58_force_reset_by_reading_and_the_end_of_the_instance(machine: Machine, tree: Path) -> None:
+def test_cosm_40_58_hw_54_force_reset_by_reading_and_the_end_of_the_instance(
+    machine: Machine, tree: Path
+) -> None:
     """Reading force_reset resets, in ready too, and is empty; files of an ended instance give ENODEV or are gone."""
     assert (tree / "kernel/debug/mic_cosm/mic0/force_reset").read_text() == ""
     events = (machine.run_dir / "log.jsonl").read_text()

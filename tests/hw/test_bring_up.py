@@ -1,97 +1,33 @@
-"""Boot, card bring-up and stop: HW-37, 41, 43 to 46, 48, 49, 51, 53."""
+"""Boot, card bring-up and stop: HW-37, 43 to 46, 48, 49, 51, 53. The download: test_download.py."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import functools
-import logging
-import os
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
-from hwcard import new_card
+from bootlab import FRESH, Lab, in_loop, open_lab, state_machine
 
 from mic_emu import layout as L
-from mic_emu.bar import Bus
-from mic_emu.card.board.dma import DmaEngine
-from mic_emu.card.os.bringup import BootError, CardDriver
+from mic_emu.card.os.bringup import BootError
 from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.card.os.scif_link import CardLink
 from mic_emu.card.os.vop import VopCard
-from mic_emu.clock import Clock, ManualClock
+from mic_emu.clock import Clock
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError
-from mic_emu.host.cosm import BootRequest, CosmDevice
-from mic_emu.host.driver import DownloadError, Driver
+from mic_emu.host.cosm import BootRequest
+from mic_emu.host.running import Running
 from mic_emu.host.scif_link import HostLink
-from mic_emu.log import Log
-from mic_emu.memory import PageAllocator
 from mic_emu.scif.node import Node
-from mic_emu.testing.cosm import FakeConnection, FakeOps, message, settle
+from mic_emu.testing.cosm import FakeConnection, message, settle
 
 C = L.CONSTANTS
 BOOT = L.BOOTPARAM
-MiB = 1 << 20
-BASE = 16 * MiB  # where the bootstrap of a 64 MiB card wants its image
-FRESH = {
-    "magic": 0xC0FFEE00, "h2c_config_db": -1, "node_id": 1, "h2c_scif_db": 0xFF, "c2h_scif_db": 0xFF,
-    "scif_host_dma_addr": 0, "scif_card_dma_addr": 0,
-}  # fmt: skip
-
-
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(test(*args, **kwargs))
-
-    return run
-
-
-class Lab:
-    """A host driver over a card whose firmware is ready; the board is its DMA engine alone."""
-
-    def __init__(self, bus: Bus, null: int) -> None:
-        self.bus = bus
-        self.records: list[dict[str, Any]] = []
-        self.log = Log(null, self.records.append)
-        self.pages = PageAllocator(bus.fds[2], MiB, 64 * MiB)
-        self.gddr = PageAllocator(bus.fds[0], 32 * MiB, 64 * MiB)
-        self.driver = Driver(bus, 0, self.pages, Clock("fast"), self.log)
-        self.firmware()
-
-    def firmware(self) -> None:
-        """The bootstrap waits for a download."""
-        self.bus.hw_store("spad", BASE | 4 << 1 | 1, C["SPAD_DOWNLOAD"])
-
-    @property
-    def bootparam(self) -> dict[str, int]:
-        return BOOT.unpack(self.driver.page.read(0, BOOT.size))
-
-    def probe(self, **boot: Any) -> CardDriver:
-        """The card driver's probe."""
-        return CardDriver.probe({**boot}, self.bus, self.gddr, logging.getLogger("test"))
-
-    def log_text(self) -> str:
-        return "\n".join(r["message"] for r in self.records)
-
-
-@contextmanager
-def open_lab() -> Iterator[Lab]:
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        with new_card(host=64 * MiB) as bus, DmaEngine(bus):
-            lab = Lab(bus, null)
-            yield lab
-            lab.driver.remove()
-    finally:
-        os.close(null)
 
 
 @pytest.fixture
@@ -105,12 +41,6 @@ def image(tmp_path: Path) -> str:
     path = tmp_path / "uos.img"
     path.write_bytes(b"image " * 1000)
     return str(path)
-
-
-def state_machine() -> tuple[CosmDevice, FakeOps, ManualClock]:
-    """COSM's state machine on fake hardware."""
-    ops, clock = FakeOps(), ManualClock()
-    return CosmDevice(0, ops, clock, Log(-1)), ops, clock
 
 
 # --- boot ---------------------------------------------------------------------------------------------
@@ -132,53 +62,6 @@ async def test_hw_37_boot_needs_bootmode_and_ready() -> None:
     with pytest.raises(StateError) as e:
         await dev.boot()
     assert (e.value.errno, ops.calls) == (errno.EINVAL, ["reset", "start"])
-
-
-@pytest.mark.parametrize("length", [2034, 2035, 5000])
-@in_loop
-async def test_hw_41_long_command_line(length: int, image: str) -> None:
-    """HW-41: text beyond 2047 characters is cut and terminated; nothing behind it is written."""
-    with open_lab() as lab:
-        end = BASE + os.path.getsize(image) + 2048
-        lab.bus.gddr.write(end, b"behind")
-        await lab.driver.start(BootRequest("linux", image, "", "x" * length))
-        text = (" mem=64M " + "x" * length)[:2047].encode()
-        assert lab.bus.gddr.read(BASE + os.path.getsize(image), len(text) + 1) == text + b"\0"
-        assert lab.bus.gddr.read(end, 6) == b"behind"
-        await lab.driver.stop()
-
-
-@in_loop
-async def test_hw_41_ramdisk_beyond_the_aperture(image: str, tmp_path: Path) -> None:
-    """HW-41: a ramdisk that does not fit is EINVAL and no boot interrupt; a smaller one boots."""
-    with open_lab() as lab:
-        ramdisk = tmp_path / "ramdisk"
-        with open(ramdisk, "wb") as f:
-            f.truncate(32 * MiB + 1)
-        with pytest.raises(DownloadError) as e:
-            await lab.driver.start(BootRequest("linux", image, str(ramdisk), ""))
-        assert e.value.errno == errno.EINVAL
-        assert lab.driver.dma is None
-        os.truncate(ramdisk, MiB)
-        await lab.driver.start(BootRequest("linux", image, str(ramdisk), ""))
-        assert lab.bus.gddr.load(BASE + 0x218, 4) == 2 * BASE
-        assert lab.bus.gddr.load(BASE + 0x21C, 4) == MiB
-        await lab.driver.stop()
-
-
-@in_loop
-async def test_hw_43_flash_ends_after_the_image(image: str) -> None:
-    """HW-43: bootmode flash: image and SPAD5 are written, then EINVAL; no command line, no interrupt."""
-    with open_lab() as lab:
-        with pytest.raises(DownloadError) as e:
-            await lab.driver.start(BootRequest("flash", image, "", "words"))
-        assert e.value.errno == errno.EINVAL
-        size = os.path.getsize(image)
-        assert lab.bus.gddr.read(BASE, size) == Path(image).read_bytes()
-        assert lab.bus.read("spad", C["SPAD_FW_SIZE"]) == size
-        assert lab.bus.gddr.read(BASE + size, 8) == bytes(8)
-        assert lab.bus.read("apicicr", 7) == 0
-        assert lab.bootparam == FRESH
 
 
 @in_loop
@@ -255,8 +138,9 @@ async def test_hw_45_the_page_after_probe_start_and_stop(image: str) -> None:
 
 
 @in_loop
-async def test_hw_45_card_doorbells_come_with_their_drivers(image: str) -> None:
-    """HW-45: h2c_scif_db and h2c_config_db appear when SCIF's and VOP's card halves start, not before."""
+async def test_hw_45_51_card_doorbells_come_and_go_with_their_drivers(image: str) -> None:
+    """HW-45: h2c_scif_db and h2c_config_db appear when SCIF's and VOP's card halves start, not before.
+    HW-51: an orderly end leaves -1 and no queue pair of the card."""
     with open_lab() as lab:
         await lab.driver.start(BootRequest("linux", image, "", ""))
         card = lab.probe()
@@ -375,6 +259,39 @@ async def test_hw_49_order_of_a_stop(image: str) -> None:
 
 
 @in_loop
+async def test_hw_49_vop_goes_before_scif() -> None:
+    """HW-49: backends and device files, then their devices, then the SCIF link; each once."""
+    steps: list[str] = []
+
+    def part(name: str) -> SimpleNamespace:
+        async def end() -> None:
+            steps.append(name)
+
+        return SimpleNamespace(stop=end, close=end)
+
+    running = Running.__new__(Running)
+    running.supervisor, running.files = part("backends"), part("files")  # type: ignore[assignment]
+    running.vop, running.link = part("vop"), part("scif")  # type: ignore[assignment]
+    await running.stop()
+    assert steps == ["backends", "files", "vop", "scif"]
+
+
+@in_loop
+async def test_hw_49_nothing_is_stopped_twice() -> None:
+    """HW-49: the reset after reset_failed only resets, whoever asks for it."""
+    dev, ops, clock = state_machine()
+    dev.bootmode = "linux"
+    await dev.boot()
+    ops.polls = -1
+    await dev.reset()
+    await clock.advance(60)
+    assert (dev.state, ops.calls) == (State.RESET_FAILED, ["start", "stop", "reset"])
+    ops.polls = 0
+    await dev.stop(force=True)
+    assert (dev.state, ops.calls) == (State.READY, ["start", "stop", "reset", "reset"])
+
+
+@in_loop
 async def test_hw_49_failed_bring_up_is_undone(image: str) -> None:
     """HW 6.3: what comes up before the failure goes down again; the next start works."""
     with open_lab() as lab:
@@ -398,6 +315,30 @@ async def test_hw_49_failed_bring_up_is_undone(image: str) -> None:
         await lab.driver.start(BootRequest("linux", image, "", ""))
         assert lab.bus.read("apicicr", 7) & 0xFF == C["BOOT_VECTOR"] & 0xFF
         await lab.driver.stop()
+
+
+@in_loop
+async def test_hw_50_crashed_40_s_after_the_last_heartbeat() -> None:
+    """HW-50: 40 s without a word: crashed and shutting_down, and no reset for however long; switched off: online."""
+    for watched in (True, False):
+        dev, ops, clock = state_machine()
+        dev.bootmode = "linux"
+        dev.set_heartbeat(watched)
+        await dev.boot()
+        connection = FakeConnection(clock)
+        await dev.adopt(connection)
+        for _ in range(3):
+            await clock.advance(30)
+            connection.say(message("HEARTBEAT"))
+            await settle()
+        await clock.advance(39.9)
+        assert (dev.state, dev.shutdown_status) == (State.ONLINE, Status.NOP)
+        await clock.advance(0.2)
+        crashed = (State.SHUTTING_DOWN, Status.CRASHED)
+        for _ in range(2):
+            assert (dev.state, dev.shutdown_status) == (crashed if watched else (State.ONLINE, Status.NOP))
+            await clock.advance(86400)
+        assert ops.calls == ["start"]
 
 
 @in_loop

@@ -32,6 +32,22 @@ def test_hw_33_broken_channel_is_busy(lab: Lab, c: int) -> None:
     lab.channel(c).free()
 
 
+@pytest.mark.parametrize(
+    ("register", "value"), [("dcherr", C["DMA_ERR_RING"]), ("dstat", C["DMA_DSTAT_QUIESCED"])]
+)
+@pytest.mark.parametrize("c", [0, 4])
+def test_hw_33_either_sign_of_a_broken_channel(lab: Lab, register: str, value: int, c: int) -> None:
+    """HW-33: DCHERR alone, and bit 29 of DSTAT alone, are EBUSY; without them the channel works."""
+    lab.bus.hw_store(register, value, c)
+    with pytest.raises(DmaError) as e:
+        lab.channel(c)
+    assert e.value.errno == errno.EBUSY
+    assert not lab.bus.read("dcr") & 2 << 2 * c
+    assert lab.bus.read("dcar", c) & C["DMA_DCAR_IM1" if c < 4 else "DMA_DCAR_IM0"]
+    lab.bus.hw_store(register, 0, c)
+    lab.channel(c).free()
+
+
 def test_hw_33_no_memory(lab: Lab) -> None:
     """HW-33: a ring that cannot be had is ENOMEM, one that cannot be mapped too; nothing is kept."""
     tiny = DmaMemory(PageAllocator(lab.bus.fds[0], 0, 4096))

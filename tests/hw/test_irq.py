@@ -12,6 +12,7 @@ from hwcard import new_card, rang
 
 from mic_emu import pciconfig
 from mic_emu.bar import Bus
+from mic_emu.card.os.interrupts import CardInterrupts
 from mic_emu.host.irq import ENABLE_MASK, VECTORS, Interrupts, Kind, Mode
 from mic_emu.layout import CONSTANTS as C
 from mic_emu.pciconfig import ConfigSpace
@@ -289,6 +290,19 @@ def test_hw_18_unknown_doorbells_are_ignored(card: Bus, irqs: Interrupts) -> Non
 def test_hw_19_next_db_wraps(irqs: Interrupts) -> None:
     """HW-19: host doorbells are handed out 0, 1, 2, 3, 0, ..."""
     assert [irqs.next_db() for _ in range(6)] == [0, 1, 2, 3, 0, 1]
+
+
+def test_hw_19_card_gives_out_the_least_used(card: Bus) -> None:
+    """HW-19, 4.4: the lowest doorbell nobody uses; a freed one is next; the seventeenth owner is EBUSY."""
+    lines = CardInterrupts(card)
+    taken = [lines.request(f"owner {n}") for n in range(16)]
+    assert [line.doorbell for line in taken] == list(range(16))
+    with pytest.raises(OSError, match="owner 17") as e:
+        lines.request("owner 17")
+    assert e.value.errno == errno.EBUSY
+    for n in (9, 3):
+        taken[n].free()
+    assert [lines.request("again").doorbell for _ in range(2)] == [3, 9]
 
 
 def test_hw_20_stores_are_visible_before_the_ring(card: Bus, irqs: Interrupts) -> None:

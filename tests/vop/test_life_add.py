@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import threading
 import time
 from typing import Any
@@ -170,6 +171,24 @@ async def test_vop_09_config_doorbell_only_when_published() -> None:
         BOOT.put(life.page, 0, "h2c_config_db", 5)
         await life.add(served=False)
         assert rung == [5]
+        BOOT.put(life.page, 0, "h2c_config_db", -1)
+        await life.host.close()
+
+
+@pytest.mark.parametrize("db", [16, 100, 127, -2, -128])
+@in_loop
+async def test_vop_52_config_doorbell_out_of_range(db: int) -> None:
+    """VOP-52: a config doorbell that does not exist is ignored by ADD_DEVICE and CONFIG_CHANGE; no line rings."""
+    clock = manual()
+    with Life(clock) as life:
+        BOOT.put(life.page, 0, "h2c_config_db", db)
+        before = life.page.read(0, 24)
+        dev = await life.add(config=b"old!")
+        change = asyncio.ensure_future(life.host.config_change(dev, b"new!"))
+        await clock.advance(11)
+        assert await change is False
+        assert select.select([life.bus.irq_fd(n) for n in range(20)], [], [], 0)[0] == []
+        assert life.page.read(0, 24) == before
         BOOT.put(life.page, 0, "h2c_config_db", -1)
         await life.host.close()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from typing import Any
 
 import pytest
-from life import BOOT, CTRL, DESC, TYPE, VQ, C, Life, in_loop, manual, until
+from life import BOOT, CTRL, DESC, TYPE, VQ, C, Life, Trace, in_loop, manual, until
 
 from mic_emu import layout as L
+from mic_emu._native import lib
 from mic_emu.host.backends.common import BackendProcess
 from mic_emu.host.vop import VopDevice, VopError
 from mic_emu.vop import device_page as dp
@@ -75,23 +77,59 @@ class _Process(BackendProcess):
         self.copied.wait(10)
 
 
+def _process(life: Life, dev: VopDevice) -> tuple[_Process, socket.socket]:
+    """The backend of a device that is announced; the host's end of its channel."""
+    ours, theirs = socket.socketpair()
+    process = _Process(
+        {"log_fd": life._null, "card": "t", "device": "t"},
+        [theirs.detach(), *[os.dup(f) for f in life.bus.fds]],
+    )
+    process.slot, process.kick_fd, process.bottom = dev.slot, dev.irq.fd, BottomHalf(process.bus, dev.slot)
+    process.num_vq = dev.slot.shape.num_vq
+    lib.mic_vdev_init(
+        process.vdev, process.bus.ptr, dev.slot.desc, dev.slot.ctrl, process.kick_fd, process.channel.fileno(),
+        process.num_vq,
+    )  # fmt: skip
+    return process, ours
+
+
+@in_loop
+async def test_vop_11_flag_is_cleared_over_usable_rings() -> None:
+    """VOP-11: when the host clears used_address_updated, its half of every ring works; not so before."""
+    with Life() as life:
+        dev = await life.add(num_vq=3, served=False)
+        process, ours = _process(life, dev)
+        for i in range(3):
+            VQ.put(life.page, dev.slot.off + dev.slot.shape.vq_off(i), "used_address", 4096 * (i + 1))
+        life.put_ctrl(dev, "used_address_updated", 1)
+        usable = [[not process.vdev.vq[i].broken for i in range(3)]]
+        real = CTRL.put
+
+        def put(view: Any, off: int, name: str, value: int) -> None:
+            if name == "used_address_updated":
+                usable.append([not process.vdev.vq[i].broken for i in range(3)])
+            real(view, off, name, value)
+
+        object.__setattr__(CTRL, "put", put)
+        try:
+            process.handshake()
+        finally:
+            object.__delattr__(CTRL, "put")
+        assert usable == [[False] * 3, [True] * 3]
+        assert life.ctrl(dev, "used_address_updated") == 0
+        lib.mic_vdev_fini(process.vdev)
+        process.channel.close()
+        process.bus.close()
+        ours.close()
+        await life.host.close()
+
+
 @in_loop
 async def test_vop_13_reset_waits_for_a_running_copy() -> None:
     """VOP-13: a backend in the middle of a copy acks only when that has ended."""
     with Life() as life:
-        import os
-
         dev = await life.add(served=False)
-        ours, theirs = socket.socketpair()
-        process = _Process(
-            {"log_fd": life._null, "card": "t", "device": "t"},
-            [theirs.detach(), *[os.dup(f) for f in life.bus.fds]],
-        )
-        process.slot, process.kick_fd, process.bottom = (
-            dev.slot,
-            dev.irq.fd,
-            BottomHalf(process.bus, dev.slot),
-        )
+        process, ours = _process(life, dev)
         thread = threading.Thread(target=process.handshake)
         device = life.new_card()
         life.put_ctrl(dev, "vdev_reset", 1)
@@ -104,6 +142,7 @@ async def test_vop_13_reset_waits_for_a_running_copy() -> None:
             thread.join()
         assert (life.ctrl(dev, "host_ack"), life.ctrl(dev, "vdev_reset")) == (1, 0)
         del device
+        lib.mic_vdev_fini(process.vdev)
         process.channel.close()
         process.bus.close()
         ours.close()
@@ -176,17 +215,28 @@ async def test_vop_15_bytes_before_the_flag() -> None:
     with Life() as life:
         dev = await life.add(config=b"old!")
         await life.card.start()
-        seen: list[bytes] = []
+        at_flag: list[bytes] = []
+        at_ring: list[tuple[int, bytes]] = []
         ring = life.bus.ring_card
+        flag = dev.slot.off + dev.slot.shape.ctrl_off + CTRL.off("config_change")
+
+        def config() -> bytes:
+            return life.page.read(dev.slot.off + dev.slot.shape.config_off, 4)
 
         def note(db: int) -> None:
-            if life.ctrl(dev, "config_change") == 2:
-                seen.append(life.page.read(dev.slot.off + dev.slot.shape.config_off, 4))
+            at_ring.append((life.ctrl(dev, "config_change"), config()))
             ring(db)
 
+        def stored(off: int, size: int, value: object) -> None:
+            if off == flag and value == 2:
+                at_flag.append(config())
+
         life.bus.ring_card = note  # type: ignore[method-assign]
+        life.host.page = trace = Trace(life.page.pointer, life.page.size)
+        trace.seen = stored
         assert await life.host.config_change(dev, b"new!")
-        assert seen == [b"new!"]
+        assert at_flag == [b"new!"]
+        assert at_ring[0] == (2, b"new!")
         await life.host.close()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mic_emu import layout
 from mic_emu.testing.machine import Machine, eventually
 
 pytestmark = pytest.mark.system
@@ -45,6 +46,20 @@ def test_vop_62_disk_swapped_at_run_time(machine: Machine) -> None:
     assert (
         "only disks" in machine.micemu("vop", "swap", "mic0", "console", f"path={image}", check=False).stderr
     )
+
+
+def test_vop_58_what_a_compat_card_is_offered(machine: Machine) -> None:
+    """VOP-58: net 0x3C1, console 0, block 0x4 with seg_max 126; words of 4 bytes, rings of 128."""
+    config = machine.home / "card.toml"
+    config.write_text('[[card]]\npersonality = "compat"\n')
+    machine.boot("--config", str(config))
+    slots = {s["device"]: s for s in machine.json("dump", "page")["slots"] if s["type"] > 0}
+    words = {name: bytes.fromhex(s["host_features"]) for name, s in slots.items()}
+    want = {"net": 0x3C1, "console": 0, "block": 0x4}
+    assert words == {name: word.to_bytes(4, "little") for name, word in want.items()}
+    assert {ring["num"] for s in slots.values() for ring in s["rings"]} == {128}
+    disk = bytes.fromhex(slots["block"]["config"])
+    assert layout.BLK_CONFIG.unpack(disk)["seg_max"] == 126
 
 
 def test_a_disk_that_is_removed_in_order_logs_no_error(machine: Machine) -> None:

@@ -48,6 +48,7 @@ class Lab:
         self.files: VopFiles
         self.call(self._start())
         self._served: list[Any] = []
+        self.host_end: socket.socket  # of the last file's channel
 
     async def _start(self) -> None:
         self.files = VopFiles(self.life.host, "modern", self.life.log)
@@ -60,6 +61,7 @@ class Lab:
     def open(self) -> DeviceFile:
         """One more open file."""
         ours, theirs = socket.socketpair()
+        self.host_end = theirs
 
         async def serve() -> None:
             task = asyncio.ensure_future(self.files.serve(AsyncChannel(theirs)))
@@ -438,6 +440,17 @@ def test_vop_19_files_after_the_card_stopped(lab: Lab) -> None:
     idle.close()
     f.close()
     assert time.monotonic() - began < 8
+
+
+def test_vop_19_host_process_that_vanishes(lab: Lab) -> None:
+    """VOP-19: without a word of the host, too, an open file answers ENODEV and POLLERR, and closes."""
+    f = lab.added()
+    lab.host_end.shutdown(socket.SHUT_RDWR)
+    eventually(lambda: f.poll(0) == select.POLLERR, 20, "POLLERR")
+    assert number(lambda: f.ioctl(COPY_DESC, Copy(bytearray(4)).arg)) == ENODEV
+    assert number(lambda: f.ioctl(CONFIG_CHANGE, b"")) == ENODEV
+    f.close()
+    eventually(lambda: not lab.life.host.devices, 20, "the removal")
 
 
 def test_vop_55_removal_waits_for_a_copy(lab: Lab) -> None:

@@ -204,7 +204,7 @@ def test_service_ends_when_the_host_process_dies(machine: Machine, tmp_path: Pat
                 service.kill()
 
 
-def test_reload_swaps_the_disk_of_a_card_that_is_up(machine: Machine, tmp_path: Path) -> None:
+def test_vop_62_reload_swaps_the_disk_of_a_card_that_is_up(machine: Machine, tmp_path: Path) -> None:
     """VOP-62: another image in the file, SIGHUP: the card keeps running and has the other disk."""
     config = tmp_path / "lab.toml"
     config.write_text('[[card]]\nnet = "none"\ndisk = "one.img"\n')

@@ -164,7 +164,6 @@ def test_hw_54_debug_files_have_the_drivers_texts_and_switches(machine: Machine,
         "vop1/dp",
         "vop1/vdev_info",
         "mic_x100_dma/mbus-dev0/mic_dma_reg",
-        "mic_card/mic0/intr_test",
     }
     shown |= {f"mic_host/mic0/{name}" for name in ("smpt", "post_code", "msi_irq_info")}
     switches = {"scif/en_msg_log", "scif/p2p_enable"}

@@ -363,7 +363,8 @@ class Card:
             raise MicemuError(f"{self.name}: the bootstrap refused {self.driver.firmware}: {why}")
         using = f" with the ramdisk {self.driver.ramdisk}" if self.driver.ramdisk else ""
         raise MicemuError(
-            f"{self.name} did not boot{using}: {why}" + (f"; its last words: {log}" if log else "")
+            f"{self.name} did not boot{using}: {why}; "
+            + (f"its last words: {log}" if log else "micemu log says more")
         )
 
     def kernel_command_line(self, text: str) -> str:

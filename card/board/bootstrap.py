@@ -86,6 +86,6 @@ class Bootstrap:
             lib.mic_proc_set_name(f"{self.args['name']}-os".encode())
             os.execve(path, argv, env)
         except BaseException as e:
-            os.write(2, f"micemu: cannot start the card OS: {e!r}\n".encode())
+            self.log.error(f"the card OS cannot be started: {e}")
         finally:
             os._exit(70)

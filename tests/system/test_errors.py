@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,20 @@ def test_hw_47_more_devices_than_vectors(machine: Machine) -> None:
     (machine.home / "msi.toml").write_text('[[card]]\nmemory = "256M"\ninterrupts = "msi"\n')
     assert machine.micemu("boot", "--config", "msi.toml", *options).returncode == 0
     assert [d["state"] for d in machine.card()["devices"]] == ["running"] * 5
+
+
+def test_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
+    """The card OS cannot be started: boot says that and where the reason is, the log has it; the card is ready again."""
+    (tmp_path / "python").symlink_to(sys.prefix)
+    program = [str(tmp_path / "python" / Path(sys.executable).relative_to(sys.prefix)), "-m", "mic_emu.cli"]
+    config = tmp_path / "lab.toml"
+    config.write_text('[[card]]\nautoboot = false\ndisk = "none"\nnet = "none"\n')
+    with Machine(program=program) as machine:
+        machine.micemu("host", "--config", str(config))
+        (tmp_path / "python").unlink()
+        machine.program = MICEMU
+        done = machine.micemu("boot", check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("micemu: mic0 did not boot: exit status 70; micemu log says more")
+        assert "the card OS cannot be started: [Errno 2] No such file" in machine.micemu("log").stdout
+        assert machine.card()["state"] == "ready"

@@ -83,4 +83,4 @@ def test_userfaultfd_is_asked_of_the_kernel() -> None:
     """Zero or an error number, and no descriptor is left open."""
     before = len(os.listdir("/proc/self/fd"))
     assert lib.mic_proc_userfaultfd() <= 0
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # less: garbage of another test has gone

@@ -149,7 +149,7 @@ def fuzz_device_page() -> Iterator[Target]:
             loop.run_until_complete(life(case))
             after = os.open(os.devnull, os.O_RDONLY)
             os.close(after)
-            assert before == after, "a descriptor is left open"
+            assert after <= before, "a descriptor is left open"
 
         loop = asyncio.new_event_loop()
         try:

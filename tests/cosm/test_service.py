@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from drill import Control
@@ -28,38 +30,46 @@ autoboot = false
 """
 
 
+@contextlib.contextmanager
+def running_service(machine: Machine, folder: Path) -> Iterator[tuple[socket.socket, subprocess.Popen[Any]]]:
+    """``micemu host --foreground`` with ``lab.toml`` of ``folder``: its manager's socket, once it is ready, and the
+    process, which the caller ends; what it writes to the journal is in ``journal``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(folder / "notify"))
+        manager.settimeout(30)
+        machine.env |= {"NOTIFY_SOCKET": str(folder / "notify"), "JOURNAL_STREAM": "1:2"}
+        command = ("host", "--foreground", "--config", str(folder / "lab.toml"))
+        with (folder / "journal").open("w+") as errors, machine.popen(*command, stderr=errors) as service:
+            try:
+                assert manager.recv(4096).startswith(b"READY=1\n")
+                yield manager, service
+            finally:
+                service.kill()
+
+
 def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_path: Path) -> None:
     """READY=1 when autoboot cards are online; SIGHUP takes a new file and survives a bad one; SIGTERM shuts down."""
     config = tmp_path / "lab.toml"
     config.write_text(CONFIG)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(30)
-        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "JOURNAL_STREAM": "1:2"}
-        errors = (tmp_path / "journal").open("w+")
-        with errors, machine.popen("host", "--foreground", "--config", str(config), stderr=errors) as service:
-            try:
-                assert manager.recv(4096).startswith(b"READY=1\n")
-                assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
-                again = machine.micemu("host", check=False)
-                assert (again.returncode, "runs already" in again.stderr) == (4, True)
+    with running_service(machine, tmp_path) as (manager, service):
+        assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
+        again = machine.micemu("host", check=False)
+        assert (again.returncode, "runs already" in again.stderr) == (4, True)
 
-                config.write_text(CONFIG.replace("autoboot = false", 'cmdline = "quiet"'))
-                service.send_signal(signal.SIGHUP)
-                assert manager.recv(4096).startswith(b"RELOADING=1")
-                assert manager.recv(4096) == b"READY=1"
-                assert machine.json("config", "show")["card"][1]["cmdline"] == "quiet"
-                config.write_text("[[card]]\nnonsense = 1\n")
-                service.send_signal(signal.SIGHUP)
-                assert manager.recv(4096).startswith(b"RELOADING=1")
-                assert manager.recv(4096) == b"READY=1"
-                assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
+        config.write_text(CONFIG.replace("autoboot = false", 'cmdline = "quiet"'))
+        service.send_signal(signal.SIGHUP)
+        assert manager.recv(4096).startswith(b"RELOADING=1")
+        assert manager.recv(4096) == b"READY=1"
+        assert machine.json("config", "show")["card"][1]["cmdline"] == "quiet"
+        config.write_text("[[card]]\nnonsense = 1\n")
+        service.send_signal(signal.SIGHUP)
+        assert manager.recv(4096).startswith(b"RELOADING=1")
+        assert manager.recv(4096) == b"READY=1"
+        assert [c["state"] for c in machine.status()["cards"]] == ["online", "ready"]
 
-                service.send_signal(signal.SIGTERM)
-                assert manager.recv(4096) == b"STOPPING=1"
-                assert service.wait(timeout=30) == 0
-            finally:
-                service.kill()
+        service.send_signal(signal.SIGTERM)
+        assert manager.recv(4096) == b"STOPPING=1"
+        assert service.wait(timeout=30) == 0
     journal = (tmp_path / "journal").read_text()
     assert "<6>mic0: booting -> online" in journal
     assert "<6>mic0: shutdown status poweroff" in journal
@@ -153,28 +163,19 @@ def test_reload_names_what_has_to_wait(machine: Machine, tmp_path: Path) -> None
     config.write_text(
         'metrics_port = 0\n[[card]]\nmemory = "64M"\ndisk = "none"\nnet = "none"\n[[card]]\nautoboot = false\n'
     )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(30)
-        machine.env |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "JOURNAL_STREAM": "1:2"}
-        errors = (tmp_path / "journal").open("w+")
-        with errors, machine.popen("host", "--foreground", "--config", str(config), stderr=errors) as service:
-            try:
-                assert manager.recv(4096).startswith(b"READY=1\n")
-                config.write_text(
-                    'timing = "test"\n[[card]]\nmemory = "128M"\ninterrupts = "msi"\ndisk = "none"\nnet = "none"\n'
-                )
-                for memory in (64, 128):
-                    service.send_signal(signal.SIGHUP)
-                    assert manager.recv(4096).startswith(b"RELOADING=1")
-                    assert manager.recv(4096) == b"READY=1"
-                    assert machine.card()["memory"] == memory << 20
-                    machine.micemu("shutdown")
-                service.send_signal(signal.SIGTERM)
-                assert manager.recv(4096) == b"STOPPING=1"
-                assert service.wait(timeout=30) == 0
-            finally:
-                service.kill()
+    with running_service(machine, tmp_path) as (manager, service):
+        config.write_text(
+            'timing = "test"\n[[card]]\nmemory = "128M"\ninterrupts = "msi"\ndisk = "none"\nnet = "none"\n'
+        )
+        for memory in (64, 128):
+            service.send_signal(signal.SIGHUP)
+            assert manager.recv(4096).startswith(b"RELOADING=1")
+            assert manager.recv(4096) == b"READY=1"
+            assert machine.card()["memory"] == memory << 20
+            machine.micemu("shutdown")
+        service.send_signal(signal.SIGTERM)
+        assert manager.recv(4096) == b"STOPPING=1"
+        assert service.wait(timeout=30) == 0
     warnings = [line for line in (tmp_path / "journal").read_text().splitlines() if line.startswith("<4>")]
     assert warnings == [
         "<4>timing: taken when the emulator starts again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from dmalab import Lab, make_lab
@@ -21,6 +22,14 @@ def bus(bar: Bus) -> Bus:
 def lab() -> Iterator[Lab]:
     with make_lab() as made:
         yield made
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    """Path of a file to download as a card image; its content does not matter."""
+    path = tmp_path / "uos.img"
+    path.write_bytes(b"image " * 1000)
+    return str(path)
 
 
 @pytest.fixture(params=[0, 4], ids=["host", "card"])

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,13 +33,6 @@ BOOT = L.BOOTPARAM
 def lab() -> Iterator[Lab]:
     with open_lab() as made:
         yield made
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    path = tmp_path / "uos.img"
-    path.write_bytes(b"image " * 1000)
-    return str(path)
 
 
 # --- boot ---------------------------------------------------------------------------------------------

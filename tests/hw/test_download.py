@@ -24,13 +24,6 @@ C = L.CONSTANTS
 DOWNLOAD = C["SPAD_DOWNLOAD"]
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    path = tmp_path / "uos.img"
-    path.write_bytes(b"image " * 1000)
-    return str(path)
-
-
 # --- reset --------------------------------------------------------------------------------------------
 
 

@@ -17,9 +17,14 @@ PIDFD_GETFD = 438  # system call
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_shutdown_waits_for_who_ends_in_order(plain: bool) -> None:
+def test_shutdown_waits_for_who_ends_in_order(
+    plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shutdown sends SIGTERM; nobody is killed who ends within the limit, and the limit is not sat out."""
     possible(plain)
+    monkeypatch.setenv(
+        "HOME", str(tmp_path)
+    )  # the console's shell: what its start-up files fork late is not asked
     with booted(plain=plain) as c:
         polite = c.client(["sh", "-c", "trap 'echo bye; exit 4' TERM; echo go; while :; do sleep 0.02; done"],
                           stdout=subprocess.PIPE)  # fmt: skip

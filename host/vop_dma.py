@@ -32,12 +32,12 @@ class ProgramDma:
         self, channel: DmaChannel, memory: PageAllocator, smpt: Smpt, gddr: int, clock: Clock
     ) -> None:
         self._channel, self._memory, self._smpt, self._gddr, self._clock = channel, memory, smpt, gddr, clock
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.offset = memory.alloc(BOUNCE)
         self.address = smpt.map(self.offset, BOUNCE)
         if not self.address:
             memory.free(self.offset)
             raise OSError(errno.ENOMEM, "no SMPT entry for a bounce buffer")
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self.stuck = False  # a copy did not end: the engine may still write to the buffer
         self._task = asyncio.ensure_future(self._serve())

@@ -81,6 +81,7 @@ class Space(Generic[W]):
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._windows: list[W] = []
+        self._taken = FIRST_AUTOMATIC  # all is taken from there to here
 
     def __iter__(self) -> Iterator[W]:
         return iter(list(self._windows))
@@ -103,17 +104,21 @@ class Space(Generic[W]):
         i = bisect.bisect_left(self._starts, window.offset)
         if i < len(self._windows) and self._windows[i] is window:
             del self._starts[i], self._windows[i]
+            if window.offset < self._taken:
+                self._taken = max(window.offset, FIRST_AUTOMATIC)
 
     def free_offset(self, length: int) -> int:
         """First fit ascending from 2^62 (SCIF-82). Raises ScifError ENOMEM."""
-        at = FIRST_AUTOMATIC
-        i = bisect.bisect(self._starts, at)
-        if i and self._windows[i - 1].end > at:
-            at = self._windows[i - 1].end
-        for window in self._windows[i:]:
-            if window.offset - at >= length:
-                return at
-            at = window.end
+        i = bisect.bisect(self._starts, self._taken)
+        if i:
+            self._taken = max(self._taken, self._windows[i - 1].end)
+        while i < len(self._windows) and self._starts[i] == self._taken:
+            self._taken = self._windows[i].end
+            i += 1
+        at = self._taken
+        while i < len(self._windows) and self._starts[i] - at < length:
+            at = self._windows[i].end
+            i += 1
         if at + length > END:
             raise ScifError(errno.ENOMEM, "no room in the address space")
         return at

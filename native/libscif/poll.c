@@ -9,12 +9,20 @@
 #define ALWAYS    (POLLERR | POLLHUP | POLLNVAL)
 #define STACK_FDS 64
 
-static long now_ms(void)
+static int64_t now_ns(void)
 {
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+	return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Milliseconds until `end`, rounded up: a time-out is never early. */
+static int left_ms(int64_t end)
+{
+	int64_t left = end - now_ns();
+
+	return left > 0 ? (int)((left + 999999) / 1000000) : 0;
 }
 
 /* Mask of an endpoint that has no mapped connection (unbound ... listening, connecting). `pending`: a
@@ -125,18 +133,13 @@ static int take_foreign(struct pollfd *e, struct pollfd *native, unsigned n)
 
 static int poll_loop(struct pollfd *e, struct pollfd *native, unsigned n, int timeout)
 {
-	long end = timeout > 0 ? now_ms() + timeout : 0;
+	int64_t end = timeout > 0 ? now_ns() + timeout * INT64_C(1000000) : 0;
 	bool armed = false;
 
 	for (;;) {
 		bool foreign;
-		int ready = pass(e, native, n, &foreign), wait = timeout;
+		int ready = pass(e, native, n, &foreign), wait = timeout > 0 ? left_ms(end) : timeout;
 
-		if (timeout > 0) {
-			long left = end - now_ms();
-
-			wait = left > 0 ? (int)left : 0;
-		}
 		if (ready)
 			wait = 0;
 		if (ready && !foreign)

@@ -160,6 +160,20 @@ TEST(scif_76_timeouts)
 	pthread_join(t, NULL);
 }
 
+TEST(scif_76_no_timeout_is_early)
+{
+	struct timespec before, after;
+	int e[2];
+
+	pair(e);
+	for (int i = 0; i < 3000; i++) { /* begun anywhere in a millisecond */
+		clock_gettime(CLOCK_MONOTONIC, &before);
+		EQ(poll1(e[0], SCIF_POLLIN, 1), 0);
+		clock_gettime(CLOCK_MONOTONIC, &after);
+		CHECK((after.tv_sec - before.tv_sec) * 1000000000 + after.tv_nsec - before.tv_nsec >= 1000000);
+	}
+}
+
 TEST(scif_77_a_mixture_of_descriptors)
 {
 	int e[2], pp[2], l = listener_on(0, 1);

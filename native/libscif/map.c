@@ -17,18 +17,24 @@ struct mapping {
 	uint64_t sid;
 	off_t offset;
 	int fd; /* shared by the parts of one scif_mmap: closed with the last */
+	uint64_t
+		cookie; /* the socket behind it: a program that closes what it does not know closes it, too */
 	struct mapping *next;
 };
 
 static struct mapping *mappings;
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static bool fd_in_use(int fd)
+/* Close the descriptor of a mapping that is no longer in the list, unless others share it. */
+static void close_fd(const struct mapping *gone)
 {
-	for (struct mapping *m = mappings; m; m = m->next)
-		if (m->fd == fd)
-			return true;
-	return false;
+	uint64_t cookie;
+
+	for (const struct mapping *m = mappings; m; m = m->next)
+		if (m->fd == gone->fd && m->cookie == gone->cookie)
+			return;
+	if (socket_cookie(gone->fd, &cookie) == 0 && cookie == gone->cookie)
+		close(gone->fd);
 }
 
 static struct mapping *split(struct mapping *m, uintptr_t at)
@@ -68,8 +74,7 @@ static void drop(uintptr_t addr, uintptr_t end)
 			return;
 		*link = m->next;
 		node_ask(MIC_SCIF_MUNMAP, m->sid, (uint64_t)m->offset, m->len, NULL);
-		if (!fd_in_use(m->fd))
-			close(m->fd);
+		close_fd(m);
 		free(m);
 	}
 }
@@ -95,14 +100,14 @@ static void *map_segments(uintptr_t addr, size_t len, int prot, int flags, const
 	return base;
 }
 
-static int record(const void *addr, size_t len, int epd, uint64_t sid, off_t offset)
+static int record(const void *addr, size_t len, int epd, const struct ep *ep, off_t offset)
 {
 	struct mapping *m = malloc(sizeof *m);
 
 	if (!m)
 		return -ENOMEM;
-	*m = (struct mapping){(uintptr_t)addr, len, sid, offset, fcntl(epd, F_DUPFD_CLOEXEC, HIGH_FD),
-			      mappings};
+	*m = (struct mapping){(uintptr_t)addr, len,     ep->sid, offset, fcntl(epd, F_DUPFD_CLOEXEC, HIGH_FD),
+			      ep->cookie,      mappings};
 	if (m->fd < 0)
 		m->fd = fcntl(epd, F_DUPFD_CLOEXEC, 0);
 	if (m->fd < 0) {
@@ -127,7 +132,7 @@ static int do_mmap(struct ep *ep, int epd, void **addr, size_t len, int prot, in
 		if ((flags & MAP_FIXED))
 			drop((uintptr_t)*addr, (uintptr_t)*addr + len);
 		p = ans.nfds == 1 ? map_segments((uintptr_t)*addr, len, prot, flags, &ans) : NULL;
-		rc = p ? record(p, len, epd, ep->sid, offset) : -ENOMEM;
+		rc = p ? record(p, len, epd, ep, offset) : -ENOMEM;
 		if (rc < 0) {
 			if (p)
 				munmap(p, len);
@@ -191,8 +196,7 @@ void map_after_fork_child(void)
 		struct mapping *m = mappings;
 
 		mappings = m->next;
-		if (!fd_in_use(m->fd))
-			close(m->fd);
+		close_fd(m);
 		free(m);
 	}
 }

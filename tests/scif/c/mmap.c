@@ -224,6 +224,26 @@ TEST(scif_101_closing_with_a_live_mapping_does_not_disconnect)
 	reap(pid);
 }
 
+TEST(scif_8_98_munmap_closes_no_descriptor_of_the_program)
+{
+	int e[2], other = open("/dev/null", O_RDONLY);
+	char *m = pages(1);
+
+	pair(e);
+	off_t off = scif_register(e[1], m, PG, 0, SCIF_PROT_READ, 0);
+
+	CHECK(off >= 0);
+	char *p = scif_mmap(NULL, PG, SCIF_PROT_READ, 0, e[0], off);
+
+	CHECK(p != SCIF_MMAP_FAILED);
+	/* The program closes all that it does not know, and gets the numbers itself. */
+	for (int fd = 100; fd < 600; fd++)
+		CHECK(dup2(other, fd) == fd);
+	EQ(scif_munmap(p, PG), 0);
+	for (int fd = 100; fd < 600; fd++)
+		CHECK(fcntl(fd, F_GETFD) >= 0);
+}
+
 TEST(scif_100_mapping_is_absent_in_a_forked_child)
 {
 	char *p = filled(1, 1);

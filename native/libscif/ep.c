@@ -244,6 +244,11 @@ int ep_get(int fd, struct ep **out)
 void ep_after_fork(void)
 {
 	pthread_mutex_init(&table_lock, NULL);
+	/* A thread that is not here may have held an endpoint's; what it guards is one pointer. */
+	for (unsigned c = 0; c < CHUNKS; c++)
+		for (unsigned i = 0; chunks[c] && i < CHUNK; i++)
+			if (chunks[c][i])
+				pthread_mutex_init(&chunks[c][i]->rma_lock, NULL);
 }
 
 static void *map(int fd, uint64_t off, size_t len, int prot)

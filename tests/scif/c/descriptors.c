@@ -211,6 +211,46 @@ TEST(scif_8_16_a_fork_closes_none_of_the_programs_descriptors)
 	OK(scif_listen(fd, 1)); /* and the library helps itself to another one */
 }
 
+static volatile int done_copying;
+static int window_list_ep;
+
+/* Copies that always find the list of windows changed: its lock is held most of the time. */
+static void *change_windows(void *arg)
+{
+	char *p = pages(8), byte;
+
+	while (!done_copying) {
+		for (int i = 0; i < 8; i++)
+			CHECK(scif_register(window_list_ep, p + i * PG, PG, i * PG, SCIF_PROT_READ, SCIF_MAP_FIXED) >= 0);
+		CHECK(scif_vreadfrom(window_list_ep, &byte, 1, 0, 0) == 0);
+		EQ(scif_unregister(window_list_ep, 0, 8 * PG), 0);
+	}
+	return arg;
+}
+
+TEST(scif_16_a_child_of_a_fork_during_copies_can_copy)
+{
+	char *p = pages(1), byte;
+	pthread_t t;
+	int e[2];
+
+	pair(e);
+	window_list_ep = e[0];
+	EQ(scif_register(e[1], p, PG, 0, SCIF_PROT_READ, SCIF_MAP_FIXED), 0);
+	pthread_create(&t, NULL, change_windows, NULL);
+	for (int i = 0; i < 400; i++) {
+		pid_t pid = fork();
+
+		if (pid == 0) {
+			alarm(10);
+			_exit(scif_vreadfrom(e[0], &byte, 1, 0, 0) != 0);
+		}
+		reap(pid);
+	}
+	done_copying = 1;
+	pthread_join(t, NULL);
+}
+
 TEST(scif_133_concurrent_close)
 {
 	for (int i = 0; i < 20; i++) {

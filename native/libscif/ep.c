@@ -298,8 +298,8 @@ int ep_attach(struct ep *ep)
 	struct answer ans = {0};
 	int rc = node_call(&rq, NULL, &ans, false);
 
-	if (rc == 0 && ans.nfds != 2)
-		rc = -ENODEV;
+	if (rc == 0)
+		rc = answer_has(&ans, 2);
 	if (rc == 0) {
 		pthread_mutex_lock(&table_lock);
 		if (!ep->attached) {

@@ -67,7 +67,7 @@ void ep_put(struct ep *ep);
 int ep_add(int fd, uint64_t cookie, uint64_t sid);
 /* Forget a descriptor that is being closed. */
 void ep_forget(int fd);
-/* Map the connection of `ep`. 0 when it is mapped; -ENOTCONN, -ENODEV, -ENOMEM. */
+/* Map the connection of `ep`. 0 when it is mapped; -ENOTCONN, -ENODEV, -ENOMEM, -EMFILE. */
 int ep_attach(struct ep *ep);
 int socket_cookie(int fd, uint64_t *cookie);
 /* Once per process, before anything that a fork would have to know of. */
@@ -96,6 +96,12 @@ int node_call(const struct mic_scif_request *rq, const void *data, struct answer
 /* A request with up to two arguments and nothing but v0 to come back. */
 int node_ask(uint32_t op, uint64_t sid, uint64_t a0, uint64_t a1, uint64_t *v0);
 void answer_close(struct answer *ans);
+/* 0 when all `nfds` descriptors have come; the kernel drops those for which the process has no number left.
+ */
+static inline int answer_has(const struct answer *ans, uint32_t nfds)
+{
+	return ans->nfds == nfds ? 0 : -EMFILE;
+}
 void wire_after_fork(void);
 
 /* --- wait.c ----------------------------------------------------------------------------------- */

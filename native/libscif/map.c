@@ -131,8 +131,10 @@ static int do_mmap(struct ep *ep, int epd, void **addr, size_t len, int prot, in
 	if (rc == 0) {
 		if ((flags & MAP_FIXED))
 			drop((uintptr_t)*addr, (uintptr_t)*addr + len);
-		p = ans.nfds == 1 ? map_segments((uintptr_t)*addr, len, prot, flags, &ans) : NULL;
-		rc = p ? record(p, len, epd, ep, offset) : -ENOMEM;
+		rc = answer_has(&ans, 1);
+		p = rc == 0 ? map_segments((uintptr_t)*addr, len, prot, flags, &ans) : NULL;
+		if (rc == 0)
+			rc = p ? record(p, len, epd, ep, offset) : -ENOMEM;
 		if (rc < 0) {
 			if (p)
 				munmap(p, len);

@@ -148,8 +148,8 @@ static int refresh(struct ep *ep)
 	struct rma_table *t = NULL, *old;
 	int rc = ans.data ? node_call(&rq, NULL, &ans, false) : -ENOMEM;
 
-	if (rc == 0 && ans.nfds != 2)
-		rc = -ENODEV;
+	if (rc == 0)
+		rc = answer_has(&ans, 2);
 	if (rc == 0) {
 		pthread_mutex_lock(&ep->rma_lock);
 		old = ep->rma;
@@ -355,7 +355,7 @@ static int rma(struct ep *ep, void *addr, off_t loff, size_t len, off_t roff, in
 {
 	const struct range r = {loff, roff, len, flags, write};
 	struct cursor local = {NULL, addr, len}, remote;
-	struct rma_table *t;
+	struct rma_table *t = NULL;
 	int rc = check_connected(ep);
 
 	if (rc == 0 && flags && !(flags & RMA_FLAGS))

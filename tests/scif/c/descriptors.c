@@ -93,6 +93,25 @@ TEST(scif_13_descriptor_exhaustion_gives_emfile)
 	FAILS(scif_get_nodeIDs(nodes, 4, &self), EMFILE);
 }
 
+TEST(scif_13_a_connection_without_a_descriptor_left_gives_emfile)
+{
+	struct rlimit rl;
+	int e[2], d;
+	char c = 'x';
+
+	pair(e);
+	getrlimit(RLIMIT_NOFILE, &rl);
+	rl.rlim_cur = 64;
+	setrlimit(RLIMIT_NOFILE, &rl);
+	while ((d = dup(0)) >= 0)
+		;
+	FAILS(scif_send(e[0], &c, 1, 0), EMFILE); /* the first look at the connection's memory */
+	close(63);
+	FAILS(scif_send(e[0], &c, 1, 0), EMFILE); /* there are two */
+	close(62);
+	EQ(scif_send(e[0], &c, 1, 0), 1);
+}
+
 static void wait_reset(int ep)
 {
 	char c;

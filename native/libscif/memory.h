@@ -73,10 +73,11 @@ void pieces_after_fork_child(void);
 /* Bytes of [addr, addr + len) that are not yet in node memory (dev, ino). -EFAULT: some of it cannot be
  * pinned with `prot` (SCIF-83). -ENOMEM: no descriptor left to look. */
 int64_t move_plan(uintptr_t addr, size_t len, uint64_t dev, uint64_t ino, int prot);
-/* Move them to `place` in memory `fd` and list the pages of the whole range. Every writer either writes
- * before the copy or after the switch. -EFAULT, -ENOMEM. `moved`: something was. */
-int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino, uint64_t place,
-	       struct seglist *out, bool *moved);
+/* Move them to `room` in memory `fd`, which is as large as was planned, and list the pages of the whole
+ * range. Every writer either writes before the copy or after the switch. -EFAULT, -ENOMEM. `moved`: something
+ * was. */
+int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino,
+	       const struct mic_scif_seg *room, struct seglist *out, bool *moved);
 /* Whole pages, whatever lies in them, to pages that nobody has touched. */
 void copy_pages(void *to, const void *from, size_t len);
 /* PROT_ bits of a mapping. */

@@ -249,8 +249,8 @@ static int walk(struct job *j, struct maps *m)
 
 		if (in_node(&v, j->dev, j->ino)) {
 			rc = seg_add(j->out, v.off + (addr - v.start), n);
-		} else if (p->off + n > p->run + p->run_len) {
-			return -EFAULT; /* it changed since it was planned */
+		} else if (!v.read || v.shared || p->off + n > p->run + p->run_len) {
+			return -EFAULT; /* another thread has changed it since it was planned */
 		} else {
 			p->addr = addr;
 			p->len = n;
@@ -276,18 +276,20 @@ static void *run_job(void *arg)
 	return NULL;
 }
 
-int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino, uint64_t place,
-	       struct seglist *out, bool *moved)
+int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino,
+	       const struct mic_scif_seg *room, struct seglist *out, bool *moved)
 {
-	int64_t plan = move_plan(addr, len, dev, ino, SCIF_PROT_READ);
-	struct job j = {
-		.addr = addr, .len = len, .fd = fd, .dev = dev, .ino = ino, .out = out, .moved = moved};
+	struct job j = {.addr = addr,
+			.len = len,
+			.fd = fd,
+			.dev = dev,
+			.ino = ino,
+			.next = {.off = room->off, .run = room->off, .run_len = room->len},
+			.out = out,
+			.moved = moved};
 	uintptr_t here = (uintptr_t)__builtin_frame_address(0);
 	pthread_t t;
 
-	if (plan < 0)
-		return (int)plan;
-	j.next = (struct piece){.off = place, .run = place, .run_len = (uint64_t)plan};
 	pieces_lock();
 	/* A thread cannot move the stack that it runs on: another one does, while it waits. */
 	if (here + (1 << 20) > addr && here < addr + len + (64 << 10)) {

@@ -89,10 +89,11 @@ static int do_register(struct ep *ep, uintptr_t addr, size_t len, off_t offset, 
 		rc = node_call(&rq, NULL, &ans, false);
 	if (rc < 0)
 		return rc; /* the place in the address space is checked before the memory */
+	const struct mic_scif_seg room = {ans.head.v[1], bytes > 0 ? (uint64_t)bytes : 0};
+
 	rc = bytes < 0 ? (int)bytes : answer_has(&ans, 1);
 	if (rc == 0)
-		rc = move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino, ans.head.v[1], &segs,
-				&moved);
+		rc = move_range(addr, len, ans.fds[0], ep->mem_dev, ep->mem_ino, &room, &segs, &moved);
 	if (rc == 0)
 		rc = commit(ep, ans.head.v[0], &segs, out);
 	else

@@ -285,3 +285,32 @@ TEST(scif_86_a_fault_of_the_program_ends_it_also_without_userfaultfd)
 	CHECK(WIFSIGNALED(st));
 	EQ(WTERMSIG(st), SIGSEGV);
 }
+
+/* The library's requests pass here: at the next one another thread, so to speak, maps something else. */
+static char *mapped_anew;
+ssize_t sendmsg(int fd, const struct msghdr *m, int flags)
+{
+	char *p = __atomic_exchange_n(&mapped_anew, NULL, __ATOMIC_SEQ_CST);
+
+	if (p)
+		CHECK(mmap(p, PG, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p);
+	return syscall(SYS_sendmsg, fd, m, flags);
+}
+
+TEST(scif_83_memory_that_changes_while_it_is_registered_takes_no_pages_of_others)
+{
+	off_t off;
+	int e[2];
+
+	pair(e);
+	char *p = registered(e[0], 1, &off);
+
+	p[0] = 7;
+	mapped_anew = p; /* planned: nothing to move, the node gives no page */
+	FAILS(scif_register(e[0], p, PG, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0), EFAULT);
+	CHECK(!mapped_anew);
+	p[0] = 8;
+	CHECK(madvise(p, PG, MADV_DONTNEED) == 0);
+	EQ(p[0], 0); /* still the program's own page, nobody's memory */
+	EQ(scif_unregister(e[0], off, PG), 0);
+}

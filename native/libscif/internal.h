@@ -137,5 +137,7 @@ int user_readable(const void *p, size_t len);
 int user_writable(void *p, size_t len);
 /* Is it still mapped? The two above remember pages that were fine. 0 or -EFAULT. */
 int user_mapped(const void *p, size_t len);
+/* Can all of its pages be read now? Remembers nothing. 0 or -EFAULT. */
+int user_present(const void *p, size_t len);
 
 #endif

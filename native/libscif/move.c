@@ -20,15 +20,19 @@
 
 #define PART ((size_t)256 << 10) /* of a copy: fits into any cache of a core */
 
-/* Bytes of one mapping's part of the range that are to be moved, or -EFAULT. */
-static int64_t plan_part(const struct vma *v, uint64_t dev, uint64_t ino, int prot, size_t len)
+/* Bytes of one mapping's part [addr, addr + len) of the range that are to be moved, or -EFAULT. */
+static int64_t plan_part(const struct vma *v, uint64_t dev, uint64_t ino, int prot, uintptr_t addr,
+			 size_t len)
 {
 	/* Only a read-only window may lie on read-only memory (SCIF-83). */
 	if (!v->read || (!v->write && prot != SCIF_PROT_READ))
 		return -EFAULT;
 	if (in_node(v, dev, ino))
 		return 0;
-	return v->shared ? -EFAULT : (int64_t)len; /* moving it would take it away from those who share it */
+	if (v->shared) /* moving it would take it away from those who share it */
+		return -EFAULT;
+	/* A file may end before its mapping does. */
+	return v->ino && user_present((const void *)addr, len) < 0 ? -EFAULT : (int64_t)len;
 }
 
 int64_t move_plan(uintptr_t addr, size_t len, uint64_t dev, uint64_t ino, int prot)
@@ -50,7 +54,7 @@ int64_t move_plan(uintptr_t addr, size_t len, uint64_t dev, uint64_t ino, int pr
 		}
 		uintptr_t stop = v.end < end ? v.end : end;
 
-		part = plan_part(&v, dev, ino, prot, stop - addr);
+		part = plan_part(&v, dev, ino, prot, addr, stop - addr);
 		bytes += part;
 		addr = stop;
 	}

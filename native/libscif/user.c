@@ -104,6 +104,12 @@ int user_mapped(const void *p, size_t len)
 	return rc;
 }
 
+int user_present(const void *p, size_t len)
+{
+	return populate((uintptr_t)p & ~(PAGE - 1), ((uintptr_t)p + len + PAGE - 1) & ~(PAGE - 1),
+			MADV_POPULATE_READ);
+}
+
 int user_readable(const void *p, size_t len)
 {
 	return check(p, len, seen_read, MADV_POPULATE_READ);

@@ -286,6 +286,18 @@ TEST(scif_86_a_fault_of_the_program_ends_it_also_without_userfaultfd)
 	EQ(WTERMSIG(st), SIGSEGV);
 }
 
+TEST(scif_83_a_file_may_be_shorter_than_its_mapping)
+{
+	int e[2], f = memfd_create("short", 0);
+
+	CHECK(f >= 0 && ftruncate(f, PG) == 0);
+	char *p = mmap(NULL, 2 * PG, PROT_READ | PROT_WRITE, MAP_PRIVATE, f, 0);
+
+	pair(e);
+	FAILS(scif_register(e[0], p, 2 * PG, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0), EFAULT);
+	CHECK(scif_register(e[0], p, PG, 0, SCIF_PROT_READ | SCIF_PROT_WRITE, 0) >= 0);
+}
+
 /* The library's requests pass here: at the next one another thread, so to speak, maps something else. */
 static char *mapped_anew;
 ssize_t sendmsg(int fd, const struct msghdr *m, int flags)

@@ -7,6 +7,7 @@
 #include "memory.h"
 
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -280,6 +281,68 @@ static void *run_job(void *arg)
 	return NULL;
 }
 
+/* --- the caller's own stack ------------------------------------------------------------------------ */
+
+static uint32_t still, moved_it; /* not on the stack; one registration at a time */
+
+static void *run_when_still(void *job)
+{
+	while (!mic_load_acquire(&still))
+		(void)syscall(SYS_futex, &still, FUTEX_WAIT, 0, NULL, NULL, 0);
+	run_job(job);
+	mic_store_release(&moved_it, 1u);
+	(void)syscall(SYS_futex, &moved_it, FUTEX_WAKE, 1, NULL, NULL, 0);
+	return NULL;
+}
+
+/* Say that this thread stands still, and wait. Nothing is written to its stack from the first store to the
+ * last look: by hand, since any call of a function would. */
+static void stand_still(void)
+{
+	__asm__ __volatile__("movl $1, (%[still])\n\t"
+			     "movl %[futex], %%eax\n\t"
+			     "movq %[still], %%rdi\n\t"
+			     "movl %[wake], %%esi\n\t"
+			     "movl $1, %%edx\n\t"
+			     "syscall\n"
+			     "1:\tcmpl $0, (%[moved])\n\t"
+			     "jne 2f\n\t"
+			     "movl %[futex], %%eax\n\t"
+			     "movq %[moved], %%rdi\n\t"
+			     "movl %[wait], %%esi\n\t"
+			     "xorl %%edx, %%edx\n\t"
+			     "xorl %%r10d, %%r10d\n\t"
+			     "syscall\n\t"
+			     "jmp 1b\n"
+			     "2:"
+			     :
+			     : [still] "r"(&still), [moved] "r"(&moved_it), [futex] "i"(SYS_futex),
+			       [wake] "i"(FUTEX_WAKE), [wait] "i"(FUTEX_WAIT)
+			     : "rax", "rcx", "rdx", "rsi", "rdi", "r10", "r11", "cc", "memory");
+}
+
+/* A thread cannot move the stack that it runs on: another one does, while it stands still. A handler of the
+ * program would run on that stack, so signals wait, too. */
+static void run_elsewhere(struct job *j)
+{
+	sigset_t most, old;
+	pthread_t t;
+
+	sigfillset(&most);
+	sigdelset(&most, SIGSEGV);
+	sigdelset(&most, SIGBUS);
+	pthread_sigmask(SIG_SETMASK, &most, &old);
+	mic_store_relaxed(&still, 0u);
+	mic_store_relaxed(&moved_it, 0u);
+	if (pthread_create(&t, NULL, run_when_still, j)) {
+		j->rc = -ENOMEM;
+	} else {
+		stand_still();
+		pthread_join(t, NULL);
+	}
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
 int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino,
 	       const struct mic_scif_seg *room, struct seglist *out, bool *moved)
 {
@@ -292,18 +355,12 @@ int move_range(uintptr_t addr, size_t len, int fd, uint64_t dev, uint64_t ino,
 			.out = out,
 			.moved = moved};
 	uintptr_t here = (uintptr_t)__builtin_frame_address(0);
-	pthread_t t;
 
 	pieces_lock();
-	/* A thread cannot move the stack that it runs on: another one does, while it waits. */
-	if (here + (1 << 20) > addr && here < addr + len + (64 << 10)) {
-		if (pthread_create(&t, NULL, run_job, &j))
-			j.rc = -ENOMEM;
-		else
-			pthread_join(t, NULL);
-	} else {
+	if (here + (1 << 20) > addr && here < addr + len + (64 << 10))
+		run_elsewhere(&j);
+	else
 		run_job(&j);
-	}
 	pieces_unlock();
 	return j.rc;
 }

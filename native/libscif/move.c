@@ -93,7 +93,8 @@ static void on_segv(int sig, siginfo_t *info, void *context)
 
 static int guard_mprotect(uintptr_t addr, size_t len)
 {
-	struct sigaction sa = {.sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_NODEFER}, is;
+	/* On the program's other stack, if it has one: its handler may be for a stack that ran over. */
+	struct sigaction sa = {.sa_sigaction = on_segv, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK}, is;
 
 	if (sigaction(SIGSEGV, NULL, &is) < 0)
 		return -errno;
@@ -104,7 +105,10 @@ static int guard_mprotect(uintptr_t addr, size_t len)
 	}
 	mic_store_release(&guarded_start, addr);
 	mic_store_release(&guarded_end, addr + len);
-	return mprotect((void *)addr, len, PROT_READ) < 0 ? -errno : 0;
+	if (mprotect((void *)addr, len, PROT_READ) == 0)
+		return 0;
+	mic_store_release(&guarded_end, (uintptr_t)0); /* a fault in it is the program's */
+	return -ENOMEM;
 }
 
 /* A userfaultfd that blocks writers of the range; closing it lets them go. -errno: not possible. */

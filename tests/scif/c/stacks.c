@@ -3,6 +3,38 @@
 
 #define RW (SCIF_PROT_READ | SCIF_PROT_WRITE)
 
+static char other_stack[1 << 16];
+static void ran_over(int sig) { _exit(sig == SIGSEGV ? 42 : 1); }
+static int run_over(int n)
+{
+	volatile char frame[1000];
+
+	frame[0] = (char)n;
+	return n < 0 ? 0 : run_over(n + 1) + frame[0];
+}
+
+TEST(scif_86_a_handler_on_another_stack_stays_there_without_userfaultfd)
+{
+	struct sigaction sa = { .sa_handler = ran_over, .sa_flags = SA_ONSTACK };
+	stack_t ss = { .ss_sp = other_stack, .ss_size = sizeof other_stack };
+	struct rlimit small = { 1 << 20, 1 << 20 };
+	int e[2], st;
+
+	setenv("MICEMU_SCIF_NO_UFFD", "1", 1);
+	pid_t pid = fork();
+	if (pid == 0) {
+		alarm(20);
+		setrlimit(RLIMIT_STACK, &small);
+		CHECK(sigaltstack(&ss, NULL) == 0);
+		CHECK(sigaction(SIGSEGV, &sa, NULL) == 0);
+		pair(e);
+		CHECK(scif_register(e[0], pages(1), PG, 0, RW, 0) >= 0);
+		_exit(run_over(0) & 1);
+	}
+	EQ(waitpid(pid, &st, 0), pid);
+	EQ(st, 42 << 8);
+}
+
 static volatile int ticks;
 static void tick(int sig) { ticks += sig == SIGALRM; }
 

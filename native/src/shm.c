@@ -11,7 +11,8 @@
 #include "bus_internal.h"
 #include "guard.h"
 
-#define PAGE 4096u
+#define PAGE         4096u
+#define RESERVE_STEP (1u << 20) /* bytes: some 0.1 ms */
 
 uint8_t *mic_bus_gddr(struct mic_bus *bus)
 {
@@ -122,7 +123,14 @@ int mic_punch(int fd, uint64_t off, uint64_t len)
 
 int mic_reserve(int fd, uint64_t off, uint64_t len)
 {
-	return fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) < 0 ? -errno : 0;
+	/* A signal interrupts it, and what it has done by then is undone: in steps that end soon. */
+	for (uint64_t n; len; off += n, len -= n) {
+		n = len < RESERVE_STEP ? len : RESERVE_STEP;
+		while (fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)n) < 0)
+			if (errno != EINTR)
+				return -errno;
+	}
+	return 0;
 }
 
 uint64_t mic_gddr_size(uint64_t object_size)

@@ -124,8 +124,8 @@ void mic_shm_store(void *p, unsigned size, uint64_t value);
 void mic_shm_fence(void);
 /* 0 or -errno: give the pages of [off, off + len) back to the system. */
 int mic_punch(int fd, uint64_t off, uint64_t len);
-/* 0 or -errno: reserve them, so that a later store cannot fault (ENOSPC: /dev/shm is full). Never makes the
- * object larger: what was cut off stays cut off. */
+/* 0 or -errno: reserve them, so that a later store cannot fault (ENOSPC: /dev/shm is full; some of them may
+ * be reserved then). Never makes the object larger: what was cut off stays cut off. No signal ends it. */
 int mic_reserve(int fd, uint64_t off, uint64_t len);
 /* A new eventfd at 0: descriptor or -errno. */
 int mic_eventfd(int flags);

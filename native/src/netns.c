@@ -76,11 +76,24 @@ static void create_child(int sock)
 	(void)!read(sock, &go, 1);
 }
 
+/* The caller's signal handlers may run meanwhile: that is no end. */
+static ssize_t receive(int sock, struct msghdr *m)
+{
+	ssize_t n;
+
+	do
+		n = recvmsg(sock, m, MSG_CMSG_CLOEXEC);
+	while (n < 0 && errno == EINTR);
+	return n;
+}
+
 static int next_report(int sock, int *step)
 {
 	struct report r;
+	struct iovec iov = {&r, sizeof r};
+	struct msghdr m = {.msg_iov = &iov, .msg_iovlen = 1};
 
-	if (read(sock, &r, sizeof r) != (ssize_t)sizeof r)
+	if (receive(sock, &m) != (ssize_t)sizeof r)
 		return -EPIPE; /* the child died */
 	*step = r.step;
 	return -r.error;
@@ -249,7 +262,7 @@ static int receive_fd(int sock, int *step)
 			   .msg_controllen = sizeof control.space};
 	int fd;
 
-	if (recvmsg(sock, &m, MSG_CMSG_CLOEXEC) != (ssize_t)sizeof r)
+	if (receive(sock, &m) != (ssize_t)sizeof r)
 		return -EPIPE;
 	*step = r.step;
 	struct cmsghdr *c = CMSG_FIRSTHDR(&m);

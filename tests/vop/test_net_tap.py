@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -357,6 +358,20 @@ def test_interface_set_up_by_ioctl() -> None:
         ns.run(work)
         with pytest.raises(NetError, match="mic9"):
             ns.run(lambda: netif.set_up("mic9"))
+
+
+@pytest.mark.tap
+def test_namespaces_are_made_under_signals() -> None:
+    """A signal handler of the program is no failure of the helper process."""
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+    try:
+        for _ in range(30):
+            with netns.create() as ns, ns.open_tap("mic0"):
+                pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.tap

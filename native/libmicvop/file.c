@@ -137,9 +137,13 @@ static int greet(struct mic_vop *f)
 	}
 	if (rc < 0)
 		return rc;
+	bool known = hello.nfds == MIC_FD_COUNT; /* else it is a host of another version */
+
+	while (hello.nfds > MIC_FD_COUNT)
+		close(hello.fds[--hello.nfds]);
 	memcpy(f->card_fds, hello.fds, sizeof f->card_fds);
 	f->card_nfds = hello.nfds;
-	if (hello.nfds != MIC_FD_COUNT || !vop_number(hello.text, "page", &f->page))
+	if (!known || !vop_number(hello.text, "page", &f->page))
 		return -EPROTO;
 	f->compat = vop_word(hello.text, "personality", "\"compat\"");
 	f->bus = mic_bus_attach(f->card_fds);
@@ -152,7 +156,7 @@ API struct mic_vop *mic_vop_open(const char *path)
 
 	if (!f)
 		return NULL;
-	f->kick_fd = f->owner_fd = f->vdev.line_fd = -1;
+	f->wire.sock = f->kick_fd = f->owner_fd = f->vdev.line_fd = -1;
 	f->epoll = epoll_create1(EPOLL_CLOEXEC);
 	int rc = f->epoll < 0 ? -errno : vop_wire_connect(&f->wire, path);
 

@@ -99,6 +99,48 @@ def slots(machine: Machine) -> list[int]:
     return [s["type"] for s in machine.json("dump", "page")["slots"] if s["type"] > 0]
 
 
+def run_alone(code: str) -> None:
+    """Python code, after ``f`` was made mic_vop_open(), in a process of its own."""
+    library = Path(mic_emu.__file__).parent / "lib" / "libmicvop.so.0"
+    start = (
+        "import array, ctypes, errno, os, resource, socket, sys, threading\n"
+        f"f = ctypes.CDLL({str(library)!r}, use_errno=True).mic_vop_open\n"
+        "f.restype = ctypes.c_void_p\n"
+    )
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_vop_c_open_without_a_descriptor_left_closes_none() -> None:
+    """EMFILE, and the program's standard input is still open."""
+    run_alone(
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "try:\n"
+        "    while True: os.dup(0)\n"
+        "except OSError: pass\n"
+        "assert f(b'/nonexistent') is None and ctypes.get_errno() == errno.EMFILE\n"
+        "os.fstat(0)\n"
+    )
+
+
+def test_vop_c_open_at_a_host_of_another_version(tmp_path: Path) -> None:
+    """More descriptors than this library knows: EPROTO, and exactly those are closed."""
+    run_alone(
+        f"path = {str(tmp_path / 'vop.sock')!r}\n"
+        "listener = socket.socket(socket.AF_UNIX); listener.bind(path); listener.listen()\n"
+        "served = []\n"
+        "def serve():\n"
+        "    peer, _ = listener.accept(); served.append(peer)\n"
+        "    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0] * 60))\n"
+        '    peer.sendmsg([b\'{"op":"hello","fds":60,"page":0}\\n\'], [rights])\n'
+        "t = threading.Thread(target=serve); t.start()\n"
+        "before = len(os.listdir('/proc/self/fd'))  # accept(2) has a number in hand: only how many\n"
+        "assert f(path.encode()) is None and ctypes.get_errno() == errno.EPROTO\n"
+        "t.join(); served[0].close()\n"
+        "assert len(os.listdir('/proc/self/fd')) == before\n"
+    )
+
+
 @pytest.mark.parametrize("compiler", ["cc", "c++", "sanitized"])
 def test_vop_c_example_serves_a_driver(machine: Machine, tmp_path: Path, compiler: str) -> None:
     """examples/vop/upper.c: announced, answers, changes its configuration, goes with its program."""

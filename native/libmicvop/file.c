@@ -251,19 +251,22 @@ static int opened(struct mic_vop *f, const struct vop_line *slot)
 
 int vop_add_block(struct mic_vop *f, const void *block)
 {
-	const uint8_t *bytes = block;
+	uint8_t bytes[MIC_MAX_DESC_BLK];
 	char text[LINE_MAX], config[2 * 256 + 1];
 	struct vop_line answer;
 
 	if (f->added)
 		return -EBUSY;
-	memcpy(&f->shape, block, sizeof f->shape);
+	if (mic_copy_from_user(&f->shape, block, sizeof f->shape) < 0)
+		return -EFAULT;
 	const struct mic_device_desc *d = &f->shape;
 	unsigned features_at = (unsigned)(sizeof *d + sizeof(struct mic_vqconfig) * d->num_vq);
 	unsigned size = features_at + 2u * d->feature_len + d->config_len;
 
 	if (d->num_vq > MIC_MAX_VRINGS || ((size + 7u) & ~7u) > MIC_MAX_DESC_BLK || d->feature_len > 8)
 		return -EINVAL;
+	if (mic_copy_from_user(bytes, block, size) < 0)
+		return -EFAULT;
 	struct mic_vqconfig vq[MIC_MAX_VRINGS] = {{0}};
 
 	memcpy(vq, bytes + sizeof *d, sizeof vq[0] * d->num_vq);
@@ -405,10 +408,20 @@ static int copy_desc(struct mic_vop *f, void *arg)
 
 	if (rc < 0)
 		return rc;
-	memcpy(&request, arg, sizeof request);
+	if (mic_copy_from_user(&request, arg, sizeof request) < 0)
+		return -EFAULT;
 	if (request.vr_idx >= f->shape.num_vq)
 		return -EINVAL;
 	return mic_copy_desc_run(f->copy[request.vr_idx], arg);
+}
+
+static int config_change(struct mic_vop *f, const void *arg)
+{
+	uint8_t config[UINT8_MAX];
+
+	if (f->added && mic_copy_from_user(config, arg, f->shape.config_len) < 0)
+		return result(-EFAULT);
+	return mic_vop_set_config(f, config);
 }
 
 API int mic_vop_ioctl(struct mic_vop *f, unsigned long command, void *arg)
@@ -419,7 +432,7 @@ API int mic_vop_ioctl(struct mic_vop *f, unsigned long command, void *arg)
 	case MIC_VIRTIO_COPY_DESC:
 		return result(copy_desc(f, arg));
 	case MIC_VIRTIO_CONFIG_CHANGE:
-		return mic_vop_set_config(f, arg);
+		return config_change(f, arg);
 	default:
 		return result(-ENOTTY);
 	}

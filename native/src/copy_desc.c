@@ -64,6 +64,11 @@ static int user_copy(uint64_t user, void *mine, size_t len, bool to_user)
 	return 0;
 }
 
+int mic_copy_from_user(void *mine, const void *user, size_t len)
+{
+	return user_copy((uint64_t)(uintptr_t)user, mine, len, false);
+}
+
 /* --- DMA -------------------------------------------------------------------------------------- */
 
 static uint64_t card_address(const struct mic_copy *c, const void *p)

@@ -63,4 +63,7 @@ void mic_copy_remove(struct mic_copy *c);
 void mic_copy_stats(struct mic_copy *c, struct mic_copy_stats *out);
 /* cffi-end */
 
+/* Bytes of this process that may not be there, as a kernel takes an argument: 0 or -EFAULT. */
+int mic_copy_from_user(void *mine, const void *user, size_t len);
+
 #endif

@@ -33,6 +33,7 @@ int main(int argc, char **argv)
 		struct mic_device_desc desc;
 		struct mic_vqconfig vq;
 		uint64_t features[2];
+		uint8_t config[1];
 	} block;
 	unsigned char data[4];
 	struct mic_vop *f;
@@ -47,16 +48,20 @@ int main(int argc, char **argv)
 	CHECK(copy(f, data, 4, 0) < 0 && errno == EINVAL);
 	CHECK(mic_vop_wait(f, 0, -1) < 0 && errno == EINVAL);
 	CHECK(mic_vop_ioctl(f, 12345, NULL) < 0 && errno == ENOTTY);
+	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_ADD_DEVICE, (void *)8) < 0 && errno == EFAULT);
 	memset(&block, 0, sizeof block);
 	block.desc.type = 42;
 	block.desc.num_vq = 1;
 	block.desc.feature_len = 8;
+	block.desc.config_len = 1;
 	block.vq.num = 3;
 	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_ADD_DEVICE, &block) < 0 && errno == EINVAL);
 	block.vq.num = 8;
 	block.features[0] = (uint64_t)1 << MIC_VIRTIO_F_VERSION_1;
 	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_ADD_DEVICE, &block) == 0);
 	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_ADD_DEVICE, &block) < 0 && errno == EBUSY);
+	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_COPY_DESC, (void *)8) < 0 && errno == EFAULT);
+	CHECK(mic_vop_ioctl(f, MIC_VIRTIO_CONFIG_CHANGE, (void *)8) < 0 && errno == EFAULT);
 	while (served < 3 && mic_vop_wait(f, 20000, -1) > 0) {
 		while (copy(f, data, 4, 0) == 4) {
 			for (int i = 0; i < 4; i++)

@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -95,8 +94,8 @@ static int by_channel(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t l
  * passed over. */
 static int by_owner(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
 {
-	static _Atomic uint64_t ids;
-	struct mic_copy_job job = {++ids, dst, src, len};
+	static uint64_t ids;
+	struct mic_copy_job job = {mic_fetch_add(&ids, 1u) + 1, dst, src, len};
 	struct mic_copy_done done = {0};
 	struct pollfd p = {.fd = c->setup.owner, .events = POLLIN};
 	ssize_t n;

@@ -32,11 +32,12 @@ static void publish_write(struct ep *ep, uint64_t before)
 	mic_store_release(&ep->peer->local_write, ctl->tx_write);
 	light_fence(); /* pairs with the heavy fences of the receiver */
 	if (mic_load_acquire(&ep->qp->rx_asleep)) {
-		raise_word(&ep->peer->rx_seq);
+		/* Nobody: it is awake again and may have looked before this was there, or it was killed. */
+		if (raise_word(&ep->peer->rx_seq) > 0)
+			return;
+	} else if (mic_load_acquire(&ep->qp->rx_wait) == before + 1) {
 		return;
 	}
-	if (mic_load_acquire(&ep->qp->rx_wait) == before + 1)
-		return;
 	uint32_t epoch = mic_load_acquire(&ep->qp->rx_epoch) + 1;
 
 	if (ctl->notified != epoch) {
@@ -160,6 +161,7 @@ static void put_inline(struct ep *ep, const uint8_t *p, uint32_t n)
 
 	if (ep->ctl->tx_inline)
 		mic_store_release(&q->inline_at, MIC_SCIF_NOT_INLINE);
+	mic_signal_fence(); /* the compiler keeps stores in order; the processor does */
 	ep->ctl->tx_inline = fits;
 	if (!fits)
 		return;
@@ -283,7 +285,7 @@ static bool get_inline(struct ep *ep, uint8_t *p, uint32_t n)
 
 	if (n > sizeof copy || mic_load_acquire(&q->inline_at) != at || mic_load_relaxed(&q->inline_len) < n)
 		return false;
-	memcpy(copy, q->inline_data, sizeof copy);
+	mic_copy_once(copy, q->inline_data, sizeof copy);
 	/* Loads stay in order: if the place is still valid, it was while we copied. */
 	if (mic_load_acquire(&q->inline_at) != at)
 		return false;
@@ -390,6 +392,9 @@ static void settle_token(struct ep *ep, int fd, const struct receive *r, int rc)
 		ctl->streak++;
 	if (ctl->streak < HOT_STREAK && ctl->rx_read == ctl->rx_write)
 		token_clear(ep, fd, rc == 0 && !r->block);
+	/* More came than we had waited for, and the sender told nobody. */
+	if (r->waited && ctl->rx_read != ctl->rx_write && mic_load_relaxed(&ep->qp->told) != ctl->epoch + 1)
+		notify_self(ep);
 	ctl->last_recv = mic_timestamp();
 }
 

@@ -95,13 +95,16 @@ static inline int room(struct ep *ep)
 	return n < 0 ? n : (int)known_room(ep);
 }
 
-static inline void raise_word(uint32_t *word)
+/* How many slept on it. */
+static inline long raise_word(uint32_t *word)
 {
 	int saved = errno;
 
 	mic_fetch_add(word, 1);
-	(void)syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+	long woken = syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+
 	errno = saved;
+	return woken;
 }
 
 static inline void notify_node(struct mic_scif_notify *page, uint64_t *bits, uint32_t slot)

@@ -193,3 +193,52 @@ TEST(scif_77_a_mixture_of_descriptors)
 	EQ(p[1].revents, SCIF_POLLIN);
 	EQ(p[0].revents, 0);
 }
+
+static int reading_ep;
+static void *read_ten(void *arg)
+{
+	char ten[10];
+
+	about_to_block();
+	recv_all(reading_ep, ten, 10);
+	return arg;
+}
+
+TEST(scif_74_what_a_blocked_recv_leaves_shows_on_the_descriptor)
+{
+	char buf[100] = "";
+	pthread_t t;
+	int e[2];
+
+	pair(e);
+	reading_ep = e[0];
+	pthread_create(&t, NULL, read_ten, NULL);
+	wait_until_blocked();
+	send_all(e[1], buf, 100);
+	pthread_join(t, NULL);
+	EQ(native1(e[0], POLLIN, 20000), POLLIN);
+	EQ(scif_recv(e[0], buf, 100, 0), 90);
+	EQ(native1(e[0], POLLIN, 0), 0);
+}
+
+TEST(scif_58_74_after_a_reader_was_killed_its_descriptor_tells_of_bytes)
+{
+	char buf[100] = "";
+	int e[2], st;
+
+	pair(e);
+	for (int with_recv = 0; with_recv < 2; with_recv++) {
+		pid_t pid = fork();
+
+		if (pid == 0)
+			_exit(scif_recv(e[0], buf, 10, SCIF_RECV_BLOCK));
+		usleep(100000); /* it sleeps in recv, or will be killed before: both must be right */
+		kill(pid, SIGKILL);
+		EQ(waitpid(pid, &st, 0), pid);
+		if (with_recv)
+			EQ(scif_recv(e[0], buf, 10, 0), 0);
+		send_all(e[1], buf, 100);
+		EQ(native1(e[0], POLLIN, 20000), POLLIN);
+		EQ(scif_recv(e[0], buf, 100, 0), 100);
+	}
+}

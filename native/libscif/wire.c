@@ -18,10 +18,12 @@
 struct control {
 	int fd;
 	ino_t ino; /* to notice that the program closed it under us */
+	struct control *next;
 };
 
 static struct control pool[POOL];
 static unsigned pooled;
+static struct control *in_use; /* each on the stack of the call that uses it */
 static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int socket_path(struct sockaddr_un *sa)
@@ -176,6 +178,25 @@ static bool still_ours(const struct control *c)
 	return fstat(c->fd, &st) == 0 && st.st_ino == c->ino && S_ISSOCK(st.st_mode);
 }
 
+/* pool_lock is held. */
+static void mark_used(struct control *c)
+{
+	c->next = in_use;
+	mic_store_release(&in_use, c); /* a fork between the two leaves a list without it */
+}
+
+static void mark_unused(const struct control *c)
+{
+	struct control **p = &in_use;
+
+	pthread_mutex_lock(&pool_lock);
+	while (*p && *p != c)
+		p = &(*p)->next;
+	if (*p)
+		*p = c->next;
+	pthread_mutex_unlock(&pool_lock);
+}
+
 /* A connection to use; 1 when it was used before: its node may have been replaced since. */
 static int control_get(struct control *c)
 {
@@ -184,6 +205,7 @@ static int control_get(struct control *c)
 	while (pooled) {
 		*c = pool[--pooled];
 		if (still_ours(c)) {
+			mark_used(c);
 			pthread_mutex_unlock(&pool_lock);
 			return 1;
 		}
@@ -207,7 +229,10 @@ static int control_get(struct control *c)
 		close(fd);
 		return rc < 0 ? rc : -EBADF;
 	}
-	*c = (struct control){fd, st.st_ino};
+	*c = (struct control){fd, st.st_ino, NULL};
+	pthread_mutex_lock(&pool_lock);
+	mark_used(c);
+	pthread_mutex_unlock(&pool_lock);
 	return 0;
 }
 
@@ -250,6 +275,7 @@ int node_call(const struct mic_scif_request *rq, const void *data, struct answer
 		if (rc < 0)
 			break;
 		rc = exchange(c.fd, rq, data, ans, interruptible);
+		mark_unused(&c);
 		if (rc < 0) {
 			answer_close(ans);
 			close(c.fd);
@@ -280,4 +306,9 @@ void wire_after_fork(void)
 	while (pooled)
 		if (still_ours(&pool[--pooled]))
 			close(pool[pooled].fd);
+	/* Also those whose calls are not here: with them open, the parent's death would end none of its requests. */
+	for (const struct control *c = in_use; c; c = c->next)
+		if (still_ours(c))
+			close(c->fd);
+	in_use = NULL;
 }

@@ -163,3 +163,51 @@ TEST(scif_53_requests_are_accepted_in_order)
 		EQ(from.port, 6000 + i);
 	}
 }
+
+static int shared_listener;
+static void *accept_for_ever(void *arg)
+{
+	struct scif_portID from;
+	int fd;
+
+	about_to_block();
+	scif_accept(shared_listener, &from, &fd, SCIF_ACCEPT_SYNC);
+	return arg;
+}
+
+TEST(scif_17_48_an_accept_ends_with_its_process_although_a_child_of_it_lives)
+{
+	int p[2], l = scif_open(), port = scif_bind(l, 0), fd, st;
+	struct scif_portID from, to = { (uint16_t)node_a(), (uint16_t)port };
+	char c;
+
+	CHECK(pipe(p) == 0 && scif_listen(l, 4) == 0);
+	pid_t dying = fork();
+	if (dying == 0) {
+		pid_t me = getpid();
+		pthread_t t;
+
+		shared_listener = l;
+		pthread_create(&t, NULL, accept_for_ever, NULL);
+		wait_until_blocked();
+		if (fork() == 0) {
+			alarm(30);
+			while (getppid() == me)
+				usleep(1000);
+			CHECK(scif_accept(l, &from, &fd, SCIF_ACCEPT_SYNC) == 0);
+			CHECK(write(p[1], "a", 1) == 1);
+			_exit(0);
+		}
+		CHECK(write(p[1], "f", 1) == 1);
+		pause();
+	}
+	EQ(read(p[0], &c, 1), 1);
+	kill(dying, SIGKILL);
+	EQ(waitpid(dying, &st, 0), dying);
+	close(p[1]);
+	OK(scif_close(l));
+	fd = scif_open();
+	CHECK(scif_connect(fd, &to) >= 0);
+	EQ(read(p[0], &c, 1), 1); /* the child's accept has it, not the dead one's */
+	EQ(c, 'a');
+}

@@ -67,12 +67,25 @@ TEST(scif_54_length_zero_returns_zero_always)
 {
 	int e[2], fd = scif_open();
 
-	EQ(scif_send(fd, NULL, 0, 77), 0);
-	EQ(scif_recv(fd, NULL, 0, -1), 0);
 	pair(e);
-	EQ(scif_send(e[0], NULL, 0, 0), 0);
-	scif_close(e[1]);
-	EQ(scif_recv(e[0], NULL, 0, 1), 0);
+	for (int state = 0; state < 5; state++) { /* unbound, bound, listening, connected, disconnected */
+		int ep = state < 3 ? fd : e[0];
+
+		if (state == 1)
+			CHECK(scif_bind(fd, 0) > 0);
+		if (state == 2)
+			CHECK(scif_listen(fd, 1) == 0);
+		if (state == 4) {
+			scif_close(e[1]);
+			EQ(poll1(ep, SCIF_POLLIN, 5000), SCIF_POLLHUP);
+		}
+		for (int flags = -2; flags < 5; flags++) { /* 2 is an error with any other length */
+			OK(scif_send(ep, NULL, 0, flags));
+			OK(scif_recv(ep, NULL, 0, flags));
+			EQ(scif_send(ep, (void *)1, 0, flags), 0);
+			EQ(scif_recv(ep, (void *)1, 0, flags), 0);
+		}
+	}
 }
 
 TEST(scif_55_56_bad_lengths_and_flags_come_before_the_state)
@@ -147,6 +160,7 @@ TEST(scif_63_64_73_132_unread_data_is_drained_then_reset)
 	EVENTUALLY(poll1(ep, SCIF_POLLIN | SCIF_POLLOUT, 0) & SCIF_POLLHUP);
 	EQ(poll1(ep, SCIF_POLLIN | SCIF_POLLOUT, 0), SCIF_POLLIN | SCIF_POLLOUT | SCIF_POLLHUP);
 	EQ(scif_recv(ep, buf, 2, 0), 2);
+	EQ(poll1(ep, SCIF_POLLIN | SCIF_POLLOUT, 0), SCIF_POLLIN | SCIF_POLLOUT | SCIF_POLLHUP);
 	EQ(scif_recv(ep, buf, 2, 0), 1);
 	FAILS(scif_recv(ep, buf, 2, 0), ECONNRESET);
 	FAILS(scif_recv(ep, buf, 2, 0), ECONNRESET);
@@ -175,6 +189,45 @@ TEST(scif_65_blocked_send_returns_the_placed_bytes_when_the_peer_closes)
 	CHECK(placed == 5095 || placed == 4095); /* the latter when its turn never came between read and close */
 	FAILS(scif_send(ep, big, sizeof big, SCIF_SEND_BLOCK), ECONNRESET);
 	reap(pid);
+}
+
+static void *blocked_send(void *arg)
+{
+	about_to_block();
+	FAILS(scif_send(*(int *)arg, "x", 1, SCIF_SEND_BLOCK), ECONNRESET);
+	return NULL;
+}
+
+/* Thread `t` is in a blocking send from `e[0]` that can place nothing. */
+static void block_in_send(int e[2], pthread_t *t)
+{
+	static char buf[5000];
+
+	pair(e);
+	EQ(scif_send(e[0], buf, sizeof buf, 0), 4095);
+	CHECK(!pthread_create(t, NULL, blocked_send, &e[0]));
+	wait_until_blocked();
+}
+
+TEST(scif_65_134_blocked_send_that_placed_nothing_fails_when_the_peer_closes)
+{
+	pthread_t t;
+	int e[2];
+
+	block_in_send(e, &t);
+	OK(scif_close(e[1]));
+	pthread_join(t, NULL);
+	OK(scif_close(e[0]));
+}
+
+TEST(scif_134_close_while_another_thread_sends)
+{
+	pthread_t t;
+	int e[2];
+
+	block_in_send(e, &t);
+	OK(scif_close(e[0]));
+	pthread_join(t, NULL);
 }
 
 static int signalled;

@@ -100,6 +100,24 @@ def test_scif_3_3_what_the_owner_makes_of_it(request_op: Op, why: int, code: int
     run(body)
 
 
+def test_scif_84_a_registration_ends_when_the_peers_node_knows_the_window() -> None:
+    """Not before: its program may use the window as soon as it is told of it."""
+
+    async def body(fab: Fabric, card: Card, ep: KernelEndpoint, conn: KernelEndpoint) -> None:
+        handle, held = fab.host._handlers[Op.REGISTER], list[Msg]()
+        fab.host.add_handler(Op.REGISTER, lambda msg, link: held.append(msg))
+        ended: list[ScifError | None] = []
+        window = ep.windows.reserve(0, 4096, 3, False)
+        ep.windows.announce(window, [(card.node.window_allocator.alloc(4096), 4096)], ended.append)
+        await eventually(lambda: held, "the announcement")
+        assert not ended
+        handle(held[0], card.host_link)
+        await eventually(lambda: ended == [None], "the end of the registration")
+        conn.windows.map(window.offset, 4096, 3)
+
+    run(body)
+
+
 def test_scif_3_3_other_refusals_have_no_errno() -> None:
     """MARK_NACK and SIG_NACK leave p3 what it was: for signals it is the request."""
 

@@ -15,6 +15,8 @@ from scif_server import Server, settled
 
 from mic_emu._native import lib
 from mic_emu.clock import Clock
+from mic_emu.memory import PAGE
+from mic_emu.scif.errors import ScifError
 from mic_emu.scif.kernel import KernelEndpoint
 
 COPIER = """
@@ -72,7 +74,7 @@ async def connected(fab: Fabric) -> KernelEndpoint:
     return ep
 
 
-def test_scif_87_a_change_is_over_when_the_copies_before_it_have_ended() -> None:
+def test_scif_87_114_a_change_is_over_when_the_copies_before_it_have_ended() -> None:
     """The last copier wakes the node; copies that began later do not count."""
 
     async def body(ep: KernelEndpoint, copies: Copies) -> None:
@@ -89,7 +91,33 @@ def test_scif_87_a_change_is_over_when_the_copies_before_it_have_ended() -> None
     with_copies(body)
 
 
-def test_scif_87_changes_overlap() -> None:
+def test_scif_114_the_owners_pages_stay_until_the_peers_copies_have_ended() -> None:
+    """Unregistered, and unmapped by the owner: while a copy goes on neither the call is over nor the pages are free."""
+
+    async def body(ep: KernelEndpoint, copies: Copies) -> None:
+        node, ended = ep.node, list[ScifError | None]()
+        owner, own_pid = node.endpoints[ep.remote_id], os.getpid()
+        run = node.pages.allocate(own_pid, PAGE)
+        held = node.pages.hold(own_pid, [(run, PAGE)])
+        owner.windows.announce(owner.windows.reserve(0, PAGE, 3, True), held, ended.append)
+        await eventually(lambda: ended == [None], "the registration")
+        (window,) = ep.windows.remote
+        copy = copies.begin()
+        owner.windows.unregister(0, PAGE, ended.append)
+        node.pages.drop(own_pid, run)
+        await eventually(lambda: not window.alive, "the peer's node hears of it")
+        for _ in range(20):  # each message between the two takes one
+            await asyncio.sleep(0)
+        assert ended == [None]
+        assert run in dict(node.window_allocator.used_areas())
+        copies.end(copy)
+        await eventually(lambda: ended == [None, None], "the end of the unregistration")
+        assert run not in dict(node.window_allocator.used_areas())
+
+    with_copies(body)
+
+
+def test_scif_87_114_changes_overlap() -> None:
     """Each change waits for every copy that began before it, also those of earlier changes."""
 
     async def body(ep: KernelEndpoint, copies: Copies) -> None:

@@ -227,6 +227,33 @@ TEST(scif_85_pages_that_were_moved_elsewhere_are_kept)
 	EQ(q[PG + 1], 0);
 }
 
+TEST(scif_85_87_a_window_keeps_the_pages_that_another_one_had_too)
+{
+	int e[2], f[2];
+	off_t a, b;
+	char c;
+
+	pair(e);
+	pair(f);
+	char *p = registered(e[0], 1, &a);
+	b = scif_register(f[0], p, PG, 0, RW, 0);
+	CHECK(b >= 0);
+	munmap(p, PG);
+	for (int round = 0; round < 2; round++) { /* then without the first window */
+		for (int i = 0; i < 300; i++) { /* the library looks, and the pages would be somebody's */
+			char *r = used(e[0], 1);
+			memset(r, 0x66, PG);
+			munmap(r, PG);
+		}
+		OK(scif_vreadfrom(f[1], &c, 1, b, 0));
+		EQ(c, 1);
+		OK(scif_vreadfrom(f[1], &c, 1, b + 1, 0));
+		EQ(c, 0);
+		if (round == 0)
+			OK(scif_unregister(e[0], a, PG));
+	}
+}
+
 static int busy_ep;
 static volatile int stop_busy;
 static void *busy(void *arg)

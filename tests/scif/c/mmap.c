@@ -40,6 +40,81 @@ TEST(scif_91_98_unregister_of_a_mapped_window_lingers)
 	EQ(scif_register(e[0], p, PG, 0x11000, RW, SCIF_MAP_FIXED), 0x11000);
 }
 
+/* The place of an unregistered window is free once nothing of it is mapped, and not before. */
+static void taken(int ep, char *p, off_t at)
+{
+	FAILS(scif_register(ep, p, PG, at, RW, SCIF_MAP_FIXED), EADDRINUSE);
+}
+
+static void free_again(int ep, char *p, off_t at)
+{
+	EQ(scif_register(ep, p, PG, at, RW, SCIF_MAP_FIXED), at);
+}
+
+TEST(scif_98_each_window_of_a_mapping_goes_with_its_own_last_page)
+{
+	char *p = filled(4, 3);
+	int e[2];
+
+	pair(e);
+	EQ(scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+	EQ(scif_register(e[0], p + 2 * PG, 2 * PG, 0x12000, RW, SCIF_MAP_FIXED), 0x12000);
+	char *m = scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000);
+	CHECK(m != SCIF_MMAP_FAILED);
+	OK(scif_unregister(e[0], 0x10000, 4 * PG));
+	OK(scif_munmap(m + PG, 2 * PG)); /* one page of each is left */
+	taken(e[0], p, 0x10000);
+	taken(e[0], p, 0x12000);
+	CHECK(!memcmp(m, p, PG) && !memcmp(m + 3 * PG, p + 3 * PG, PG));
+	OK(scif_munmap(m + 3 * PG, PG));
+	free_again(e[0], p, 0x12000);
+	taken(e[0], p, 0x10000);
+	CHECK(!memcmp(m, p, PG));
+	OK(scif_munmap(m, PG));
+	free_again(e[0], p, 0x10000);
+}
+
+TEST(scif_96_98_an_odd_length_counts_whole_pages)
+{
+	char *p = filled(2, 5);
+	int e[2];
+
+	pair(e);
+	for (int i = 0; i < 2; i++) { /* a byte of the second page, then of the first one */
+		size_t len = i ? 1 : PG + 1;
+
+		EQ(scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+		char *m = scif_mmap(NULL, len, RW, 0, e[1], 0x10000);
+		CHECK(m != SCIF_MMAP_FAILED);
+		OK(scif_unregister(e[0], 0x10000, 2 * PG));
+		taken(e[0], p, 0x10000);
+		CHECK(!memcmp(m, p, i ? PG : 2 * PG));
+		OK(scif_munmap(m, len));
+		free_again(e[0], p, 0x10000);
+		OK(scif_unregister(e[0], 0x10000, PG));
+	}
+}
+
+TEST(scif_97_98_a_mapping_that_another_one_replaces_is_gone)
+{
+	char *p = filled(2, 7);
+	int e[2];
+
+	pair(e);
+	EQ(scif_register(e[0], p, PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
+	EQ(scif_register(e[0], p + PG, PG, 0x20000, RW, SCIF_MAP_FIXED), 0x20000);
+	char *m = scif_mmap(NULL, PG, RW, 0, e[1], 0x10000);
+	CHECK(m != SCIF_MMAP_FAILED);
+	CHECK(scif_mmap(m, PG, RW, SCIF_MAP_FIXED, e[1], 0x20000) == m);
+	CHECK(!memcmp(m, p + PG, PG));
+	OK(scif_unregister(e[0], 0x10000, PG));
+	free_again(e[0], p, 0x10000);
+	OK(scif_unregister(e[0], 0x20000, PG));
+	taken(e[0], p, 0x20000);
+	OK(scif_munmap(m, PG));
+	free_again(e[0], p, 0x20000);
+}
+
 static void unmapping_peer(int ep)
 {
 	for (int i = 0; i < 50; i++) {
@@ -127,11 +202,13 @@ TEST(scif_94_95_96_97_mmap_errors)
 	scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED);
 	scif_register(e[0], p, 2 * PG, 0x12000, SCIF_PROT_READ, SCIF_MAP_FIXED);
 	scif_register(e[0], p, PG, 0x20000, RW, SCIF_MAP_FIXED);
+	scif_register(e[0], p, PG, 0x30000, SCIF_PROT_WRITE, SCIF_MAP_FIXED);
 	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x14000), ENXIO);
 	MAPFAILS(scif_mmap(NULL, 0x11000, SCIF_PROT_READ, 0, e[1], 0x10000), ENXIO);
 	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], -PG), ENXIO);
 	MAPFAILS(scif_mmap(NULL, 4 * PG, RW, 0, e[1], 0x10000), EPERM);
 	MAPFAILS(scif_mmap(NULL, PG, SCIF_PROT_WRITE, 0, e[1], 0x12000), EPERM);
+	MAPFAILS(scif_mmap(NULL, PG, SCIF_PROT_READ, 0, e[1], 0x30000), EPERM);
 	MAPFAILS(scif_mmap(NULL, PG, RW, 0, e[1], 0x10001), EINVAL);
 	MAPFAILS(scif_mmap(NULL, 0, RW, 0, e[1], 0x10000), EINVAL);
 	MAPFAILS(scif_mmap(p + 1, PG, RW, SCIF_MAP_FIXED, e[1], 0x10000), EINVAL);
@@ -204,6 +281,9 @@ static void expose_and_wait(int ep)
 	off_t off = scif_register(ep, p, 2 * PG, 0, RW, 0);
 
 	send_all(ep, &off, sizeof off);
+	EVENTUALLY(__atomic_load_n(p, __ATOMIC_ACQUIRE) == 'c'); /* they have closed, and mapped it still */
+	EQ(poll1(ep, SCIF_POLLIN | SCIF_POLLOUT, 0), SCIF_POLLOUT);
+	__atomic_store_n(p, 'p', __ATOMIC_RELEASE);
 	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
 }
 
@@ -211,14 +291,14 @@ TEST(scif_101_closing_with_a_live_mapping_does_not_disconnect)
 {
 	pid_t pid;
 	off_t off;
-	int ep = with_peer(expose_and_wait, &pid), st;
+	int ep = with_peer(expose_and_wait, &pid);
 
 	recv_all(ep, &off, sizeof off);
 	char *m = scif_mmap(NULL, 2 * PG, RW, 0, ep, off);
 	CHECK(m != SCIF_MMAP_FAILED);
 	OK(scif_close(ep));
-	usleep(30000);
-	EQ(waitpid(pid, &st, WNOHANG), 0);
+	__atomic_store_n(m, 'c', __ATOMIC_RELEASE);
+	EVENTUALLY(__atomic_load_n(m, __ATOMIC_ACQUIRE) == 'p');
 	EQ(m[PG], (char)(PG * 31 + 1 + 6));
 	OK(scif_munmap(m, 2 * PG));
 	reap(pid);

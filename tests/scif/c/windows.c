@@ -50,12 +50,14 @@ TEST(scif_81_82_offsets)
 	EQ(scif_register(e[0], p, 2 * PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
 	FAILS(scif_register(e[0], p, 2 * PG, 0x11000, RW, SCIF_MAP_FIXED), EADDRINUSE);
 	FAILS(scif_register(e[0], p, 2 * PG, 0xf000, RW, SCIF_MAP_FIXED), EADDRINUSE);
-	EQ(scif_register(e[0], p, PG, 0x12000, RW, SCIF_MAP_FIXED), 0x12000);
+	EQ(scif_register(e[0], p, PG, 0x12000, RW, SCIF_MAP_FIXED), 0x12000); /* just above it */
+	EQ(scif_register(e[0], p, PG, 0xf000, RW, SCIF_MAP_FIXED), 0xf000); /* and below */
 	EQ(scif_register(e[0], p, 3 * PG, 0x77000, RW, 0), FIRST);
 	EQ(scif_register(e[0], p, PG, 0x77001, RW, 0), FIRST + 3 * PG);
 	OK(scif_unregister(e[0], FIRST, 3 * PG));
 	EQ(scif_register(e[0], p, 2 * PG, 0, RW, 0), FIRST);
 	EQ(scif_register(e[0], p, 2 * PG, 0, RW, 0), FIRST + 4 * PG);
+	EQ(scif_register(e[0], p, PG, 0, RW, 0), FIRST + 2 * PG); /* it fits exactly */
 	EQ(scif_register(e[1], p, PG, 0, RW, 0), FIRST);
 	EQ(scif_register(e[0], p, PG, 0x7fffffffffffe000, RW, SCIF_MAP_FIXED), 0x7fffffffffffe000);
 }
@@ -241,6 +243,8 @@ TEST(scif_88_89_90_unregister)
 	FAILS(scif_unregister(e[0], 0x10000, 100), EINVAL);
 	FAILS(scif_unregister(e[0], 0x10001, PG), EINVAL);
 	FAILS(scif_unregister(e[0], -PG, PG), EINVAL);
+	FAILS(scif_unregister(e[0], 0x7ffffffffffff000, 2 * PG), EINVAL);
+	FAILS(scif_unregister(e[0], 0x10000, (size_t)-PG), EINVAL);
 	FAILS(scif_unregister(e[0], 0x50000, PG), ENXIO);
 	FAILS(scif_unregister(e[0], 0x10000, 0x11000), ENXIO);
 	FAILS(scif_unregister(e[0], 0x10000, 3 * PG), ENXIO);
@@ -269,6 +273,14 @@ TEST(scif_92_106_protections_of_windows)
 
 	FAILS(scif_vreadfrom(e[1], buf, 8, none, 0), EPERM);
 	FAILS(scif_vwriteto(e[1], buf, 8, none, 0), EPERM);
+	FAILS(scif_readfrom(e[1], l, 8, none, 0), EPERM);
+	FAILS(scif_writeto(e[1], l, 8, none, 0), EPERM);
+	FAILS(scif_fence_signal(e[1], 0, 0, none, 1, SCIF_FENCE_INIT_SELF | SCIF_SIGNAL_REMOTE), EPERM);
+	for (int prot = 1; prot < 4; prot++) {
+		errno = 0;
+		CHECK(scif_mmap(NULL, PG, prot, 0, e[1], none) == SCIF_MMAP_FAILED);
+		EQ(errno, EPERM);
+	}
 	FAILS(scif_vwriteto(e[1], buf, 8, r, 0), EPERM);
 	FAILS(scif_vreadfrom(e[1], buf, 8, w, 0), EPERM);
 	OK(scif_vreadfrom(e[1], buf, 8, r, 0));
@@ -338,6 +350,7 @@ TEST(scif_86_register_loses_no_racing_write)
 		memset(wrote, 0, sizeof wrote);
 		stop_racing = 0;
 		pthread_create(&t, NULL, racer, NULL);
+		EVENTUALLY(__atomic_load_n(&wrote[63], __ATOMIC_ACQUIRE)); /* it runs */
 		off_t off = scif_register(e[0], racing, 64 * PG, 0, RW, 0);
 		CHECK(off >= 0);
 		stop_racing = 1;

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 from scif_server import HERE, PACKAGE, Server, settled
 
+from mic_emu import scif
 from mic_emu.testing.machine import eventually
 
 MIB = 1 << 20
@@ -37,10 +36,10 @@ def lab(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 class Client:
-    """A program that issues ``count`` large copies, and waits for their mark in another thread."""
+    """A program that issues ``count`` large copies with ``flags``, and waits for their mark in another thread."""
 
-    def __init__(self, program: Path, server: Server, route: str, count: int = 1) -> None:
-        env = {**server.env(route), "DIALOG": str(count)}
+    def __init__(self, program: Path, server: Server, route: str, count: int = 1, flags: int = 0) -> None:
+        env = {**server.env(route), "DIALOG": str(count), "FLAGS": str(flags)}
         self.process = subprocess.Popen(
             [program, "dialog"], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -71,8 +70,8 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(program: Path, server: Server, route: str, count: int = 1) -> Iterator[Client]:
-    c = Client(program, server, route, count)
+def client(program: Path, server: Server, route: str, count: int = 1, flags: int = 0) -> Iterator[Client]:
+    c = Client(program, server, route, count, flags)
     try:
         yield c
     finally:
@@ -87,12 +86,17 @@ def copied(server: Server, card: int = 1) -> list[int]:
     return [row["bytes"] for row in rows]
 
 
-def memory(server: Server) -> int:
-    """Bytes of node 0's memory that are in use beyond what an idle one uses."""
+def memory(server: Server, node: int = 0) -> int:
+    """Bytes of a node's memory that are in use beyond what an idle one uses."""
+    return grown(server, node, "used")
+
+
+def grown(server: Server, node: int, what: str) -> int:
+    """How much more a node has of something than an idle one."""
     now, idle = server.ask("state"), server.idle
     assert isinstance(now, list)
     assert isinstance(idle, list)
-    return int(now[0]["used"]) - int(idle[0]["used"])
+    return int(now[node][what]) - int(idle[node][what])
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -114,6 +118,21 @@ def test_scif_2_13_an_asynchronous_copy_returns_before_it_is_done(
         assert sorted(rows)[-2] == 0, "one endpoint uses one channel"
         p.end()
     assert settled(lab) == lab.idle
+
+
+@pytest.mark.parametrize("flags", [scif.RMA_USECPU, scif.RMA_SYNC, scif.RMA_SYNC | scif.RMA_ORDERED])
+def test_scif_111_a_large_copy_that_must_be_complete_is_when_the_call_returns(
+    lab: Server, program: Path, flags: int
+) -> None:
+    """SCIF-111: although the channels, which make such copies without the flags, stand still."""
+    for c in ROUTES["0-1"]:
+        lab.ask(f"pause 1 {c}")
+    with client(program, lab, "0-1", flags=flags) as p:
+        assert p.copy() == "copied"
+        assert p.fence() == (0, "copied")
+        p.end()
+    for c in ROUTES["0-1"]:
+        lab.ask(f"resume 1 {c}")
 
 
 @pytest.mark.parametrize("route", ["0-0", "1-2"])
@@ -210,6 +229,7 @@ def test_scif_129_a_card_that_goes_away_under_copies(
         p.end()
 
 
+@pytest.mark.parametrize("lab", ["10"], indirect=True)
 @pytest.mark.parametrize("route", ["0-1", "1-0"])
 def test_scif_114_a_killed_program_leaves_its_pages_to_the_engine(
     lab: Server, program: Path, route: str
@@ -217,22 +237,23 @@ def test_scif_114_a_killed_program_leaves_its_pages_to_the_engine(
     """SCIF-114: whoever dies with copies under way: their pages stay until the channel has ended them, then
     everything is free."""
 
-    def killed() -> str:
-        with client(program, lab, route, count=4) as p:
-            said = p.copy()
-            os.kill(p.process.pid, signal.SIGKILL)
-            p.process.wait()
-        return said
-
+    node = int(route[0])
     for c in ROUTES[route]:
         lab.ask(f"pause 1 {c}")
-    assert killed() == "under way"
-    for c in ROUTES[route]:
-        lab.ask(f"resume 1 {c}")
+    with client(program, lab, route, count=4) as p:
+        assert p.copy() == "under way"
+        p.process.kill()
+        eventually(lambda: grown(lab, node, "controls") == 0, 20, "its node knows that it is dead")
+        for _ in range(200):  # the nodes could tell each other whatever they liked
+            assert memory(lab, node) >= 4 * MIB, "the pages were freed under the engine"
+        for c in ROUTES[route]:
+            lab.ask(f"resume 1 {c}")
     for c in ROUTES[route]:
         lab.ask(f"fault 1 dma-delay channel={c} delay=20ms")
-    for _ in range(2):
-        killed()  # in the middle of its copies, most likely
+    for _ in range(2):  # in the middle of its copies, most likely
+        with client(program, lab, route, count=4) as p:
+            p.copy()
+            p.process.kill()
     lab.ask("heal 1")
     assert settled(lab) == lab.idle
 

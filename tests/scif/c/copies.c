@@ -216,7 +216,8 @@ static void *wait_mark(void *arg)
 /* A copy, and a wait for it in another thread, while somebody stops the channel. */
 TEST(dialog)
 {
-	const char *how = getenv("DIALOG");
+	const char *how = getenv("DIALOG"), *with = getenv("FLAGS");
+	int flags = with ? atoi(with) : 0;
 	pid_t pid;
 
 	if (!how)
@@ -230,7 +231,7 @@ TEST(dialog)
 	say("ready");
 	hear("copy");
 	for (int k = 0; k < n; k++)
-		OK(scif_writeto(ep, OWN, 4 * MB, AT, 0));
+		OK(scif_writeto(ep, OWN, 4 * MB, AT, flags));
 	OK(scif_fence_mark(ep, SELF, &a[1]));
 	mark = a[1];
 	CHECK(!pthread_create(&t, NULL, wait_mark, a));

@@ -61,13 +61,20 @@ TEST(scif_104_109_all_alignments_over_adjacent_windows)
 
 TEST(scif_105_107_113_errors)
 {
-	char *p = pages(2), buf[64];
+	char *p = pages(2), buf[64], *big = pages(3);
 	int e[2], fd = scif_open();
 
 	FAILS(scif_readfrom(fd, 0, 1, 0, 0x100), ENOTCONN);
 	pair(e);
 	scif_register(e[0], p, PG, 0x10000, RW, SCIF_MAP_FIXED);
 	scif_register(e[1], p + PG, PG, 0x20000, RW, SCIF_MAP_FIXED);
+	for (off_t at = 0x40000; at < 0x43000; at += 2 * PG) { /* with a gap of a page */
+		scif_register(e[0], p, PG, at, RW, SCIF_MAP_FIXED);
+		scif_register(e[1], p + PG, PG, at, RW, SCIF_MAP_FIXED);
+	}
+	FAILS(scif_vreadfrom(e[1], big, 2 * PG, 0x40000, 0), ENXIO);
+	FAILS(scif_vreadfrom(e[1], big, 3 * PG, 0x40000, 0), ENXIO);
+	FAILS(scif_readfrom(e[1], 0x40000, 3 * PG, 0x10000, 0), ENXIO);
 	OK(scif_readfrom(e[1], 0x20000, 64, 0x10000, 0));
 	FAILS(scif_readfrom(e[1], 0x20000, 0, 0x10000, 0), EINVAL);
 	FAILS(scif_vreadfrom(e[1], buf, 0, 0x10000, 0), EINVAL);
@@ -165,7 +172,12 @@ TEST(scif_115_116_118_marks_on_the_host_loopback)
 	pair(e);
 	FAILS(scif_fence_mark(e[0], 0, &mark), EINVAL);
 	FAILS(scif_fence_mark(e[0], 3, &mark), EINVAL);
-	FAILS(scif_fence_mark(e[0], 4, &mark), EINVAL);
+	for (int other = 4; other; other <<= 1) {
+		FAILS(scif_fence_mark(e[0], other, &mark), EINVAL);
+		FAILS(scif_fence_mark(e[0], other | SCIF_FENCE_INIT_SELF, &mark), EINVAL);
+		FAILS(scif_fence_mark(e[0], other | SCIF_FENCE_INIT_PEER, &mark), EINVAL);
+	}
+	EQ(mark, 0);
 	FAILS(scif_fence_mark(e[0], 1, NULL), EFAULT);
 	OK(scif_fence_mark(e[0], SCIF_FENCE_INIT_SELF, &mark));
 	EQ(mark, 0xdead);
@@ -214,23 +226,36 @@ TEST(scif_120_121_122_signal_errors)
 	scif_register(e[0], p + PG, PG, 0x11000, RW, SCIF_MAP_FIXED);
 	scif_register(e[0], p, PG, 0x20000, SCIF_PROT_READ, SCIF_MAP_FIXED);
 	scif_register(e[1], p + 2 * PG, PG, 0x30000, RW, SCIF_MAP_FIXED);
+	scif_register(e[1], p + 3 * PG, PG, 0x40000, SCIF_PROT_READ, SCIF_MAP_FIXED);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x10000, 1, S), EINVAL);
+	FAILS(scif_fence_signal(e[1], 0x30000, 1, 0x10000, 1, R | L), EINVAL);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x10000, 1, R), EINVAL);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x10000, 1, S | P | R), EINVAL);
-	FAILS(scif_fence_signal(e[1], 0, 1, 0x10000, 1, S | R | 0x40), EINVAL);
+	for (int unknown = 4; unknown; unknown <<= unknown == 8 ? 3 : 1)
+		FAILS(scif_fence_signal(e[1], 0, 1, 0x10000, 1, S | R | unknown), EINVAL);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x10002, 1, S | R), EINVAL);
-	FAILS(scif_fence_signal(e[1], 0x30001, 1, 0x10000, 1, S | L), EINVAL);
+	for (int off = 1; off < 4; off++) {
+		FAILS(scif_fence_signal(e[1], 0x30000 + off, 1, 0x10000, 1, S | L), EINVAL);
+		FAILS(scif_fence_signal(e[1], 0x30000, 1, 0x10000 + off, 1, P | R | L), EINVAL);
+	}
 	OK(scif_fence_signal(e[1], 0x30001, 1, 0x10000, 1, S | R)); /* the other half is not looked at */
 	OK(scif_fence_signal(e[1], 0, 0, 0x10ff8, 0x1122334455667788, S | R));
 	EQ(*(uint64_t *)(p + 0xff8), 0x1122334455667788);
 	OK(scif_fence_signal(e[1], 0, 0, 0x10014, 0xaabbccdd11223344, S | R));
 	CHECK(!memcmp(p + 0x14, "\x44\x33\x22\x11\xdd\xcc\xbb\xaa", 8));
+	OK(scif_fence_signal(e[1], 0, 0, 0x10024, 0x99aabbccddeeff00, P | L)); /* by the node */
+	CHECK(!memcmp(p + 0x24, "\x00\xff\xee\xdd\xcc\xbb\xaa\x99", 8));
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x10ffc, 1, S | R), ENXIO);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x50000, 1, S | R), ENXIO);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x20000, 1, S | R), EPERM);
+	FAILS(scif_fence_signal(e[1], 0x40000, 1, 0, 1, S | L), EPERM);
+	FAILS(scif_fence_signal(e[1], 0x30ffc, 1, 0, 1, S | L), ENXIO);
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x20000, 1, P | L), ENXIO); /* as the peer sees it */
 	FAILS(scif_fence_signal(e[1], 0, 1, 0x50000, 1, P | L), ENXIO);
+	FAILS(scif_fence_signal(e[1], 0, 1, 0x10ffc, 1, P | L), ENXIO);
 	FAILS(scif_fence_signal(e[1], 0x50000, 1, 0, 1, P | R), ENXIO);
+	FAILS(scif_fence_signal(e[1], 0x40000, 1, 0, 1, P | R), ENXIO);
+	EQ(p[3 * PG], 0);
 }
 
 static void expose_flags(int ep)
@@ -240,12 +265,13 @@ static void expose_flags(int ep)
 
 	EQ(scif_register(ep, p, PG, 0x10000, RW, SCIF_MAP_FIXED), 0x10000);
 	meet(ep);
-	uint64_t want[] = { 0x2222222222222222, 0x3333333333333333 };
-	for (int i = 0; i < 2; i++) {
+	uint64_t want[] = { 0x2222222222222222, 0x3333333333333333, 0, 7, 9 };
+	for (int i = 0; i < 5; i++) {
 		while (__atomic_load_n(&p[i], __ATOMIC_ACQUIRE) != want[i])
 			sched_yield();
 		send_all(ep, "s", 1);
 	}
+	EQ(p[2], 0); /* never meant for us */
 	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
 }
 
@@ -268,9 +294,15 @@ TEST(scif_123_placement_of_signals_follows_the_code)
 	EQ(p[1], 0);
 	OK(scif_fence_signal(ep, 0x20008, 0x4444, 0x10010, 5, SCIF_FENCE_INIT_PEER | SCIF_SIGNAL_REMOTE));
 	EVENTUALLY(__atomic_load_n(&p[1], __ATOMIC_ACQUIRE) == 0x4444);
+	recv_all(ep, &c, 1);
 	OK(scif_fence_signal(ep, 0x20010, 6, 0x10018, 7,
 			     SCIF_FENCE_INIT_PEER | SCIF_SIGNAL_REMOTE | SCIF_SIGNAL_LOCAL));
 	EVENTUALLY(__atomic_load_n(&p[2], __ATOMIC_ACQUIRE) == 6);
+	recv_all(ep, &c, 1); /* 7 is there */
+	OK(scif_fence_signal(ep, 0x20018, 8, 0x10020, 9,
+			     SCIF_FENCE_INIT_SELF | SCIF_SIGNAL_REMOTE | SCIF_SIGNAL_LOCAL));
+	EQ(p[3], 8);
+	recv_all(ep, &c, 1); /* and 9 */
 	OK(scif_close(ep));
 	reap(pid);
 }

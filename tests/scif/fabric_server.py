@@ -2,8 +2,9 @@
 
 usage: fabric_server.py DIR CARDS. Prints one line when it is ready, then answers commands, one JSON
 line each: ``state`` (what the nodes still hold), ``private`` (KiB of memory that only this process has),
-``down N`` (card N vanishes), ``up N [bank]`` (it is back,
-with an empty window bank or without one), ``cut N`` (its windows' pages go, and no node has heard of it); of card N's DMA
+``exhaust N``, ``free N`` (take every free ephemeral port of node N, give them back); of card N: ``down N``
+(it vanishes), ``up N [bank]`` (it is back, with an empty window bank or without one), ``freeze N`` (its node
+hears no doorbell any more), ``cut N`` (its windows' pages go, and no node has heard of it); of its DMA
 engine: ``stats N``, ``fault N KIND WORD=VALUE ...`` (as ``micemu fault``), ``heal N`` (take the faults out),
 ``pause N CHANNEL``, ``resume N CHANNEL``, ``reset N`` (the drivers stop, the engine is reset, they start).
 Ends with its standard input.
@@ -12,6 +13,7 @@ Ends with its standard input.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,6 +29,8 @@ from fabric import Dma, Fabric, card_ports, eventually, fabric, host_ports
 from mic_emu.clock import Clock
 from mic_emu.faults import parse
 from mic_emu.memory import WINDOW_BANK, revoke_windows
+from mic_emu.scif.errors import ScifError
+from mic_emu.scif.node import Node
 from mic_emu.scif.service import ScifService, listen_at
 
 
@@ -63,6 +67,8 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
         return state(fab, services)
     if words[0] == "private":
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+    if words[0] in ("exhaust", "free"):
+        return every_port(fab.nodes[int(words[1])], words[0] == "exhaust")
     index = int(words[1]) - 1
     card = fab.cards[index]
     if words[0] in ("stats", "fault", "heal", "pause", "resume", "reset"):
@@ -75,6 +81,8 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
         if card.dma is not None:  # a card that comes back was reset
             card.dma.stop()
             card.dma.engine.reset()
+    elif words[0] == "freeze":
+        asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))
     elif words[0] == "cut":
         revoke_windows(card.bus.fds[0])
     elif words[0] == "up":
@@ -89,6 +97,23 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
             card.dma.start()
         await eventually(lambda: index + 1 in fab.host.node_ids(), "online again")
     return "done"
+
+
+EXHAUSTED: dict[int, list[int]] = {}
+
+
+def every_port(node: Node, take: bool) -> int:
+    """Take what ephemeral ports a node has, or give them back; returns their number."""
+    ports = EXHAUSTED.setdefault(node.id, [])
+    if not take:
+        count = len(ports)
+        while ports:
+            node.ports.drop(ports.pop())
+        return count
+    with contextlib.suppress(ScifError):
+        while True:
+            ports.append(node.ports.take(0))
+    return len(ports)
 
 
 def engine_command(dma: Dma, words: list[str]) -> Any:

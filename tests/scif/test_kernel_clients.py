@@ -198,12 +198,12 @@ def test_scif_23_24_ephemeral_ports_lowest_first() -> None:
     """SCIF-23: 1089, 1090, reuse of the lowest; SCIF-24: none left is ENOSPC, from connect too."""
 
     async def body(fab: Fabric) -> None:
-        a, b = fab.host.open(), fab.host.open()
-        assert (a.bind(0), b.bind(0)) == (1089, 1090)
+        a, b, c = fab.host.open(), fab.host.open(), fab.host.open()
+        assert (a.bind(0), b.bind(0), c.bind(0)) == (1089, 1090, 1091)
         await a.close()
-        c = fab.host.open()
-        assert c.bind(0) == 1089
-        taken = [fab.host.ports.take(0) for _ in range(65535 - 1090)]
+        await b.close()
+        assert (fab.host.open().bind(0), fab.host.open().bind(0)) == (1089, 1090)
+        taken = [fab.host.ports.take(0) for _ in range(65535 - 1091)]
         assert taken[-1] == 65535
         with pytest.raises(ScifError) as e:
             fab.host.open().bind(0)
@@ -223,6 +223,10 @@ def test_scif_25_22_a_listeners_port_stays_taken_while_an_accepted_endpoint_live
         assert e.value.errno == errno.EINVAL
         fab.cards[0].node.open().bind(300)  # another node, another space
         await client.close()
+        assert server.state is State.DISCONNECTED
+        with pytest.raises(ScifError) as e:
+            fab.host.open().bind(300)  # held until it is closed, too
+        assert e.value.errno == errno.EINVAL
         await server.close()
         assert fab.host.open().bind(300) == 300
 
@@ -328,11 +332,13 @@ def test_scif_131_129_132_node_loss_reaches_clients_then_endpoints() -> None:
         listener = fab.host.open()
         listener.bind(50)
         listener.listen(1)
-        pending = asyncio.ensure_future(fab.host.open().connect((1, 300)))
+        held = fab.cards[0].node.open()
+        held.bind(301)
+        held.listen(1)
+        pending = asyncio.ensure_future(fab.host.open().connect((1, 301)))
         await client.send(b"last words")
         blocked = asyncio.ensure_future(listener.accept())
-        held = fab.cards[0].node.open()
-        held.bind(300)
+        await eventually(lambda: held.pending and listener.accepts, "both calls wait")
         fab.cards[0].host_link.down()
         assert (1, False, State.CONNECTED) in seen
         assert server.state is State.DISCONNECTED

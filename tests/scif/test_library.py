@@ -122,17 +122,21 @@ def test_scif_4_5_6_header(compiler: list[str], tmp_path: Path) -> None:
         "#include <scif.h>", "#ifndef __cplusplus", "#define static_assert _Static_assert", "#endif",
         "#include <stddef.h>", *checks, *kinds,
         'static_assert(sizeof(struct scif_portID) == 4 && offsetof(struct scif_portID, port) == 2, "portID");',
+        'static_assert(offsetof(struct scif_pollepd, epd) == 0 && offsetof(struct scif_pollepd, events) == 4, "pollepd");',
         'static_assert(sizeof(struct scif_pollepd) == 8 && offsetof(struct scif_pollepd, revents) == 6, "pollepd");',
         'static_assert(ACCEPT_SYNC == 1 && SEND_BLOCK == 1 && RECV_BLOCK == 1, "aliases");',
         'static_assert(sizeof(off_t) == 8, "off_t");',
+        "#if !defined SCIF_MMAP_FAILED || defined SCIF_MAP_ULIMIT", "#error kinds", "#endif",
         "MICACCESSAPI int f(portID_t *p) { fd_set s; struct pollfd q; FD_ZERO(&s); q.fd = p->node; errno = 0;",
         "uint64_t x = (uint64_t)(size_t)SCIF_MMAP_FAILED; (void)x; return close(q.fd) + select(0, &s, 0, 0, 0); }",
+        "int main(void) { return SCIF_MMAP_FAILED != (void *)(intptr_t)-1; }",
     ])  # fmt: skip
     done = subprocess.run(
-        [*compiler, "-Wall", "-Werror", "-c", "-o", tmp_path / "o", f"-I{PACKAGE / 'include'}", "-"],
+        [*compiler, "-Wall", "-Werror", "-o", tmp_path / "values", f"-I{PACKAGE / 'include'}", "-"],
         input=source, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert subprocess.run([tmp_path / "values"]).returncode == 0
 
 
 def environment(server: Server, node: int) -> dict[str, str]:
@@ -176,8 +180,8 @@ def test_the_instance_is_found_as_commands_find_it(server: Server) -> None:
         assert opens(MICEMU_RUNDIR=home, MICEMU_INSTANCE="x" * 200) == "ENOENT"
 
 
-def test_scif_18_ordinary_users_cannot_bind_low_ports(tmp_path: Path) -> None:
-    """SCIF-18: 1..1023 give EACCES without privilege, also when bound; 1024 and above are free."""
+def test_scif_18_19_ordinary_users_cannot_bind_low_ports(tmp_path: Path) -> None:
+    """SCIF-18: 1..1023 give EACCES without privilege, also when bound; SCIF-19: 1024 and above are free."""
     ordinary = Server(tmp_path, 1, SCIF_TEST_ORDINARY="1")
     try:
         run_python(
@@ -193,15 +197,16 @@ def test_scif_18_ordinary_users_cannot_bind_low_ports(tmp_path: Path) -> None:
             "assert all(code(p) == -errno.EACCES for p in (1, 5, 200, 1023))\n"
             "assert code(1024) == 1024\n"
             "assert code(7) == -errno.EACCES\n"
-            "assert code(1025) == -errno.EINVAL\n",
+            "assert code(1025) == -errno.EINVAL\n"
+            "assert [scif.Endpoint().bind(p) for p in (1025, 1088, 65535)] == [1025, 1088, 65535]\n",
         )
     finally:
         assert ordinary.stop() == 0
 
 
-def test_scif_119_an_own_mark_never_keeps_anybody_waiting(server: Server) -> None:
+def test_scif_116_119_an_own_mark_never_keeps_anybody_waiting(server: Server) -> None:
     """SCIF-119: copies end before their call returns (docs/deviations.md), so no own mark can be late:
-    any value, even one never obtained, ends at once."""
+    any value, even one never obtained, ends at once. SCIF-116: a card's loopback is not the host's."""
     run_python(
         server,
         "import threading\n"
@@ -210,6 +215,7 @@ def test_scif_119_an_own_mark_never_keeps_anybody_waiting(server: Server) -> Non
         "c = scif.Endpoint()\n"
         "t = threading.Thread(target=lambda: c.connect((1, port))); t.start()\n"
         "a, _ = l.accept(); t.join()\n"
+        "assert 0 < a.fence_mark() < 0xdead and a.fence_mark(2) < 0\n"
         "a.fence_wait(a.fence_mark()); a.fence_wait(123456)\n",
         node=1,
     )

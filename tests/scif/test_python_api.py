@@ -37,6 +37,32 @@ def pair() -> tuple[scif.Endpoint, scif.Endpoint]:
         return client, server
 
 
+def test_scif_24_without_a_free_ephemeral_port(node: Server) -> None:
+    """ENOSPC from bind(0) and from connect on an unbound endpoint; both work again with the first port that is free."""
+    with scif.Endpoint() as listener, scif.Endpoint() as ep, scif.Endpoint() as other:
+        port = listener.bind(1050)
+        listener.listen()
+        holders = [scif.Endpoint(), scif.Endpoint()]
+        freed = [holder.bind() for holder in holders]
+        node.ask("exhaust 0")
+        try:
+            for call in (ep.bind, lambda: ep.connect((0, port))):
+                with pytest.raises(scif.ScifError) as e:
+                    call()
+                assert e.value.errno == errno.ENOSPC
+            holders.pop().close()
+            assert ep.bind() == freed.pop()
+            holders.pop().close()
+            thread = threading.Thread(target=other.connect, args=((0, port),))
+            thread.start()
+            conn, peer = listener.accept()
+            thread.join()
+            assert peer.port == freed.pop()
+            conn.close()
+        finally:
+            node.ask("free 0")
+
+
 def test_scif_60_send_and_receive_buffers(node: Server) -> None:
     """Any buffer goes through unchanged; recv_into fills in place; errno comes as ScifError."""
     a, b = pair()

@@ -4,16 +4,24 @@
 TEST(scif_45_47_51_accept_errors_leave_the_results_alone)
 {
 	struct scif_portID from = { 7, 8 };
-	int l = listener_on(0, 1), fd = scif_open(), nfd = 55;
+	int l = listener_on(0, 1), fd = scif_open(), nfd = 55, e[2];
 
 	fcntl(l, F_SETFL, O_NONBLOCK);
 	FAILS(scif_accept(l, &from, &nfd, 0), EAGAIN);
 	fcntl(l, F_SETFL, 0);
 	FAILS(scif_accept(l, &from, &nfd, 0), EAGAIN);
-	FAILS(scif_accept(l, &from, &nfd, 2), EINVAL);
+	for (int bit = 2; bit; bit <<= 1) { /* alone, and with SYNC */
+		FAILS(scif_accept(l, &from, &nfd, bit), EINVAL);
+		FAILS(scif_accept(l, &from, &nfd, bit | SCIF_ACCEPT_SYNC), EINVAL);
+	}
 	FAILS(scif_accept(l, NULL, &nfd, 0), EINVAL);
 	FAILS(scif_accept(l, &from, NULL, 0), EINVAL);
 	FAILS(scif_accept(fd, &from, &nfd, 1), EINVAL);
+	CHECK(scif_bind(fd, 0) > 0);
+	FAILS(scif_accept(fd, &from, &nfd, 1), EINVAL);
+	pair(e);
+	FAILS(scif_accept(e[0], &from, &nfd, 1), EINVAL);
+	FAILS(scif_accept(e[1], &from, &nfd, 0), EINVAL);
 	EQ(from.node, 7);
 	EQ(from.port, 8);
 	EQ(nfd, 55);

@@ -43,8 +43,8 @@ TEST(scif_10_get_fd_returns_its_argument)
 TEST(scif_11_12_calls_on_foreign_and_closed_descriptors)
 {
 	struct scif_portID to = { 0, 5 }, from;
-	int pp[2], file = open("/proc/self/exe", O_RDONLY), fd = scif_open(), nfd = 77;
-	char c;
+	int pp[2], file = open("/proc/self/exe", O_RDONLY), fd = scif_open(), nfd = 77, mark;
+	char c, *p = pages(1);
 
 	CHECK(pipe(pp) == 0);
 	CHECK(scif_close(fd) == 0);
@@ -59,6 +59,15 @@ TEST(scif_11_12_calls_on_foreign_and_closed_descriptors)
 			FAILS(scif_accept(d, &from, &nfd, 0), e);
 		FAILS(scif_send(d, &c, 1, 0), e);
 		FAILS(scif_recv(d, &c, 1, 0), e);
+		FAILS(scif_register(d, p, PG, 0, SCIF_PROT_READ, 0), e);
+		FAILS(scif_unregister(d, 0, PG), e);
+		FAILS(scif_readfrom(d, 0, PG, 0, 0), e);
+		FAILS(scif_writeto(d, 0, PG, 0, 0), e);
+		FAILS(scif_vreadfrom(d, p, PG, 0, 0), e);
+		FAILS(scif_vwriteto(d, p, PG, 0, 0), e);
+		FAILS(scif_fence_mark(d, SCIF_FENCE_INIT_SELF, &mark), e);
+		FAILS(scif_fence_wait(d, 1), e);
+		FAILS(scif_fence_signal(d, 0, 1, 0, 1, SCIF_FENCE_INIT_SELF | SCIF_SIGNAL_LOCAL), e);
 	}
 	EQ(nfd, 77);
 	FAILS(scif_close(fd), EBADF);
@@ -112,24 +121,23 @@ TEST(scif_13_a_connection_without_a_descriptor_left_gives_emfile)
 	EQ(scif_send(e[0], &c, 1, 0), 1);
 }
 
-static void wait_reset(int ep)
+static void byte_then_reset(int ep)
 {
 	char c;
 
+	recv_all(ep, &c, 1);
 	FAILS(scif_recv(ep, &c, 1, SCIF_RECV_BLOCK), ECONNRESET);
 }
 
 TEST(scif_15_a_dup_is_the_same_endpoint)
 {
 	pid_t pid;
-	int ep = with_peer(wait_reset, &pid), st;
+	int ep = with_peer(byte_then_reset, &pid), d = dup(ep);
 
-	int d = dup(ep);
 	OK(scif_close(ep));
 	EQ(scif_send(d, "", 0, 0), 0);
 	EQ(poll1(d, SCIF_POLLOUT, 0), SCIF_POLLOUT);
-	usleep(20000);
-	EQ(waitpid(pid, &st, WNOHANG), 0);
+	send_all(d, "d", 1); /* the peer is still connected */
 	OK(scif_close(d));
 	reap(pid);
 }
@@ -145,8 +153,10 @@ static void echo_bytes(int ep)
 TEST(scif_16_closing_in_a_forked_child_does_not_disconnect_the_parent)
 {
 	pid_t pid, child;
-	int ep = with_peer(echo_bytes, &pid);
+	int ep = with_peer(echo_bytes, &pid), pp[2];
 	char c = 'q';
+
+	CHECK(pipe(pp) == 0);
 
 	child = fork();
 	if (child == 0) {
@@ -161,12 +171,14 @@ TEST(scif_16_closing_in_a_forked_child_does_not_disconnect_the_parent)
 	if (child == 0) {
 		char d = 'r';
 
-		usleep(30000); /* the parent closes meanwhile */
+		close(pp[1]);
+		CHECK(read(pp[0], &c, 1) == 0); /* the parent has closed */
 		send_all(ep, &d, 1);
 		recv_all(ep, &d, 1);
 		_exit(d != 'r');
 	}
 	OK(scif_close(ep));
+	close(pp[1]);
 	reap(child);
 	reap(pid);
 }

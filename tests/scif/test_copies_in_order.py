@@ -34,6 +34,7 @@ conn.send(b"i")
 conn.recv(1)
 """
 WAITER = """
+import sys
 from mic_emu import scif
 ep = scif.Endpoint()
 while True:
@@ -43,30 +44,37 @@ while True:
     except scif.ScifError:
         pass
 memory = scif.alloc(4 << 20)
-ep.send(ep.register(memory).offset.to_bytes(8, "little"))
+window = ep.register(memory)
+ep.send(window.offset.to_bytes(8, "little"))
 ep.recv(1)
-mark = ep.fence_mark(2)
-print("marked", flush=True)
-ep.fence_wait(mark)
+if sys.argv[1] == "fence":
+    mark = ep.fence_mark(2)
+    print("begins", flush=True)
+    ep.fence_wait(mark)
+else:
+    print("begins", flush=True)
+    window.unregister()
 print(memory[:].count(b"p"), flush=True)
 """
 
 
-def test_scif_117_118_a_peers_mark_waits_for_the_peers_channel(lab: Server) -> None:
-    """SCIF-118: the peer's copy is behind a channel that stands still; the wait for its mark ends with the copy."""
+@pytest.mark.parametrize("what", ["fence", "unregister"])
+def test_scif_114_118_what_waits_for_the_channel_of_the_peer(lab: Server, what: str) -> None:
+    """The peer's copy is behind a channel that stands still. SCIF-118: a wait for its mark ends with the copy.
+    SCIF-114: unregistering the window that it goes to, too."""
     for c in CARDS:
         lab.ask(f"pause 1 {c}")
     env = [{**lab.env(), "MICEMU_SCIF_SOCKET": str(lab.where / f"node{n}.sock")} for n in (0, 1)]
     with (
         subprocess.Popen([sys.executable, "-c", ISSUER], env=env[1]) as issuer,
         subprocess.Popen(
-            [sys.executable, "-c", WAITER], env=env[0], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WAITER, what], env=env[0], stdout=subprocess.PIPE, text=True
         ) as waiter,
     ):
         try:
             assert waiter.stdout is not None
-            assert waiter.stdout.readline() == "marked\n"
-            for _ in range(200):  # the question reaches the peer's node, and an answer would be back
+            assert waiter.stdout.readline() == "begins\n"
+            for _ in range(200):  # the request reaches both nodes, and an answer would be back
                 lab.ask("state")
             assert select.select([waiter.stdout], [], [], 0) == ([], [], [])
             for c in CARDS:

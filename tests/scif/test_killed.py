@@ -130,6 +130,35 @@ def test_scif_17_a_port_in_use_is_refused_at_once(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_scif_17_53_a_killed_process_takes_no_request_along(tmp_path: Path) -> None:
+    """Of two that wait at one listener, the first dies: the request that comes then is the other's."""
+
+    async def main() -> None:
+        path = tmp_path / "node0.sock"
+        async with fabric(0) as fab:
+            service = ScifService(fab.host, listen_at(path))
+            service.start()
+            first, second = await started(path), await started(path)
+            listener, client = second.open(), fab.host.open()
+            await second.ask(lib.MIC_SCIF_BIND, listener, 700)
+            await second.ask(lib.MIC_SCIF_LISTEN, listener, 4)
+            for waiting, program in enumerate((first, second), 1):
+                program.send(lib.MIC_SCIF_ACCEPT, listener, program.open(), 1)
+                await eventually(lambda n=waiting: len(fab.host.listeners[700].accepts) == n, "it waits")
+            first.kill()
+            await eventually(lambda: len(service._controls) == 1, "the node hears of its death")
+            port = await client.connect((0, 700))
+            status, packed = await second.answer()
+            assert (status, packed) == (0, 0)  # from node 0
+            assert port == client.port
+            assert client.state is State.CONNECTED
+            second.kill()
+            await client.close()
+            await service.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_scif_17_a_registration_that_was_begun_leaves_nothing(server: Server) -> None:
     """Killed between the pages and the announcement: no window, no pages."""
 

@@ -257,6 +257,8 @@ TEST(scif_88_89_90_unregister)
 	FAILS(scif_vreadfrom(e[1], &c, 1, 0x12000, 0), ENXIO);
 	FAILS(scif_vreadfrom(e[1], &c, 1, 0x15fff, 0), ENXIO);
 	OK(scif_vreadfrom(e[1], &c, 1, 0x16000, 0));
+	EQ(scif_register(e[0], p, 4 * PG, 0x12000, RW, SCIF_MAP_FIXED), 0x12000);
+	OK(scif_vreadfrom(e[1], &c, 1, 0x15fff, 0));
 	FAILS(scif_unregister(scif_open(), 0x10000, PG), ENOTCONN);
 }
 

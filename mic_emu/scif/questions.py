@@ -56,11 +56,13 @@ class Questions:
         return await answer
 
     def answer(self, key: int, msg: Msg) -> None:
-        """An answer came; nothing when nobody waits for it."""
-        question = self._open.pop(key, None)
-        if question is not None:
-            question[0].questions -= 1
-            question[2](msg, None)
+        """An answer came; nothing when nobody waits for it, or waits for it from that node."""
+        question = self._open.get(key)
+        if question is None or question[0].peer[0] != msg.src[0]:
+            return
+        del self._open[key]
+        question[0].questions -= 1
+        question[2](msg, None)
 
     def give_up(self, ep: Endpoint) -> None:
         """``ep`` is no longer connected: which of its questions can still be answered?"""

@@ -168,6 +168,25 @@ def test_scif_3_3_a_stranger_reaches_no_window() -> None:
     run(body)
 
 
+def test_scif_3_3_a_stranger_answers_no_question() -> None:
+    """The keys of questions can be guessed; only who was asked may answer. A false grant would have us write."""
+
+    async def body(fab: Fabric, liar: Card, ours: KernelEndpoint, theirs: KernelEndpoint) -> None:
+        falls_asleep(fab.cards[1])
+        ended: list[ScifError | None] = []
+        pages = fab.host.pages.hold(os.getpid(), [(fab.host.pages.allocate(os.getpid(), PAGE), PAGE)])
+        ours.windows.announce(ours.windows.reserve(0, PAGE, 3, True), pages, ended.append)
+        (key,) = fab.host.questions._open
+        await say(liar, Msg(Op.ALLOC_GNT, LIAR, (0, PORT), 4711, 0x200000, key))
+        await say(liar, Msg(Op.ALLOC_REJ, LIAR, (0, PORT), 0, 0, key))
+        assert list(fab.host.questions._open) == [key]
+        assert not any(fab.nodes[2].memory.read(0x200000, HEAD.size))
+        wakes_up(fab.cards[1])
+        await eventually(lambda: ended == [None], "the answer of who was asked")
+
+    run(body)
+
+
 def record(
     offset: int = 0, length: int = PAGE, places: tuple[tuple[int, int], ...] = (), **wrong: int
 ) -> bytes:

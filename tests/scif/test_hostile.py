@@ -101,6 +101,87 @@ def test_scif_135_a_program_scribbles_over_all_that_it_has_mapped(
     assert settled(server) == server.idle
 
 
+TENANT = """
+import sys, threading
+from mic_emu import scif
+l, a = scif.Endpoint(), scif.Endpoint()
+port = l.bind(); l.listen()
+t = threading.Thread(target=lambda: a.connect((0, port))); t.start()
+b, _ = l.accept(); t.join()
+held, free = scif.alloc(4096), scif.alloc(4096)
+held[:], free[:] = b"A" * 4096, b"A" * 4096
+window = a.register(held)
+a.register(free).unregister()
+print("ready", flush=True)
+sys.stdin.readline()
+got = bytearray(4096)
+b.vreadfrom(got, window.offset)
+assert bytes(got) == bytes(held) == bytes(free) == b"A" * 4096
+print("unharmed")
+"""
+BURGLAR = """
+import errno, os, socket, struct, threading
+from mic_emu import scif
+from mic_emu._native import lib
+request, reply, segment = struct.Struct("<IIQ6Q"), struct.Struct("<iI8Q"), struct.Struct("<2Q")
+l, ep = scif.Endpoint(), scif.Endpoint()
+port = l.bind(); l.listen()
+t = threading.Thread(target=lambda: ep.connect((0, port))); t.start()
+other, _ = l.accept(); t.join()
+node = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+node.connect(os.environ["MICEMU_SCIF_SOCKET"])
+
+def ask(op, sid=0, *args, data=b""):
+    node.send(request.pack(op, len(data), sid, *[a % (1 << 64) for a in (*args, *[0] * 6)[:6]]) + data)
+    status, _, first, second, *_ = reply.unpack_from(node.recv(1 << 17))
+    return status, first, second
+
+def sid_of(endpoint):
+    own = socket.socket(fileno=os.dup(endpoint.fileno()))
+    cookie = int.from_bytes(own.getsockopt(socket.SOL_SOCKET, 57, 8), "little")  # SO_COOKIE
+    own.close()
+    return ask(lib.MIC_SCIF_FIND, 0, cookie)[1]
+
+ask(lib.MIC_SCIF_HELLO, 0, os.getpid())
+sid, wrong = sid_of(ep), sid_of(other)
+begin = lambda pages: ask(lib.MIC_SCIF_REG_BEGIN, sid, 0, 4096, 3, 0, pages * 4096)
+commit = lambda sid, ticket, *places: ask(
+    lib.MIC_SCIF_REG_COMMIT, sid, ticket, data=b"".join(segment.pack(*p) for p in places))[0]
+status, ticket, run = begin(1)
+assert status == 0 and run
+assert commit(wrong, ticket, (run, 4096)) == -errno.EINVAL  # another endpoint's registration
+assert commit(sid, ticket, (run, 4096)) == 0
+for places in ((), ((run, 8192),), ((run, 4096), (run, 4096)), ((run, 2048),)):
+    assert commit(sid, begin(0)[1], *places) == -errno.EINVAL, places
+around = [o for o in range(max(0, run - 256 * 4096), run + 256 * 4096, 4096) if o != run]
+for place in [*around, 1 << 40, (1 << 64) - 4096]:
+    assert commit(sid, begin(0)[1], (place, 4096)) == -errno.EFAULT, hex(place)  # nothing of it is ours
+ask(lib.MIC_SCIF_DROP, data=b"".join(segment.pack(o, 4096) for o in around))
+loot = scif.alloc(512 * 4096)
+loot[:] = b"B" * len(loot)
+ep.register(loot)
+print("out")
+"""
+
+
+def test_scif_135_a_program_reaches_no_pages_of_others(server: Server) -> None:
+    """It registers what is another's, finishes what another endpoint began, and gives back what it does not hold."""
+    env = {**server.env(), "MICEMU_SCIF_SOCKET": str(server.where / "node0.sock")}
+    pipe = subprocess.PIPE
+    tenant = subprocess.Popen(
+        [sys.executable, "-c", TENANT], env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    assert tenant.stdout is not None
+    assert tenant.stdout.readline() == "ready\n"
+    burglar = subprocess.run(
+        [sys.executable, "-c", BURGLAR], env=env, timeout=40, capture_output=True, text=True
+    )
+    out, said = tenant.communicate("go on\n", timeout=20)
+    assert (burglar.stdout, burglar.stderr) == ("out\n", "")
+    assert (out, said) == ("unharmed\n", "")
+    assert settled(server) == server.idle
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(packets=st.lists(st.binary(max_size=200), min_size=1, max_size=5))
 def test_scif_135_rubbish_on_the_socket(server: Server, packets: list[bytes]) -> None:

@@ -51,6 +51,7 @@ class Board:
         self._server: asyncio.Task[None] | None = None
         self._successor: asyncio.Task[None] | None = None
         self._closing = False
+        self._off = False
 
     async def power_on(self) -> None:
         """Start the board process and wait until it says that it has power."""
@@ -111,12 +112,13 @@ class Board:
     def _exited(self, status: int) -> None:
         """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
         self.pid = self.os_pid = 0
+        if self._off:
+            return
+        fate = "the card is being removed" if self._closing else "a new board takes its place"
+        self._log.error(f"the board process died; {fate}", event="board_exit", status=status)
+        self.lost()
         if self._closing:
             return
-        self._log.error(
-            "the board process died; a new board takes its place", event="board_exit", status=status
-        )
-        self.lost()
         self._successor = asyncio.ensure_future(self._replace())
 
     async def _replace(self) -> None:
@@ -132,6 +134,7 @@ class Board:
 
     async def close(self) -> None:
         """Power off: the process ends with its channel."""
+        self._off = True
         tasks = [t for t in (self._server, self._successor) if t]
         for task in tasks:
             task.cancel()

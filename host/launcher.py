@@ -27,6 +27,11 @@ from mic_emu.rundir import RunDir
 from mic_emu.wire import Channel, WireError
 
 HOST, SPARE = "micemu-host", "micemu-spare"
+ENDING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+)  # what a session, a service manager or pkill sends to all at once
 Target = Callable[[dict[str, Any], list[int]], int]
 
 
@@ -41,11 +46,16 @@ def close_all_but(keep: Sequence[int]) -> None:
 
 
 def settle_in(parent: int, name: str, keep: Sequence[int]) -> None:
-    """What every forked process does first: its life, its name, its signals, its descriptors."""
+    """What every forked process does first: its life, its name, its signals, its descriptors.
+
+    Of ``ENDING`` only the host process hears SIGTERM and SIGINT. Boards and backends stay for the orderly end of their
+    card; then init kills them.
+    """
     lib.mic_proc_die_with_parent(parent)
     lib.mic_proc_set_name(name.encode()[:15])
-    for sig in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(sig, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for sig in ENDING:
+        signal.signal(sig, signal.SIG_DFL if name == HOST and sig != signal.SIGHUP else signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     close_all_but([0, 1, 2, *keep])
 

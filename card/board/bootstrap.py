@@ -73,6 +73,8 @@ class Bootstrap:
     def _child(self, parent: int, payload_fd: int, report_fd: int, base: int, size: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
+            for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(sig, signal.SIG_DFL)  # the board ignores them; what it executes shall not
             how = ns.enter(self.args["name"], report_fd, self._refused, parent)
             keep = [*self.bus.fds, self.log.fd, payload_fd]
             for fd in keep:

@@ -98,7 +98,8 @@ class Kernel:
         """Bring everything up, serve until the card goes down, take everything down in order."""
         loop = asyncio.get_running_loop()
         self._down = loop.create_future()
-        loop.add_signal_handler(signal.SIGTERM, self.go_down, Status.POWEROFF)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.go_down, Status.POWEROFF)
         userland.on_request(self.go_down)
         userland.start(loop)
         await self.node.start()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -196,48 +193,6 @@ def test_cosm_38_a_reset_that_fails_is_named_by_whoever_wanted_it(machine: Machi
         assert machine.card()["state"] == "reset_failed"
     os.kill(board, signal.SIGCONT)
     assert machine.boot()["cards"][0]["state"] == "online"
-
-
-def everybody(machine: Machine) -> list[int]:
-    """Process ids of the instance, those of its commands left out."""
-    mark, found = str(machine.home).encode(), []
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        with suppress(OSError):
-            if (
-                re.match(r"micemu-|mic\d", comm.read_text())
-                and mark in (comm.parent / "environ").read_bytes()
-            ):
-                found.append(int(comm.parent.name))
-    return found
-
-
-def connected(pid: int) -> bool:
-    """Has a command a socket?"""
-    with suppress(OSError):
-        return any(os.readlink(fd).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
-@pytest.mark.parametrize("told", ["init", "host", "all"])
-def test_sigterm_ends_the_instance_in_order(machine: Machine, told: str) -> None:
-    """SIGTERM to init, to the host process, or to all processes at once, as at the end of a session: nothing is left,
-    and who waits is told that the emulator has stopped, not of a crash."""
-    host = machine.boot("--disk", "none", "--net", "none")["host"]
-    waiting = machine.popen("wait", "crashed", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    events = machine.popen("events", "--recent", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert events.stdout
-    events.stdout.readline()
-    eventually(lambda: connected(waiting.pid), 30, "the connection of wait")
-    for pid in everybody(machine) if told == "all" else [host["init" if told == "init" else "pid"]]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    _, said = waiting.communicate(timeout=30)
-    assert (waiting.returncode, said) == (3, "micemu: the emulator has stopped (instance default)\n")
-    _, said = events.communicate(timeout=30)
-    assert (events.returncode, said) == (0, "")
-    eventually(lambda: not machine.run_dir.exists(), 30, "the end of the run directory")
-    assert not list((machine.home / "state").rglob("*crash*"))
-    machine.check_clean()
 
 
 def test_reboot_gives_a_new_card_os_on_the_same_board(machine: Machine) -> None:

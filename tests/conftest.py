@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import needs
 import pytest
 
 # What hypothesis keeps between runs names files by their absolute path: it belongs to the build.
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", "build/hypothesis")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).parents[1] / "build/hypothesis"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

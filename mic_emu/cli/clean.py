@@ -53,16 +53,21 @@ def sweep(where: RunDir) -> list[str]:
 def command(as_json: bool) -> None:
     """Remove what a crash left behind. Refuses while the emulator runs.
 
-    Also the machines of test runs that were killed (/tmp/mt-*): never those of a run that lives, nor another user's.
+    Also the machines of test runs that were killed (/tmp/mt-*): never those of a run that lives, nor another user's; and
+    mounts of the sysfs tree that nobody serves any more.
 
     \b
     Example:
       micemu clean
     """
+    from mic_emu.cosm.mount import abandoned, clear
     from mic_emu.testing import homes  # an emulator needs nothing of it
 
     where = client.rundir()
     done = [text for home in homes.abandoned() for text in homes.remove(home)]
+    for target in abandoned():
+        clear(target)
+        done.append(f"unmounted {target}")
     if base_dir().exists():
         with where.locked():
             if not where.read_pids():

@@ -89,15 +89,14 @@ def network() -> Finding:
 
 
 def fuse() -> Finding:
-    from mic_emu.cosm.fuse import mount_helper, open_device
+    from mic_emu.cosm.mounting import DEVICE_FIX, mount_helper, open_device
 
     try:
         os.close(open_device())
     except OSError as e:
         return Finding(
             "sysfs mount", "degraded", f"/dev/fuse: {e.strerror}",
-            "only micemu sysfs ls, cat and write work; for the mount: modprobe fuse, or chmod 666 /dev/fuse, or "
-            "docker run --device /dev/fuse",
+            f"only micemu sysfs ls, cat and write work; for the mount: {DEVICE_FIX}",
         )  # fmt: skip
     if os.geteuid() != 0 and mount_helper() is None:
         return Finding(
@@ -160,6 +159,7 @@ def peers() -> Finding:
 
 def leftovers() -> Finding:
     from mic_emu.cli.clean import leftovers as stray
+    from mic_emu.cosm.mount import abandoned
     from mic_emu.testing import homes
 
     where = client.rundir()
@@ -176,6 +176,13 @@ def leftovers() -> Finding:
             "leftovers",
             "degraded",
             f"machines of a test run that was killed: {', '.join(map(str, machines))}, with {running} processes",
+            "micemu clean",
+        )
+    if mounts := abandoned():
+        return Finding(
+            "leftovers",
+            "degraded",
+            f"sysfs trees that nobody serves any more: {', '.join(mounts)}",
             "micemu clean",
         )
     names = [p.name for p in Path("/dev/shm").glob(f"micemu-{os.getuid()}-*")]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import sys
+from typing import Any
 
 import click
 
@@ -87,13 +89,39 @@ def write(path: str, text: str | None) -> None:
     client.ask("sysfs_write", path=full(path), data=data.decode("latin-1"))
 
 
+def mount_point(directory: str) -> str:
+    """Absolute and real. A mount of ours is not touched on the way: its server may hang."""
+    from mic_emu.cosm.mount import is_mounted
+
+    parent, name = os.path.split(os.path.abspath(directory))
+    place = os.path.join(os.path.realpath(parent), name)
+    return place if is_mounted(place) else os.path.realpath(directory)
+
+
+class MountPoint(click.Path):
+    """A directory where nothing of ours is mounted; what nobody serves any more is taken away, for even ``stat`` fails there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from mic_emu.cosm.mount import clear, is_mounted
+
+        place = mount_point(value)
+        clear(place)
+        if is_mounted(place):
+            raise MicemuError(
+                f"{place}: a tree of micemu is mounted there already (micemu sysfs umount {place} takes it away)",
+                errno.EBUSY,
+            )
+        return super().convert(value, param, ctx)
+
+
 @command.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, resolve_path=True))
+@click.argument("directory", type=MountPoint(exists=True, file_okay=False, resolve_path=True))
 @click.option("--foreground", is_flag=True, help="Serve until interrupted instead of in the background.")
 def mount(directory: str, foreground: bool) -> None:
     """Mount the tree at DIRECTORY: class/mic as under /sys, kernel/debug as debugfs.
 
-    Needs /dev/fuse, and either root or fusermount3. The mount goes when the emulator ends.
+    Needs /dev/fuse, and either root or fusermount3 (Debian's fuse3). The mount goes when the emulator ends. What
+    fusermount3 mounts, only its user may enter: not even root.
 
     \b
     Examples:
@@ -105,11 +133,6 @@ def mount(directory: str, foreground: bool) -> None:
 
     where = client.rundir()
     client.connect(where).close()
-    if server.is_mounted(directory):
-        raise MicemuError(
-            f"{directory}: a tree of micemu is mounted there already (micemu sysfs umount {directory} takes it away)",
-            errno.EBUSY,
-        )
     try:
         server.run(directory, where.control, foreground)
     except OSError as e:
@@ -117,7 +140,7 @@ def mount(directory: str, foreground: bool) -> None:
 
 
 @command.command()
-@click.argument("directory", type=click.Path(resolve_path=True))
+@click.argument("directory")
 def umount(directory: str) -> None:
     """Take the mount at DIRECTORY away. An error when no tree of ours is mounted there.
 
@@ -125,9 +148,10 @@ def umount(directory: str) -> None:
     Examples:
       micemu sysfs umount /tmp/sys
     """
-    from mic_emu.cosm.fuse import unmount
     from mic_emu.cosm.mount import is_mounted
+    from mic_emu.cosm.mounting import unmount
 
+    directory = mount_point(directory)
     if not is_mounted(directory):
         raise MicemuError(
             f"{directory}: no tree of micemu is mounted there (micemu sysfs mount {directory} mounts it)",

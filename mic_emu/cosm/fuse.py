@@ -7,22 +7,14 @@ Structures are those of the kernel's <linux/fuse.h>, interface version 7.31.
 
 from __future__ import annotations
 
-import array
 import asyncio
 import errno
 import os
-import re
-import shutil
-import socket
 import stat
 import struct
-import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
-
-from mic_emu._native import lib
-from mic_emu.namespaces import NamespaceError, mount
 
 VERSION = (7, 31)
 ROOT = 1
@@ -81,6 +73,7 @@ class Server:
         self.fd = fd
         self.tree = tree
         self.done = asyncio.Event()
+        self.unmounted = False  # by somebody; what is open then may be read to its end
         self._paths: dict[int, str] = {ROOT: ""}
         self._nodes: dict[str, int] = {"": ROOT}
         self._handles: dict[int, Handle] = {}
@@ -104,6 +97,15 @@ class Server:
             task.cancel()
         self.done.set()
 
+    def detach(self) -> None:
+        """The mount has been taken away here. Another mount namespace may keep it, a card's say: nobody is served for that."""
+        self.unmounted = True
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        if self.unmounted and not self._handles:
+            self.done.set()
+
     def notify(self) -> None:
         """Wake the pollers whose file has a new event."""
         for handle in self._handles.values():
@@ -122,7 +124,8 @@ class Server:
             except OSError as e:
                 if e.errno in (errno.ENOENT, errno.EINTR):  # the caller was interrupted before we saw it
                     continue
-                self.close()  # ENODEV: unmounted
+                self.unmounted = True  # ENODEV
+                self.close()
                 return
             self._dispatch(request)
 
@@ -248,6 +251,7 @@ class Server:
 
     async def _release(self, node: int, body: bytes) -> bytes:
         self._handles.pop(struct.unpack_from("<Q", body)[0], None)
+        self._end_if_unused()
         return b""
 
     async def _read(self, node: int, body: bytes) -> bytes:
@@ -296,87 +300,3 @@ class Server:
         elif flags & _SCHEDULE_NOTIFY:
             handle.poller = kernel_handle
         return struct.pack("<II", revents, 0)
-
-
-# --- mounting -------------------------------------------------------------------------------------
-
-
-def open_device() -> int:
-    """A descriptor of ``/dev/fuse``. Raises OSError."""
-    return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-
-
-def mount_helper() -> str | None:
-    """The program that mounts for those who may not, where it is installed."""
-    return shutil.which("fusermount3") or shutil.which("fusermount")
-
-
-def mount_at(target: str, source: str, fstype: str) -> int:
-    """Mount an empty FUSE file system at ``target``; returns the descriptor to serve.
-
-    Directly where we may (root, or inside our own user namespace), else through fusermount3. Raises OSError
-    with a sentence.
-    """
-    try:
-        fd = open_device()
-    except OSError as e:
-        raise OSError(
-            e.errno, f"/dev/fuse cannot be opened: {e.strerror}; micemu sysfs ls, cat and write need no FUSE"
-        ) from e
-    options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
-    for extra in (",allow_other", ""):
-        try:
-            mount(source, target, f"fuse.{fstype}", lib.MIC_MS_NOSUID | lib.MIC_MS_NODEV, options + extra)
-            return fd
-        except NamespaceError as e:
-            refusal = e
-    os.close(fd)
-    return _fusermount(target, source, fstype, refusal)
-
-
-def _fusermount(target: str, source: str, fstype: str, refusal: OSError) -> int:
-    helper = mount_helper()
-    if helper is None:
-        raise OSError(
-            refusal.errno,
-            f"{target}: the kernel refuses the mount ({refusal.strerror}) and there is no fusermount3: install fuse3; "
-            "micemu sysfs ls, cat and write need no FUSE",
-        )
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        words = [
-            helper,
-            "-o",
-            f"fsname={source},subtype={fstype},default_permissions,nosuid,nodev",
-            "--",
-            target,
-        ]
-        done = subprocess.run(
-            words, env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, pass_fds=[theirs.fileno()],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise OSError(errno.EPERM, f"{target}: {done.stderr.strip() or 'fusermount3 failed'}")
-        ours.settimeout(5.0)
-        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_LEN(4))
-        return array.array("i", ancillary[0][2][:4])[0]
-
-
-def mounted(target: str, source: str, fstype: str) -> bool:
-    """Is the topmost mount at ``target`` such a one?"""
-    found = False
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
-        for line in f:
-            place, _, kind = line.rstrip("\n").partition(" - ")
-            where = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), place.split()[4])
-            if where == target:
-                found = kind.split()[:2] == [f"fuse.{fstype}", source]
-    return found
-
-
-def unmount(target: str) -> None:
-    """Take the mount away, busy or not; nothing when there is none."""
-    if lib.mic_ns_detach(os.fsencode(target)) < 0:
-        helper = mount_helper()
-        if helper:
-            subprocess.run([helper, "-u", "-z", "-q", target], check=False, capture_output=True)

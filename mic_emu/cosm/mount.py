@@ -1,7 +1,7 @@
 """The mounted sysfs tree: a client of the host process's control socket (COSM 6, 7).
 
-One process per mount. It ends, and the mount goes, when the instance ends; a small guardian process
-takes the mount away if the server is killed.
+One process per mount. It ends when the instance ends or the mount is taken away; a small guardian process
+takes away what is left of the mount then, and if the server is killed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 import stat
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 
 from mic_emu import namespaces
 from mic_emu._native import lib
-from mic_emu.cosm.fuse import Server, Stat, mount_at, mounted, unmount
+from mic_emu.cosm.fuse import Server, Stat
+from mic_emu.cosm.mounting import Mount, has_no_server, mount_at, mount_table, topmost, unmount
 from mic_emu.wire import WireError, connect_unix
 from mic_emu.wire_aio import AsyncChannel
 
@@ -113,30 +115,71 @@ class RemoteTree:
                 changed()
 
 
+def _ours(mount: Mount | None) -> bool:
+    return mount is not None and (mount.source, mount.fstype) == (SOURCE, f"fuse.{FSTYPE}")
+
+
 def is_mounted(target: str) -> bool:
     """Is a tree of ours mounted at this (absolute, real) path?"""
-    return mounted(target, SOURCE, FSTYPE)
+    return _ours(topmost(target))
 
 
-async def serve(fd: int, control: Path) -> None:
-    """Answer the mount until it is taken away or the instance ends."""
+def abandoned() -> list[str]:
+    """Where trees of this user are mounted that nobody serves: server and guardian were killed together."""
+    mine = {m.target for m in mount_table() if _ours(m) and m.user == os.getuid()}
+    return sorted(target for target in mine if has_no_server(target))
+
+
+def clear(target: str) -> None:
+    """Make room at ``target``: a tree of ours that nobody serves any more is taken away."""
+    if is_mounted(target) and has_no_server(target):
+        unmount(target)
+
+
+async def serve(fd: int, control: Path, device: str = "") -> bool:
+    """Answer until the instance ends, False, or the mount is taken away, True: from this mount namespace, by ``device``
+    (``Mount.device``), or from all."""
     tree = RemoteTree(control)
     server = Server(fd, tree)
     server.start()
     follow = asyncio.ensure_future(tree.follow(server.notify))
     end = asyncio.ensure_future(server.done.wait())
-    try:
-        await asyncio.wait({follow, end}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (follow, end):
-            task.cancel()
-        await asyncio.gather(follow, end, return_exceptions=True)
-        server.close()
+    loop = asyncio.get_running_loop()
+    with open("/proc/self/mountinfo", "rb") as table, select.epoll() as changes:
+
+        def look() -> None:
+            changes.poll(0)  # takes the event
+            if not any(m.device == device for m in mount_table()):
+                loop.remove_reader(changes.fileno())
+                server.detach()
+
+        if device:
+            changes.register(table, select.EPOLLPRI)
+            loop.add_reader(changes.fileno(), look)
+            look()  # it may be gone already
+        try:
+            await asyncio.wait({follow, end}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_reader(changes.fileno())
+            for task in (follow, end):
+                task.cancel()
+            await asyncio.gather(follow, end, return_exceptions=True)
+            server.close()
+    return server.unmounted
+
+
+def _remove(device: str) -> None:
+    """Take the mount away, wherever it is now; what lies above it, or in its place, is somebody else's."""
+    for mount in mount_table():
+        if mount.device == device and topmost(mount.target) == mount:
+            unmount(mount.target)
 
 
 def run(target: str, control: Path, foreground: bool) -> None:
     """Mount the tree at ``target`` and serve it, in the background unless ``foreground``. Raises OSError."""
     fd = mount_at(target, SOURCE, FSTYPE)
+    mount = topmost(target)
+    device = mount.device if mount else ""
     if not foreground:
         if os.fork():
             os.close(fd)
@@ -145,21 +188,25 @@ def run(target: str, control: Path, foreground: bool) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for n in range(3):
             os.dup2(null, n)
-    guardian = os.fork()
-    if guardian:  # this process holds nothing of the mount: it outlives whatever happens to the server
+    server = os.fork()
+    if (
+        server
+    ):  # this is the guardian; it holds nothing of the mount and outlives whatever happens to the server
         os.close(fd)
-        os.waitpid(guardian, 0)
-        unmount(target)
+        _, status = os.waitpid(server, 0)
+        if status != 0:
+            _remove(device)
         if not foreground:
             os._exit(0)
         return
+    unmounted = False
     try:
         os.chdir("/")
-        asyncio.run(serve(fd, control))
+        unmounted = asyncio.run(serve(fd, control, device))
     except (OSError, WireError, KeyboardInterrupt):
         pass
     finally:
-        os._exit(0)
+        os._exit(0 if unmounted else 1)
 
 
 def _make_room(path: str) -> None:

@@ -62,7 +62,7 @@ def test_refused_devices_and_calls_are_degraded(monkeypatch: pytest.MonkeyPatch)
         def mic_proc_userfaultfd() -> int:
             return -errno.EPERM
 
-    monkeypatch.setattr("mic_emu.cosm.fuse.open_device", refuse)
+    monkeypatch.setattr("mic_emu.cosm.mounting.open_device", refuse)
     monkeypatch.setattr("mic_emu._native.lib", NoUserfaultfd)
     for found, name in ((doctor.fuse(), "/dev/fuse"), (doctor.userfaultfd(), "mprotect")):
         assert (found.verdict, "Operation not permitted" in found.detail) == ("degraded", True)
@@ -71,10 +71,10 @@ def test_refused_devices_and_calls_are_degraded(monkeypatch: pytest.MonkeyPatch)
 
 def test_mount_of_an_ordinary_user_needs_the_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may open /dev/fuse may not mount yet; programs in a mount namespace of their own do without."""
-    monkeypatch.setattr("mic_emu.cosm.fuse.open_device", lambda: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr("mic_emu.cosm.mounting.open_device", lambda: os.open(os.devnull, os.O_RDWR))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for helper, verdict in ((None, "degraded"), ("/usr/bin/fusermount3", "ok")):
-        monkeypatch.setattr("mic_emu.cosm.fuse.mount_helper", lambda helper=helper: helper)
+        monkeypatch.setattr("mic_emu.cosm.mounting.mount_helper", lambda helper=helper: helper)
         found = doctor.fuse()
         assert (found.verdict, "install fuse3" in found.fix) == (verdict, helper is None)
 

@@ -17,7 +17,7 @@ from drill import Control, Holdings, build, load, signal_tree
 
 from mic_emu.testing.machine import Machine
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.tap]
 ROUNDS = int(os.environ.get("MICEMU_DRILL_ROUNDS", "1000"))
 
 

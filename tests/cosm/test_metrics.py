@@ -74,6 +74,7 @@ def total(values: dict[Key, float], name: str, **labels: str) -> float:
     return sum(v for (n, pairs), v in values.items() if n == name and labels.items() <= dict(pairs).items())
 
 
+@pytest.mark.tap
 def test_metrics_are_valid_cover_the_machine_and_move(machine: Machine) -> None:
     """The Prometheus parser takes them; counters end in _total and only grow; load shows in each."""
     machine.boot()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -228,29 +227,6 @@ def test_cosm_40_58_hw_54_force_reset_by_reading_and_the_end_of_the_instance(
     )  # answered by the server, or by the kernel without it
     os.close(fd)
     assert os.listdir(tree) == []
-
-
-def test_mount_goes_when_its_server_is_killed(machine: Machine, tree: Path) -> None:
-    """kill -9 of the serving process: its guardian unmounts."""
-    servers = [
-        int(p.name) for p in Path("/proc").iterdir()
-        if p.name.isdigit() and str(tree).encode() in _cmdline(p) and b"mount" in _cmdline(p)
-    ]  # fmt: skip
-    assert len(servers) == 2
-    (server,) = [pid for pid in servers if parent(pid) in servers]
-    os.kill(server, signal.SIGKILL)
-    eventually(lambda: not mounted(tree), 30, "the guardian's work")
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _cmdline(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_program_finds_the_tree_at_its_real_place(machine: Machine, tree: Path) -> None:

@@ -128,6 +128,7 @@ def everything_works(machine: Machine, host: int) -> None:
 
 @pytest.mark.soak
 @pytest.mark.system
+@pytest.mark.tap
 @pytest.mark.timeout(900)
 def test_package_is_upgraded_with_pip_while_cards_run(tmp_path: Path) -> None:
     """Two wheels: the instance of the first goes on under the second, with its C programs; then stop and boot."""

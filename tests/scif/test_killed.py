@@ -87,10 +87,10 @@ def test_scif_17_25_a_port_is_free_although_its_last_connection_was_only_being_m
             service.start()
             first = await started(path)
             listener, fresh = first.open(), first.open()
-            await first.ask(lib.MIC_SCIF_BIND, listener, 700)
+            await first.ask(lib.MIC_SCIF_BIND, listener, 2700)
             await first.ask(lib.MIC_SCIF_LISTEN, listener, 4)
-            connect = asyncio.ensure_future(card.node.open().connect((0, 700)))
-            await eventually(lambda: fab.host.listeners[700].pending, "the request")
+            connect = asyncio.ensure_future(card.node.open().connect((0, 2700)))
+            await eventually(lambda: fab.host.listeners[2700].pending, "the request")
             loop.remove_reader(card.bus.irq_fd(1))  # the card sleeps
             first.send(lib.MIC_SCIF_ACCEPT, listener, fresh, 1)
             connecting = lambda: [e for e in fab.host.endpoints.values() if e.state is State.CONNECTING]  # noqa: E731
@@ -98,10 +98,10 @@ def test_scif_17_25_a_port_is_free_although_its_last_connection_was_only_being_m
             first.kill()
             second = await started(path)
             again = second.open()
-            second.send(lib.MIC_SCIF_BIND, again, 700)
-            await eventually(lambda: 700 not in fab.host.listeners, "the end of the listener")
+            second.send(lib.MIC_SCIF_BIND, again, 2700)
+            await eventually(lambda: 2700 not in fab.host.listeners, "the end of the listener")
             loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
-            assert await second.answer() == (0, 700)
+            assert await second.answer() == (0, 2700)
             second.kill()
             connect.cancel()
             await asyncio.gather(connect, return_exceptions=True)
@@ -119,11 +119,11 @@ def test_scif_17_a_port_in_use_is_refused_at_once(tmp_path: Path) -> None:
             service = ScifService(fab.host, listen_at(path))
             service.start()
             program, other = await started(path), await started(path)
-            assert await program.ask(lib.MIC_SCIF_BIND, program.open(), 700) == 700
-            other.send(lib.MIC_SCIF_BIND, other.open(), 700)
+            assert await program.ask(lib.MIC_SCIF_BIND, program.open(), 2700) == 2700
+            other.send(lib.MIC_SCIF_BIND, other.open(), 2700)
             assert (await other.answer())[0] < 0
             program.kill()
-            assert await other.ask(lib.MIC_SCIF_BIND, other.open(), 700) == 700
+            assert await other.ask(lib.MIC_SCIF_BIND, other.open(), 2700) == 2700
             other.kill()
             await service.close()
 
@@ -186,10 +186,10 @@ def test_scif_132_a_queue_pair_stays_while_the_peer_can_write_into_it(src: int, 
         async with fabric(2) as fab:
             here, there = fab.nodes[src], fab.nodes[dst]
             listener = there.open()
-            listener.bind(700)
+            listener.bind(2700)
             listener.listen()
             dying = here.open()
-            _, survivor = await asyncio.gather(dying.connect((dst, 700)), listener.accept())
+            _, survivor = await asyncio.gather(dying.connect((dst, 2700)), listener.accept())
             await dying.send(b"last words")
             qp = dying.qp
             assert qp is not None
@@ -212,10 +212,10 @@ def test_scif_132_a_lost_node_keeps_no_queue_pair() -> None:
     async def main() -> None:
         async with fabric(1) as fab:
             listener = fab.cards[0].node.open()
-            listener.bind(700)
+            listener.bind(2700)
             listener.listen()
             ep = fab.host.open()
-            await asyncio.gather(ep.connect((1, 700)), listener.accept())
+            await asyncio.gather(ep.connect((1, 2700)), listener.accept())
             await ep.close()
             fab.host.queue_pairs.free_retired()
             assert len(fab.host.queue_pairs) == 1
@@ -234,12 +234,12 @@ def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> No
         async with fabric(1) as fab:
             card, records = fab.cards[0], fab.host.records
             listener = fab.host.open()
-            listener.bind(700)
+            listener.bind(2700)
             listener.listen()
             client = card.node.open()
-            _, server = await asyncio.gather(client.connect((0, 700)), listener.accept())
+            _, server = await asyncio.gather(client.connect((0, 2700)), listener.accept())
             loop.remove_reader(card.bus.irq_fd(1))  # the card sleeps before it can use the grant
-            card.card_link.send(Msg(Op.ALLOC_REQ, (1, client.port), (0, 700), server.id, 1, 77))
+            card.card_link.send(Msg(Op.ALLOC_REQ, (1, client.port), (0, 2700), server.id, 1, 77))
             await eventually(lambda: records._granted, "the grant")
             closing = asyncio.ensure_future(server.close())
             await eventually(lambda: server.state is State.CLOSING, "the release")

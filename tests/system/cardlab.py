@@ -94,12 +94,12 @@ def forget_userland() -> None:
     shutil.rmtree(Path("/tmp") / f"micemu-test-userland-{os.getpid()}", ignore_errors=True)
 
 
-def as_user() -> list[str]:
+def as_user(user: int = USER) -> list[str]:
     """Command prefix that gives up root, empty when this is no root."""
     if os.geteuid():
         return []
     needs.programs("setpriv")
-    return ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--"]
+    return ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", "--"]
 
 
 def without_userns() -> list[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cardlab
@@ -26,10 +27,10 @@ MAIN = "from mic_emu.cli import main; main()"
 class Person:
     """Somebody without root, at home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, user: int = cardlab.USER) -> None:
         self.home = home
         exe, env = cardlab.userland()
-        self.argv = [*cardlab.as_user(), exe, "-c", MAIN]
+        self.argv = [*cardlab.as_user(user), exe, "-c", MAIN]
         self.env = {**env, "HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run"), "TERM": "xterm"}
 
     def micemu(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -40,16 +41,17 @@ class Person:
         return done
 
 
-@pytest.fixture
-def person() -> Iterator[Person]:
+@contextmanager
+def at_home(user: int = cardlab.USER) -> Iterator[Person]:
+    """A person, ``user`` where this is root. At the end nothing of them is left."""
     home = Path(tempfile.mkdtemp(prefix="mu-", dir="/tmp"))
     (home / "run").mkdir()
     if os.geteuid() == 0:
         for p in (home, home / "run"):
-            os.chown(p, cardlab.USER, cardlab.USER)
+            os.chown(p, user, user)
     (home / "run").chmod(0o700)
     before = Leftovers.now()
-    p = Person(home)
+    p = Person(home, user)
     try:
         yield p
     finally:
@@ -57,6 +59,12 @@ def person() -> Iterator[Person]:
         shutil.rmtree(home)
         cardlab.forget_userland()
     cardlab.nothing_stays(before)
+
+
+@pytest.fixture
+def person() -> Iterator[Person]:
+    with at_home() as p:
+        yield p
 
 
 @pytest.mark.contained

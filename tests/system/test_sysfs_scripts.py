@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,19 @@ from pathlib import Path
 import needs
 import pytest
 from cardlab import USER, as_user
-from test_ordinary_user import Person, person  # noqa: F401  the fixture
+from test_ordinary_user import Person, at_home, person  # noqa: F401  the fixture
 
-from mic_emu.testing.machine import MICEMU, Machine
+from mic_emu.testing.machine import MICEMU, Machine, eventually
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent / "sh"
 QUICK = ("--disk", "none", "--net", "none")
+NOBODY = 65534  # fusermount3 serves only users that have a name
+HELPER = """import os, socket, subprocess, sys
+ours, theirs = socket.socketpair()
+os.environ["_FUSE_COMMFD"] = str(theirs.fileno())
+sys.exit(subprocess.run(["fusermount3", "-o", "fsname=probe", "--", sys.argv[1]], pass_fds=[theirs.fileno()]).returncode)
+"""
 KILL = "kill -9 $(%s status --json | sed 's/.*\"os\": \\([0-9]*\\).*/\\1/')\n"
 
 
@@ -77,3 +85,49 @@ def test_cosm_11_script_of_an_ordinary_user(person: Person) -> None:  # noqa: F8
     script, watch, crash = tools(person.home, person.argv[len(as_user())], micemu, "select")
     ran = person.micemu("run", "host", "--sysfs", "--", "sh", script, "/sys", watch, crash, check=False)
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+def may_mount(person: Person, place: Path) -> None:  # noqa: F811
+    """Skip where fusermount3 itself cannot mount for this user, with its own words."""
+    user = person.argv[: person.argv.index("-c") - 1]
+    probe = [*user, person.argv[len(user)], "-c", HELPER, str(place)]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    subprocess.run([*user, "fusermount3", "-u", "-q", str(place)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount for an ordinary user here: {done.stderr.strip()}")
+
+
+@pytest.mark.peer("fusermount3")
+@pytest.mark.contained
+def test_cosm_11_mount_of_an_ordinary_user_with_fusermount3() -> None:
+    """`micemu sysfs mount` by who may not mount: the script's day in it, both ways to take it away, kill -9 of the host."""
+    with at_home(NOBODY) as person:  # noqa: F811
+        target = person.home / "sys"
+        subprocess.run([*as_user(NOBODY), "mkdir", str(target)], check=True)
+        may_mount(person, target)
+        host = json.loads(person.micemu("boot", "--json", *QUICK).stdout)["host"]["pid"]
+        person.micemu("shutdown")
+        person.micemu("sysfs", "mount", str(target))
+        user, python = as_user(NOBODY), person.argv[len(as_user()) :][0]
+        (person.home / "micemu.py").write_text("from mic_emu.cli import main\nmain()\n")
+        script, watch, crash = tools(person.home, python, f"{python} {person.home}/micemu.py", "poll")
+        ran = subprocess.run(
+            [*user, "sh", script, str(target), watch, crash], env=person.env, capture_output=True, text=True, timeout=200,
+            check=False,
+        )  # fmt: skip
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "done\n", "")
+        person.micemu("sysfs", "umount", str(target))
+        assert not os.path.ismount(target)
+        refused = person.micemu("sysfs", "mount", "/tmp", check=False)
+        assert (
+            refused.returncode,
+            "/tmp: fusermount3: " in refused.stderr,
+            "need no mount" in refused.stderr,
+        ) == (1, True, True)
+        person.micemu("sysfs", "mount", str(target))
+        assert subprocess.run([*user, "fusermount3", "-u", str(target)], check=False).returncode == 0
+        person.micemu("sysfs", "mount", str(target))
+        os.kill(host, signal.SIGKILL)
+        eventually(
+            lambda: str(target) not in Path("/proc/self/mountinfo").read_text(), 30, "the end of the mount"
+        )

@@ -82,40 +82,54 @@ def test_what_is_open_outlives_umount_and_the_next_mount_outlives_both(machine: 
     assert (tree / "class/mic/mic0/state").read_text() == "ready\n"
 
 
-def test_server_and_guardian_killed_leave_what_clean_and_mount_take_away(
-    machine: Machine, tree: Path  # noqa: F811
-) -> None:  # fmt: skip
-    """kill -9 of both: the kernel keeps a mount at which even stat fails."""
+def abandon(machine: Machine, tree: Path) -> None:  # noqa: F811
+    """kill -9 of server and guardian: the kernel keeps a mount at which even stat fails."""
+    if not mounted(tree):
+        machine.micemu("sysfs", "mount", str(tree))
     kill(*servers(tree))
 
     def dead() -> bool:
-        with pytest.raises(OSError) as e:
+        try:
             tree.stat()
-        return e.value.errno == errno.ENOTCONN
+        except OSError as e:
+            return e.errno == errno.ENOTCONN
+        return not mounted(tree)
 
     eventually(dead, 30, "the end of the server")
-    (found,) = [f for f in machine.json("doctor", check=False) if f["name"] == "leftovers"]
-    assert (found["verdict"], found["fix"], str(tree) in found["detail"]) == (
-        "degraded",
-        "micemu clean",
-        True,
-    )
+
+
+def test_what_kill_9_of_both_left_is_named_and_taken_away(machine: Machine, tree: Path) -> None:  # noqa: F811
+    """Doctor names it, and both take it away. So does a clean of another test that runs beside this one: then once more."""
+
+    def named() -> bool:
+        (found,) = [f for f in machine.json("doctor", check=False) if f["name"] == "leftovers"]
+        return (found["fix"], str(tree) in found["detail"]) == ("micemu clean", True)
+
+    def cleaned() -> bool:
+        return f"unmounted {tree}\n" in machine.micemu("clean", check=False).stdout
+
+    abandon(machine, tree)
     assert machine.micemu("sysfs", "mount", str(tree)).stderr == ""
     assert (tree / "class/mic/mic0/state").read_text() == "ready\n"
-    kill(*servers(tree))
-    eventually(dead, 30, "the end of the server")
-    assert machine.micemu("clean").stdout == f"unmounted {tree}\n"
+    for look in (named, cleaned):
+        for _ in range(9):
+            abandon(machine, tree)
+            if look():
+                break
+            assert not mounted(tree), f"{look.__name__} does not see it"
+        else:
+            pytest.fail(f"never {look.__name__}")
     assert os.listdir(tree) == []
 
 
 def test_a_server_that_hangs_keeps_nobody_from_taking_its_mount_away(machine: Machine, tree: Path) -> None:  # noqa: F811
-    """Neither mount, umount nor clean waits for an answer of it."""
+    """Neither mount, umount nor doctor waits for an answer of it."""
     _, server = servers(tree)
     os.kill(server, signal.SIGSTOP)
     try:
         again = machine.micemu("sysfs", "mount", str(tree), check=False)
         assert (again.returncode, "is mounted there already" in again.stderr) == (1, True)
-        assert "emulator runs" in machine.micemu("clean", check=False).stderr
+        machine.micemu("doctor", check=False)
         assert machine.micemu("sysfs", "umount", str(tree)).stderr == ""
         assert not mounted(tree)
     finally:

@@ -306,7 +306,8 @@ void wire_after_fork(void)
 	while (pooled)
 		if (still_ours(&pool[--pooled]))
 			close(pool[pooled].fd);
-	/* Also those whose calls are not here: with them open, the parent's death would end none of its requests. */
+	/* Also those whose calls are not here: with them open, the parent's death would end none of its
+	 * requests. */
 	for (const struct control *c = in_use; c; c = c->next)
 		if (still_ours(c))
 			close(c->fd);

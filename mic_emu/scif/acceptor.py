@@ -80,7 +80,7 @@ class Accept:
         conn.accept_call = self
         addr = path.own_addr(qp.offset)
         path.send(Msg(Op.CNCT_GNT, src, request.peer, request.remote_id, addr, conn.id))
-        node.linger.expect()
+        node.events.expect()
         listener.changed()  # one request less
 
     def _again(self) -> None:

@@ -171,7 +171,7 @@ class Endpoint:
         attempt = self.attempt = Attempt(self, path, done)
         self.set_state(State.CONNECTING)
         path.send(Msg(Op.CNCT_REQ, (self.node.id, self.port), dst, self.id, path.own_addr(qp.offset)))
-        self.node.linger.expect()
+        self.node.events.expect()
         return attempt
 
     def on_grant(self, msg: Msg) -> None:
@@ -339,7 +339,7 @@ class Endpoint:
         self.set_state(State.CLOSING)
         self._limit = self.node.answers.start(self.on_disconnect_ack)
         self._say_closed()
-        self.node.linger.expect()
+        self.node.events.expect()
 
     @property
     def _peer_is_open(self) -> bool:

@@ -92,7 +92,7 @@ class Link:
             self.node.memory, self.node.allocator, queue.NODE_RING, self.ports.own_addr
         )
         drain(self.ports.doorbell_fd)
-        asyncio.get_running_loop().add_reader(self.ports.doorbell_fd, self.on_doorbell)
+        self.node.events.add(self.ports.doorbell_fd, self.on_doorbell)
         self._reading = True
         self.ports.publish(self.ports.own_addr(self.qp.offset))
         self._poller = self.node.spawn(self._find_peer(), f"find node {self.peer_id}")
@@ -129,7 +129,7 @@ class Link:
     def close(self) -> None:
         """Stop listening and free the queue pair; the node has already dropped the peer."""
         if self._reading:
-            asyncio.get_running_loop().remove_reader(self.ports.doorbell_fd)
+            self.node.events.remove(self.ports.doorbell_fd)
             self._reading = False
         if self._poller:
             self._poller.cancel()

@@ -19,10 +19,10 @@ from mic_emu.memory import PageAllocator, View
 from mic_emu.scif.deadlines import Deadlines
 from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.errors import Late, ScifError
+from mic_emu.scif.events import Events
 from mic_emu.scif.fences import Fences
 from mic_emu.scif.kernel import KernelEndpoint
 from mic_emu.scif.limits import NODE_ALIVE_S
-from mic_emu.scif.linger import Linger
 from mic_emu.scif.link import Link, LinkPorts
 from mic_emu.scif.lists import Lists
 from mic_emu.scif.membership import HOST, Membership, PeerCallback
@@ -78,7 +78,7 @@ class Node:
         self.draining: set[Lists] = set()  # window lists with copies that somebody waits for
         self.listeners: dict[int, Endpoint] = {}
         self.links: dict[int, Link] = {}
-        self.linger = Linger()
+        self.events = Events()
         self.notifier = Notifier(self)
         self.queue_pairs = QueuePairs(self)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -147,7 +147,7 @@ class Node:
 
     def attached(self) -> None:
         """A link has got its rings, or has lost them."""
-        self.linger.set_links([link for link in self.links.values() if link.rings is not None])
+        self.events.set_links([link for link in self.links.values() if link.rings is not None])
 
     async def close(self) -> None:
         """Leave: every link orderly down, every task ended."""
@@ -163,7 +163,7 @@ class Node:
         self.pages.close()
         self.members.close()
         self.notifier.stop()
-        self.linger.close()
+        self.events.close()
 
     # --- what endpoints and links use ---------------------------------------------------------
 

@@ -6,7 +6,6 @@ a kernel client it wakes this loop.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import heapq
 import os
@@ -50,13 +49,13 @@ class Notifier:
         if self._event_fd < 0 or self._thread == ffi.NULL:
             self._thread = None
             raise OSError(ffi.errno, "cannot start the SCIF notifier")
-        asyncio.get_running_loop().add_reader(self._event_fd, self._on_event)
+        self.node.events.add(self._event_fd, self._on_event)
 
     def stop(self) -> None:
         """End the thread and free the page."""
         if self._thread is None:
             return
-        asyncio.get_running_loop().remove_reader(self._event_fd)
+        self.node.events.remove(self._event_fd)
         lib.mic_scif_notifier_stop(self._thread)
         self._thread = None
         os.close(self._event_fd)

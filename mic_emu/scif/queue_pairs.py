@@ -8,7 +8,6 @@ first), or its node is lost.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ class QueuePairs:
         self.node.notifier.start()
         if not self._cleaning:
             self._cleaning = True
-            asyncio.get_running_loop().call_soon(self._prepare)
+            self.node.events.meanwhile(self._prepare)
         try:
             qp = self._clean.pop() if self._clean else self._reserve()
         except OutOfNodeMemory:

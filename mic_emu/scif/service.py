@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mic_emu._native import ffi, lib
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from mic_emu.scif.node import Node
 
 BACKLOG = 512
-REQUESTS = 256  # served before the loop goes on with something else
 RETRY_S = 0.5  # no descriptor for a program: one may be free again without our having closed it
 RESERVE = 64  # descriptors; of small limits an eighth
 _WATCH_SESSION = select.EPOLLET | select.EPOLLRDHUP
@@ -88,7 +88,6 @@ class ScifService:
         self.listener = listener
         self._privileged = privileged
         self._epoll = select.epoll()  # endpoints, and connections that said nothing yet
-        self._requests = select.epoll()  # control connections
         self._fresh: dict[int, tuple[int, int]] = {}  # connected, said nothing yet: pid, uid
         self._controls: dict[int, Control] = {}
         self._by_fd: dict[int, Session] = {}
@@ -118,29 +117,18 @@ class ScifService:
 
     def start(self) -> None:
         """Begin to serve."""
-        loop = asyncio.get_running_loop()
         self.node.notifier.start()
-        loop.add_reader(self.listener.fileno(), self._on_connection)
-        loop.add_reader(self._epoll.fileno(), self.look)
-        loop.add_reader(self._requests.fileno(), self._dispatch)
-        for fd in self._watched():
-            self.node.linger.watch(fd)
-
-    def _watched(self) -> tuple[int, ...]:
-        return self.listener.fileno(), self._epoll.fileno(), self._requests.fileno()
+        self.node.events.add(self.listener.fileno(), self._on_connection)
+        self.node.events.add(self._epoll.fileno(), self.look)
 
     async def close(self) -> None:
         """Stop serving: every endpoint of a program is released, the socket is closed."""
-        loop = asyncio.get_running_loop()
         self._resume()
-        loop.remove_reader(self.listener.fileno())
-        loop.remove_reader(self._epoll.fileno())
-        loop.remove_reader(self._requests.fileno())
-        for fd in self._watched():
-            self.node.linger.unwatch(fd)
+        self.node.events.remove(self.listener.fileno())
+        self.node.events.remove(self._epoll.fileno())
         self.listener.close()
         for control in list(self._controls.values()):
-            control.close()
+            self._end(control)
         close_all(list(self._fresh))
         for session in list(self.sessions.values()):
             session.release()
@@ -149,7 +137,6 @@ class ScifService:
             self._when_empty = lambda: settle(empty)
             await empty
         self._epoll.close()
-        self._requests.close()
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -194,7 +181,7 @@ class ScifService:
                 os.strerror(why),
             )
         self._short = why
-        asyncio.get_running_loop().remove_reader(self.listener.fileno())
+        self.node.events.remove(self.listener.fileno())
         self._retry = self.node.clock.alarm(RETRY_S, self._resume)
 
     def _resume(self) -> None:
@@ -202,7 +189,7 @@ class ScifService:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
-            asyncio.get_running_loop().add_reader(self.listener.fileno(), self._on_connection)
+            self.node.events.add(self.listener.fileno(), self._on_connection)
 
     def look(self) -> None:
         """Handle whatever happened to endpoints up to now; also before a request that depends on it.
@@ -221,11 +208,6 @@ class ScifService:
                 if not self._on_first(fd):
                     self._epoll.register(fd, _WATCH_INPUT)
 
-    def _dispatch(self) -> None:
-        """One request from each control connection that has one."""
-        for fd, _ in self._requests.poll(0, REQUESTS):
-            self._on_control(fd, self._controls[fd])
-
     def _on_first(self, fd: int) -> bool:
         """The first packet of a connection says what it is; False when there is none yet."""
         rc = lib.mic_scif_first(fd, self._first, self._passed)
@@ -240,7 +222,7 @@ class ScifService:
             self._epoll.register(fd, _WATCH_SESSION)
         elif op == lib.MIC_SCIF_HELLO:
             control = self._controls[fd] = Control(self, fd, pid, uid, a0)
-            self._requests.register(fd, _WATCH_INPUT)
+            self.node.events.add(fd, partial(self._on_control, control))
             control.answer(0)
         else:
             if op == lib.MIC_SCIF_MEMORY and passed >= 0:
@@ -260,17 +242,21 @@ class ScifService:
         except (OSError, ValueError) as e:
             self.node.log.warning("node %d: bad memory of node %d: %s", self.node.id, node_id, e)
 
-    def _on_control(self, fd: int, control: Control) -> None:
-        length = lib.mic_scif_receive(fd, self._packet_c, lib.MIC_SCIF_PACKET)
+    def _on_control(self, control: Control) -> None:
+        """A request of a program, or its end."""
+        length = lib.mic_scif_receive(control.fd, self._packet_c, lib.MIC_SCIF_PACKET)
         if length == -errno.EAGAIN:
             return
         if length > 0 and control.on_packet(self._packet, length):
             return
-        del self._controls[fd]
-        self._requests.unregister(fd)
-        control.close()
+        self._end(control)
         self._resume()
         self.node.look_at_copies()  # its process may have died in the middle of one
+
+    def _end(self, control: Control) -> None:
+        self.node.events.remove(control.fd)
+        del self._controls[control.fd]
+        control.close()
 
     def session(self, sid: int) -> Session | None:
         """By its name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,16 @@ class Card:
     host_link: Link
     card_link: Link
     dma: Dma | None = None
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """It does not hear its doorbell, nor what rings meanwhile."""
+        doorbell, events = self.bus.irq_fd(1), self.node.events
+        events.remove(doorbell)
+        try:
+            yield
+        finally:
+            events.add(doorbell, self.card_link.on_doorbell)
 
 
 @dataclass

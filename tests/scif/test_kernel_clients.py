@@ -402,15 +402,15 @@ def test_scif_135_host_removes_a_silent_card_within_the_node_timeout() -> None:
 
     async def body(fab: Fabric) -> None:
         card = fab.cards[0]
-        asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))  # the card hangs
-        task = asyncio.ensure_future(card.host_link.stop())
-        await asyncio.sleep(0)
-        await clock.advance(29)
-        await asyncio.sleep(0)
-        assert not task.done()
-        await clock.advance(2)
-        await task
-        assert fab.host.node_ids() == [0]
+        with card.asleep():
+            task = asyncio.ensure_future(card.host_link.stop())
+            await asyncio.sleep(0)
+            await clock.advance(29)
+            await asyncio.sleep(0)
+            assert not task.done()
+            await clock.advance(2)
+            await task
+            assert fab.host.node_ids() == [0]
 
     run(body, clock=clock)
 
@@ -489,13 +489,11 @@ def test_scif_135_a_full_node_queue_is_retried_then_given_up() -> None:
 
     async def body(fab: Fabric) -> None:
         card = fab.cards[0]
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(card.bus.irq_fd(1))
         count = 0x10000 // 44 + 100
-        for _ in range(count):
-            card.host_link.send(Msg(Op.NODE_REMOVE_ACK, (0, 0), (1, 0)))
-        before = card.card_link.received
-        loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
+        with card.asleep():
+            for _ in range(count):
+                card.host_link.send(Msg(Op.NODE_REMOVE_ACK, (0, 0), (1, 0)))
+            before = card.card_link.received
         await eventually(lambda: card.card_link.received == before + count, "every message")
         assert card.host_link.dropped == 0
         assert not card.host_link.stuck
@@ -508,13 +506,13 @@ def test_scif_135_a_stuck_queue_fails_connects_with_enodev() -> None:
 
     async def body(fab: Fabric) -> None:
         card = fab.cards[0]
-        asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))
-        for _ in range(0x10000 // 44 + 1):
-            card.host_link.send(Msg(Op.NODE_REMOVE_ACK, (0, 0), (1, 0)))
-        client = fab.host.open()
-        await fails(errno.ENODEV, client.connect((1, 5)))
-        assert client.state is State.BOUND
-        assert card.host_link.stuck
+        with card.asleep():
+            for _ in range(0x10000 // 44 + 1):
+                card.host_link.send(Msg(Op.NODE_REMOVE_ACK, (0, 0), (1, 0)))
+            client = fab.host.open()
+            await fails(errno.ENODEV, client.connect((1, 5)))
+            assert client.state is State.BOUND
+            assert card.host_link.stuck
 
     run(body, clock=Clock("fast", program=0.02))
 

@@ -80,7 +80,7 @@ def test_scif_17_25_a_port_is_free_although_its_last_connection_was_only_being_m
     """A listener is killed between grant and confirmation: the next bind waits for that, and has the port."""
 
     async def main() -> None:
-        loop, path = asyncio.get_running_loop(), tmp_path / "node0.sock"
+        path = tmp_path / "node0.sock"
         async with fabric(1) as fab:
             card = fab.cards[0]
             service = ScifService(fab.host, listen_at(path))
@@ -91,16 +91,15 @@ def test_scif_17_25_a_port_is_free_although_its_last_connection_was_only_being_m
             await first.ask(lib.MIC_SCIF_LISTEN, listener, 4)
             connect = asyncio.ensure_future(card.node.open().connect((0, 2700)))
             await eventually(lambda: fab.host.listeners[2700].pending, "the request")
-            loop.remove_reader(card.bus.irq_fd(1))  # the card sleeps
-            first.send(lib.MIC_SCIF_ACCEPT, listener, fresh, 1)
-            connecting = lambda: [e for e in fab.host.endpoints.values() if e.state is State.CONNECTING]  # noqa: E731
-            await eventually(connecting, "the grant")
-            first.kill()
-            second = await started(path)
-            again = second.open()
-            second.send(lib.MIC_SCIF_BIND, again, 2700)
-            await eventually(lambda: 2700 not in fab.host.listeners, "the end of the listener")
-            loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
+            with card.asleep():
+                first.send(lib.MIC_SCIF_ACCEPT, listener, fresh, 1)
+                connecting = lambda: [e for e in fab.host.endpoints.values() if e.state is State.CONNECTING]  # noqa: E731
+                await eventually(connecting, "the grant")
+                first.kill()
+                second = await started(path)
+                again = second.open()
+                second.send(lib.MIC_SCIF_BIND, again, 2700)
+                await eventually(lambda: 2700 not in fab.host.listeners, "the end of the listener")
             assert await second.answer() == (0, 2700)
             second.kill()
             connect.cancel()
@@ -230,7 +229,6 @@ def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> No
     """It may be writing its window record there when our endpoint closes."""
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
         async with fabric(1) as fab:
             card, records = fab.cards[0], fab.host.records
             listener = fab.host.open()
@@ -238,13 +236,12 @@ def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> No
             listener.listen()
             client = card.node.open()
             _, server = await asyncio.gather(client.connect((0, 2700)), listener.accept())
-            loop.remove_reader(card.bus.irq_fd(1))  # the card sleeps before it can use the grant
-            card.card_link.send(Msg(Op.ALLOC_REQ, (1, client.port), (0, 2700), server.id, 1, 77))
-            await eventually(lambda: records._granted, "the grant")
-            closing = asyncio.ensure_future(server.close())
-            await eventually(lambda: server.state is State.CLOSING, "the release")
-            assert records._granted
-            loop.add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
+            with card.asleep():  # before it can use the grant
+                card.card_link.send(Msg(Op.ALLOC_REQ, (1, client.port), (0, 2700), server.id, 1, 77))
+                await eventually(lambda: records._granted, "the grant")
+                closing = asyncio.ensure_future(server.close())
+                await eventually(lambda: server.state is State.CLOSING, "the release")
+                assert records._granted
             card.card_link.on_doorbell()
             await closing
             await eventually(lambda: not records._granted, "the card's answer")

@@ -55,13 +55,16 @@ void mic_scif_rx_release(struct mic_scif_rx *rx);
 /* Both in one. */
 int mic_scif_rx_take(struct mic_scif_rx *rx, void *data, uint32_t len);
 
+#define MIC_SCIF_EVENTS 64
+
 /* Looks for the answer to a message for at most `us` at a time; how often it may do so in vain is in
  * linger.h. */
 struct mic_linger *mic_scif_linger_new(unsigned us);
 void mic_scif_linger_free(struct mic_linger *s);
-/* Look at `n` rings until one has something: its index. -1: no longer, or `work`, an epoll descriptor, has
- * other work for the caller. */
-int mic_scif_linger(struct mic_linger *s, struct mic_scif_rx *const *rx, int n, int work);
+/* What is ready among the descriptors of `epfd`: their number, at most MIC_SCIF_EVENTS. Before it says 0 it
+ * looks for a while at the `n` rings, if there are any; *ring is the first that has something, else -1. */
+int mic_scif_events(struct mic_linger *s, struct mic_scif_rx *const *rx, int n, int epfd,
+		    int fds[MIC_SCIF_EVENTS], int *ring);
 /* cffi-end */
 
 #endif

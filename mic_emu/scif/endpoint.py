@@ -336,9 +336,9 @@ class Endpoint:
             done()
             return
         self._gone = done
+        self._say_closed()  # first: the peer works on it while we go on
         self.set_state(State.CLOSING)
         self._limit = self.node.answers.start(self.on_disconnect_ack)
-        self._say_closed()
         self.node.events.expect()
 
     @property

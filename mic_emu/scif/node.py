@@ -91,8 +91,8 @@ class Node:
             Op.CNCT_REJ: lambda msg, link: self._endpoint(msg.p0).on_reject(msg),
             Op.DISCNCT: self._on_disconnect,
             Op.DISCNCT_ACK: self._on_disconnect_ack,
-            Op.CLIENT_SENT: lambda msg, link: self._endpoint(msg.p0).on_sent(),
-            Op.CLIENT_RCVD: lambda msg, link: self._endpoint(msg.p0).on_received(),
+            Op.CLIENT_SENT: lambda msg, link: self._of_peer(msg).on_sent(),
+            Op.CLIENT_RCVD: lambda msg, link: self._of_peer(msg).on_received(),
         }  # fmt: skip
         self.members = Membership(self, SelfPath(self))
         self.pages = Pages(self)
@@ -199,6 +199,13 @@ class Node:
         except KeyError:
             raise Late(errno.EINVAL, f"no endpoint {ep_id:#x}") from None
 
+    def _of_peer(self, msg: Msg) -> Endpoint:
+        """The endpoint that its peer writes about. Raises ScifError."""
+        ep = self._endpoint(msg.p0)
+        if ep.peer[0] != msg.src[0]:
+            raise ScifError(errno.EINVAL, f"{ep!r} is not connected to node {msg.src[0]}")
+        return ep
+
     # --- messages -----------------------------------------------------------------------------
 
     def handle(self, msg: Msg, link: Link | None) -> None:
@@ -268,6 +275,5 @@ class Node:
                 path.send(msg.answer(Op.DISCNCT_ACK))
 
     def _on_disconnect_ack(self, msg: Msg, link: Link | None) -> None:
-        ep = self.endpoints.get(msg.p0)
-        if ep is not None:  # else a withdrawn request's: nobody waits
-            ep.on_disconnect_ack()
+        if msg.p0 in self.endpoints:  # else a withdrawn request's: nobody waits
+            self._of_peer(msg).on_disconnect_ack()

@@ -333,7 +333,8 @@ class ScifService:
     def _sync(self, control: Control, sid: int) -> Answer:
         session = self.session(sid)
         call = _taken(control)
-        self.look()
+        if session is not None and not session.released:
+            self.look()
         if session is None or not session.released or self.sessions.get(sid) is not session:
             return Reply()
         session.on_released.append(lambda: call.done(Reply()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import select
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,15 +97,23 @@ class Card:
     card_link: Link
     dma: Dma | None = None
 
+    def fall_asleep(self) -> None:
+        """It does not hear its doorbell until ``wake_up``."""
+        self.node.events._epoll.modify(self.bus.irq_fd(1), 0)
+
+    def wake_up(self) -> None:
+        """It looks at its queue first, as after any doorbell."""
+        self.node.events._epoll.modify(self.bus.irq_fd(1), select.EPOLLIN)
+        self.card_link.on_doorbell()
+
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """It does not hear its doorbell, nor what rings meanwhile."""
-        doorbell, events = self.bus.irq_fd(1), self.node.events
-        events.remove(doorbell)
+        """Asleep, and up again."""
+        self.fall_asleep()
         try:
             yield
         finally:
-            events.add(doorbell, self.card_link.on_doorbell)
+            self.wake_up()
 
 
 @dataclass

@@ -82,7 +82,7 @@ async def command(fab: Fabric, services: list[ScifService], words: list[str]) ->
             card.dma.stop()
             card.dma.engine.reset()
     elif words[0] == "freeze":
-        asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))
+        card.fall_asleep()
     elif words[0] == "cut":
         revoke_windows(card.bus.fds[0])
     elif words[0] == "up":

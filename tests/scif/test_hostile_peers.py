@@ -53,16 +53,6 @@ async def answer(card: Card, op: Op, msg: Msg) -> Msg:
     return got[0]
 
 
-def falls_asleep(card: Card) -> None:
-    """Its node hears no doorbell until ``wakes_up``."""
-    asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))
-
-
-def wakes_up(card: Card) -> None:
-    asyncio.get_running_loop().add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
-    card.card_link.on_doorbell()
-
-
 async def registered(ep: KernelEndpoint, offset: int) -> Window:
     """A window of one page, which the peer knows."""
     node, ended, pid = ep.node, list[ScifError | None](), os.getpid()
@@ -112,6 +102,24 @@ def test_scif_3_3_a_stranger_decides_no_connect() -> None:
     run(body)
 
 
+def test_scif_3_3_a_stranger_ends_no_close() -> None:
+    """DISCNCT_ACK for another card's connection: close still waits until the peer has let go."""
+
+    async def body(fab: Fabric, liar: Card, ours: KernelEndpoint, theirs: KernelEndpoint) -> None:
+        with fab.cards[1].asleep():
+            closing = asyncio.ensure_future(ours.close())
+            await eventually(lambda: ours.state is State.CLOSING, "the message to the peer")
+            await say(liar, Msg(Op.DISCNCT_ACK, LIAR, (0, PORT), ours.id))
+            for op in (Op.CLIENT_SENT, Op.CLIENT_RCVD):
+                await say(liar, Msg(op, LIAR, (0, PORT), ours.id))
+            assert ours.id in fab.host.endpoints
+            assert not closing.done()
+            assert liar.host_link.dropped == 3
+        await closing
+
+    run(body)
+
+
 def test_scif_3_3_a_stranger_confirms_no_accept() -> None:
     """CNCT_GNTACK and CNCT_GNTNACK for another card's request."""
 
@@ -121,7 +129,7 @@ def test_scif_3_3_a_stranger_confirms_no_accept() -> None:
         listener.listen()
         connecting = asyncio.ensure_future(client.connect((0, 800)))
         await eventually(lambda: listener.pending, "the request")
-        falls_asleep(fab.cards[1])
+        fab.cards[1].fall_asleep()
         accepting = asyncio.ensure_future(listener.accept())
         granted = lambda: [e for e in fab.host.endpoints.values() if e.state is State.CONNECTING]  # noqa: E731
         await eventually(granted, "the grant")
@@ -129,7 +137,7 @@ def test_scif_3_3_a_stranger_confirms_no_accept() -> None:
         for op in (Op.CNCT_GNTACK, Op.CNCT_GNTNACK):
             await say(liar, Msg(op, LIAR, (0, 800), conn.id))
             assert conn.state is State.CONNECTING
-        wakes_up(fab.cards[1])
+        fab.cards[1].wake_up()
         assert await accepting is conn
         await connecting
 
@@ -172,7 +180,7 @@ def test_scif_3_3_a_stranger_answers_no_question() -> None:
     """The keys of questions can be guessed; only who was asked may answer. A false grant would have us write."""
 
     async def body(fab: Fabric, liar: Card, ours: KernelEndpoint, theirs: KernelEndpoint) -> None:
-        falls_asleep(fab.cards[1])
+        fab.cards[1].fall_asleep()
         ended: list[ScifError | None] = []
         pages = fab.host.pages.hold(os.getpid(), [(fab.host.pages.allocate(os.getpid(), PAGE), PAGE)])
         ours.windows.announce(ours.windows.reserve(0, PAGE, 3, True), pages, ended.append)
@@ -181,7 +189,7 @@ def test_scif_3_3_a_stranger_answers_no_question() -> None:
         await say(liar, Msg(Op.ALLOC_REJ, LIAR, (0, PORT), 0, 0, key))
         assert list(fab.host.questions._open) == [key]
         assert not any(fab.nodes[2].memory.read(0x200000, HEAD.size))
-        wakes_up(fab.cards[1])
+        fab.cards[1].wake_up()
         await eventually(lambda: ended == [None], "the answer of who was asked")
 
     run(body)

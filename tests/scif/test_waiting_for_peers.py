@@ -42,16 +42,6 @@ async def fails(code: int, what: Awaitable[object]) -> None:
     assert e.value.errno == code, e.value
 
 
-def falls_asleep(card: Card) -> None:
-    """Its node hears no doorbell until ``wakes_up``."""
-    asyncio.get_running_loop().remove_reader(card.bus.irq_fd(1))
-
-
-def wakes_up(card: Card) -> None:
-    asyncio.get_running_loop().add_reader(card.bus.irq_fd(1), card.card_link.on_doorbell)
-    card.card_link.on_doorbell()
-
-
 async def granted(fab: Fabric) -> None:
     """Until the host has granted a request, and waits for the connector's confirmation."""
     await eventually(
@@ -66,13 +56,13 @@ def test_scif_37_a_grant_that_comes_after_the_withdrawal_is_given_back() -> None
         first, second = card.node.open(), card.node.open()
         lost = asyncio.ensure_future(first.connect((0, PORT)))
         await eventually(lambda: listener.pending, "the request")
-        falls_asleep(card)
+        card.fall_asleep()
         accepting = asyncio.ensure_future(listener.accept())
         await granted(fab)
         lost.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await lost
-        wakes_up(card)
+        card.wake_up()
         port, server = await asyncio.gather(second.connect((0, PORT)), accepting)
         assert server.peer == (1, port)
         assert first.state is State.BOUND  # it may try again
@@ -88,7 +78,7 @@ def test_scif_129_accept_that_waits_for_a_lost_connector_is_enodev() -> None:
     async def body(fab: Fabric, card: Card, listener: KernelEndpoint) -> None:
         connecting = asyncio.ensure_future(card.node.open().connect((0, PORT)))
         await eventually(lambda: listener.pending, "the request")
-        falls_asleep(card)
+        card.fall_asleep()
         accepting = asyncio.ensure_future(listener.accept())
         await granted(fab)
         card.host_link.down()

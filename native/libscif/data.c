@@ -252,6 +252,8 @@ static int do_send(struct ep *ep, int fd, const void *msg, int len, int flags)
 		rc = ep_attach(ep);
 	if (rc < 0)
 		return rc;
+	/* A reader that waits has just written there; publish_write() looks at it. */
+	__builtin_prefetch(&ep->qp->rx_wait);
 	lock(ep->ctl->tx_lock);
 	rc = send_some(ep, fd, msg, (uint32_t)len, flags & SCIF_SEND_BLOCK);
 	unlock(ep->ctl->tx_lock);

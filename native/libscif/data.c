@@ -18,8 +18,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#define HOT_STREAK  64u /* waits in a row after which the token stays where it is */
-#define HOT_GAP_US  20u
+#define HOT_STREAK  64u  /* waits in a row after which the token stays where it is */
+#define HOT_GAP_US  100u /* more than a notifier takes that wakes on our CPU: else each calls the next */
 #define SPIN_MAX_US 50u
 #define SPIN_MIN_US 1u
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lab import Lab
 
 from mic_emu._native import ffi
+from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError
 from mic_emu.host.attributes import ATTRIBUTES, PAGE
-from mic_emu.host.sysfs import log_buffer
+from mic_emu.host.sysfs import Sysfs, log_buffer
 from mic_emu.layout import CONSTANTS as C
 from mic_emu.memory import View
+from mic_emu.testing.cosm import settle
 
 
 async def put(lab: Lab, name: str, data: bytes) -> int:
@@ -96,10 +101,13 @@ async def test_cosm_7_log_addresses_are_hexadecimal(name: str) -> None:
     for text in ("ffffffff81a2b3c0", "0xFFFFFFFF81A2B3C0\n"):
         assert await put(lab, name, text.encode()) == 0
         assert get(lab, name) == b"ffffffff81a2b3c0\n"
+    assert await put(lab, name, b"1f") == 0
+    assert get(lab, name) == b"000000000000001f\n"
+    assert await put(lab, name, b"f" * 16) == 0
     assert await put(lab, name, b"xyz") == errno.EINVAL
     assert await put(lab, name, b"-1") == errno.EINVAL
     assert await put(lab, name, b"1" + b"0" * 16) == errno.ERANGE
-    assert get(lab, name) == b"ffffffff81a2b3c0\n"
+    assert get(lab, name) == b"f" * 16 + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -133,12 +141,20 @@ async def test_cosm_3_11_read_only_files_refuse_writing() -> None:
     assert {name: a.mode for name, a in ATTRIBUTES.items() if a.mode != 0o644} == {"shutdown_status": 0o444}
 
 
-async def test_cosm_10_strings_may_change_in_every_state() -> None:
-    """Also while online."""
+@pytest.mark.parametrize("state", list(State), ids=lambda s: s.name)
+async def test_cosm_10_strings_may_change_in_every_state(state: State) -> None:
+    """Also while online, and while a reset holds the card: nobody waits, and nothing but the file changes."""
     lab = Lab()
-    await lab.online()
-    assert await put(lab, "cmdline", b"quiet\n") == 0
-    assert get(lab, "cmdline") == b"quiet\n"
+    await lab.goto(state)
+    before = (lab.seen, list(lab.words), list(lab.ops.calls))
+    texts = {"cmdline": b"quiet\n", "firmware": b"f.img\n", "ramdisk": b"r.cpio\n", "bootmode": b"flash\n"}
+    for name, text in texts.items():
+        assert await asyncio.wait_for(put(lab, name, text), 10) == 0
+        assert get(lab, name) == text
+    assert (lab.seen, lab.words, lab.ops.calls) == before
+    if lab.ops.gate:
+        lab.ops.gate.set()
+        await settle()
 
 
 async def test_contents_end_at_one_page() -> None:
@@ -164,3 +180,36 @@ def test_cosm_62_hw_54_log_has_exactly_the_length_words_bytes(
         view.write(length_at, length.to_bytes(4, "little"))
     base = C["CARD_TEXT_BASE"]
     assert log_buffer(view, base + text_at, base + length_at) == expected
+
+
+def card_with_a_log(lab: Lab) -> Any:
+    """What ``Sysfs`` needs of a card: the state machine, and GDDR with the log ``hello``."""
+    view = View(ffi.new("char[0x1000]"), 0x1000)
+    view.write(0x80, b"\5\0\0\0")
+    view.write(0x100, b"hello")
+    lab.dev.log_buf_len, lab.dev.log_buf_addr = C["CARD_TEXT_BASE"] + 0x80, C["CARD_TEXT_BASE"] + 0x100
+    return SimpleNamespace(cosm=lab.dev, bus=SimpleNamespace(gddr=view))
+
+
+@pytest.mark.parametrize("state", list(State), ids=lambda s: s.name)
+async def test_cosm_61_log_is_read_while_there_can_be_one(state: State) -> None:
+    """booting, online and shutting_down; in the other states nothing, whatever GDDR holds."""
+    lab = Lab()
+    await lab.goto(state)
+    has_log = state in (State.BOOTING, State.ONLINE, State.SHUTTING_DOWN)
+    assert Sysfs(SimpleNamespace()).log_buf(card_with_a_log(lab)) == (b"hello" if has_log else b"")  # type: ignore[arg-type]
+    if lab.ops.gate:
+        lab.ops.gate.set()
+        await settle()
+
+
+@pytest.mark.parametrize("name", ["log_buf_addr", "log_buf_len"])
+async def test_cosm_61_log_needs_both_addresses_and_is_where_they_say(name: str) -> None:
+    """0 in either: empty; another address: the bytes there."""
+    lab = Lab()
+    await lab.online()
+    card, sysfs = card_with_a_log(lab), Sysfs(SimpleNamespace())  # type: ignore[arg-type]
+    assert await put(lab, "log_buf_addr", b"%x" % (lab.dev.log_buf_addr + 1)) == 0
+    assert sysfs.log_buf(card) == b"ello\0"
+    assert await put(lab, name, b"0") == 0
+    assert sysfs.log_buf(card) == b""

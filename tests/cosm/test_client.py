@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 
 import pytest
 
@@ -86,14 +87,17 @@ async def test_cosm_44_heartbeat_every_30_s_when_idle() -> None:
         assert card.sent == [HEARTBEAT] * n
 
 
-async def test_cosm_42_sync_time_is_answered_with_a_heartbeat_at_once() -> None:
-    """And the offset is kept; nobody's clock is changed."""
+async def test_cosm_42_sync_time_is_answered_with_a_heartbeat_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the offset is kept, to the nanosecond; nobody's clock is changed."""
+    monkeypatch.setattr(time, "time_ns", lambda: 5_000_000_100)
     card = Card()
     await settle()
-    card.node.made[-1].say(message("SYNC_TIME", 1, 500))
+    card.node.made[-1].say(message("SYNC_TIME", 7, 500))
     await settle()
     assert card.sent == [HEARTBEAT]
-    assert card.client.clock_offset_ns < 0
+    assert card.client.clock_offset_ns == 2_000_000_400
 
 
 async def test_cosm_28_shutdown_message_powers_off_in_order() -> None:

@@ -67,6 +67,28 @@ def test_cosm_67_68_69_script_words(machine: Machine) -> None:
     assert (code, out, "there is no card mic9; cards: mic0, mic1" in err) == (1, "", True)
 
 
+def test_cosm_65_69_wait_ends_when_the_reset_has_failed(machine: Machine) -> None:
+    """The board does not answer: -r succeeds, -w ends, the card has no backend any more and stays as it is; a reset by hand
+    brings it back. -w on a card that is online ends at once, on one that boots when it is online."""
+    card = machine.boot("--net", "none")["cards"][0]
+    assert micctrl(machine, "-w", "mic0") == (0, "", "")
+    os.kill(card["pids"]["board"], signal.SIGSTOP)
+    for _ in range(2):  # from online, and from reset_failed
+        assert micctrl(machine, "-r", "mic0") == (0, "", "")
+        code, out, _ = micctrl(machine, "-w", "mic0")
+        assert (code, set(out.splitlines()) <= {"Waiting for mic0 to go offline"}) == (0, True)
+        assert micctrl(machine, "-s")[1] == "mic0 state: reset_failed shutdown_status: nop\n"
+    assert [not Path(f"/proc/{device['pid']}").exists() for device in card["devices"]] == [True, True]
+    assert machine.card()["devices"] == []
+    code, _, err = micctrl(machine, "-b", "mic0")
+    assert (code, "Invalid argument" in err) == (1, True)
+    os.kill(card["pids"]["board"], signal.SIGCONT)
+    assert [micctrl(machine, option, "mic0")[0] for option in ("-r", "-w")] == [0, 0]
+    assert machine.card()["state"] == "ready"
+    assert [micctrl(machine, option, "mic0")[0] for option in ("-b", "-w")] == [0, 0]
+    assert machine.card()["state"] == "online"
+
+
 def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
     """Long forms as MPSS 3; a crash reads as lost; shut down, all ready, and `stop` leaves no daemon."""
     image = machine.boot(*QUICK) and json.loads(machine.micemu("status", "--json").stdout)

@@ -17,14 +17,14 @@ S = State
 SYNC_TIME = 1
 
 
-async def test_cosm_42_sync_time_is_the_first_message_and_carries_the_wall_clock() -> None:
-    """On accept in booting or online: id 1, seconds and nanoseconds of now."""
+async def test_cosm_42_sync_time_is_the_first_message_and_carries_the_wall_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On accept in booting or online: id 1, seconds and nanoseconds of now, to the nanosecond."""
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_999_999_999)
     lab = Lab()
     ep = await lab.online()
-    (first,) = ep.sent
-    assert first["id"] == SYNC_TIME
-    assert abs(first["value"] + first["nsec"] / 1e9 - time.time()) < 60
-    assert first["nsec"] < 1_000_000_000
+    assert ep.sent == [{"id": SYNC_TIME, "value": 1_700_000_000, "nsec": 999_999_999}]
 
 
 async def test_cosm_44_any_message_restarts_the_window() -> None:

@@ -11,7 +11,7 @@ from lab import Lab, errno_of
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError
 from mic_emu.scif.errors import ScifError
-from mic_emu.testing.cosm import FakeConnection, message, settle
+from mic_emu.testing.cosm import message, settle
 
 S = State
 C_SHUTDOWN, C_SYNC_TIME = 0, 1
@@ -104,86 +104,6 @@ async def test_cosm_20_card_that_never_connects_stays_booting() -> None:
     assert lab.seen == ("ready", "nop")
 
 
-async def test_cosm_22_two_simultaneous_boot_writers_one_wins() -> None:
-    """Exactly one succeeds, the other gets EINVAL."""
-    lab = Lab()
-    lab.ops.gate = asyncio.Event()
-    writers = [asyncio.ensure_future(errno_of(lab.boot())) for _ in range(2)]
-    await settle()
-    lab.ops.gate.set()
-    assert sorted(await asyncio.gather(*writers)) == [0, errno.EINVAL]
-    assert lab.ops.calls == ["start"]
-
-
-async def test_cosm_23_reset_while_booting_refuses_the_late_connection() -> None:
-    """resetting, then ready; a late connection of the old boot is closed and changes nothing."""
-    lab = Lab()
-    await lab.boot()
-    lab.ops.gate = asyncio.Event()
-    await lab.dev.reset()
-    late = FakeConnection(lab.clock)
-    adopting = asyncio.ensure_future(lab.dev.adopt(late))
-    await settle()
-    lab.ops.gate.set()
-    await adopting
-    await settle()
-    assert late.closed
-    assert lab.words == ["booting", "resetting", "ready"]
-
-
-async def test_cosm_24_reset_while_resetting_succeeds_and_is_no_second_reset() -> None:
-    """T19."""
-    lab = Lab()
-    await lab.goto(S.RESETTING)
-    await lab.dev.reset()
-    assert lab.ops.gate
-    lab.ops.gate.set()
-    await settle()
-    assert (lab.ops.calls.count("reset"), lab.dev.state) == (1, S.READY)
-
-
-async def test_cosm_23_25_reset_while_start_runs_waits_and_resets_from_booting() -> None:
-    """COSM 2.4: the reset's writer waits until start has finished."""
-    lab = Lab()
-    lab.ops.gate = asyncio.Event()
-    boot = asyncio.ensure_future(lab.boot())
-    await settle()
-    reset = asyncio.ensure_future(lab.dev.reset())
-    await settle()
-    assert not reset.done()
-    lab.ops.gate.set()
-    await asyncio.gather(boot, reset)
-    await settle()
-    assert lab.words == ["booting", "resetting", "ready"]
-
-
-@pytest.mark.parametrize("first", ["shutdown", "reset"])
-async def test_cosm_26_shutdown_and_reset_at_once_end_ready(first: str) -> None:
-    """No deadlock, at most one writer sees an error, the card ends ready."""
-    lab = Lab()
-    await lab.online()
-    requests = {"shutdown": lab.dev.shutdown, "reset": lab.dev.reset}
-    order = [first, next(n for n in requests if n != first)]
-    results = await asyncio.gather(*(errno_of(requests[n]()) for n in order))
-    await settle()
-    assert lab.seen == ("ready", "nop")
-    assert results == ([0, 0] if first == "shutdown" else [0, errno.EINVAL])
-
-
-async def test_cosm_27_reads_do_not_wait_for_a_long_reset() -> None:
-    """State and status are plain values: readable while the lock is held for 46 s."""
-    lab = Lab()
-    await lab.online()
-    lab.ops.polls = 44
-    await lab.dev.reset()
-    await settle()
-    for _ in range(43):
-        assert lab.seen == ("resetting", "nop")
-        await lab.clock.advance(1)
-    await lab.clock.advance(2)
-    assert lab.seen == ("ready", "nop")
-
-
 async def test_cosm_28_31_shutdown_asks_the_card_and_poweroff_comes_with_the_hang_up() -> None:
     """Message id 0; shutting_down when the write returns; nop until the endpoint closes; then poweroff, no reset."""
     lab = Lab()
@@ -234,6 +154,25 @@ async def test_cosm_28_failed_send_is_the_sends_errno_and_no_change() -> None:
     with pytest.raises(ScifError) as e:
         await lab.dev.shutdown()
     assert (e.value.errno, lab.seen) == (errno.ECONNRESET, ("online", "nop"))
+
+
+async def test_cosm_28_32_card_that_goes_down_while_it_is_asked_to() -> None:
+    """Its own status overtakes the message: the writer has what it wanted, and the status is the card's."""
+    lab = Lab()
+    ep = await lab.online()
+    send = ep.send
+
+    async def slowly(data: bytes) -> int:
+        ep.say(message("SHUTDOWN_STATUS", Status.HALTED))
+        await settle()
+        return await send(data)
+
+    ep.send = slowly  # type: ignore[method-assign]
+    assert await errno_of(lab.dev.shutdown()) == 0
+    assert (lab.seen, lab.words) == (("shutting_down", "nop"), ["booting", "online", "shutting_down"])
+    ep.hang_up()
+    await settle()
+    assert lab.seen == ("shutting_down", "halted")
 
 
 async def test_cosm_60_card_that_does_not_read_cannot_hold_the_lock() -> None:

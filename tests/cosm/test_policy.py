@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from lab import Lab
 
@@ -79,6 +77,16 @@ async def test_cosm_64_card_that_does_not_come_up_is_tried_with_growing_pauses_a
     assert d.boots[0] - start <= 2
     assert d.dev.state is S.READY
     assert any("left in ready" in t for t in d.records.texts("error"))
+
+
+async def test_cosm_64_pauses_grow_up_to_a_minute() -> None:
+    """4, 8, 16, 32, then a minute each time."""
+    d = Daemon("reboot", max_reboots=8)
+    await d.online()
+    d.fail = True
+    await d.clock.advance(10_000)
+    gaps = [b - a for a, b in zip(d.boots, d.boots[1:], strict=False)]
+    assert gaps == pytest.approx([4, 8, 16, 32, 60, 60, 60])
 
 
 async def test_cosm_64_crashes_long_after_the_boot_are_forgiven() -> None:
@@ -211,4 +219,15 @@ async def test_policy_waits_for_the_end_of_the_card_os() -> None:
     d.daemon.wake()
     await settle()
     assert d.seen == ("ready", "nop")
-    await asyncio.sleep(0)
+
+
+async def test_cosm_64_card_os_that_does_not_end_is_reset_all_the_same() -> None:
+    """20 s after its status; a card that asked for a restart is booted then."""
+    for status, end in ((Status.POWEROFF, S.READY), (Status.RESTART, S.ONLINE)):
+        d = Daemon()
+        d.daemon._os_runs = lambda: True
+        await d.run_down(await d.online(), status)
+        await d.clock.advance(19)
+        assert d.seen == ("shutting_down", status.word)
+        await d.clock.advance(2)
+        assert (d.dev.state, len(d.boots)) == (end, status is Status.RESTART)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def ignores(pid: int, sig: int) -> bool:
 
 @pytest.mark.parametrize(
     ("command", "word"),
-    [("poweroff", "poweroff"), ("halt", "halt"), ("reboot", "restart"), ("shutdown -r now", "restart")],
-)
+    [("poweroff", "poweroff"), ("halt", "halt"), ("reboot", "restart"), ("shutdown -r now", "restart"),
+     ("shutdown -h now", "poweroff"), ("shutdown -H now", "halt")],
+)  # fmt: skip
 def test_cosm_32_who_asks_succeeds_however_fast_the_card_goes_down(
     tmp_path: Path, command: str, word: str
 ) -> None:
@@ -41,3 +43,42 @@ def test_cosm_32_who_asks_succeeds_however_fast_the_card_goes_down(
     finally:
         script.kill()
         script.wait()
+
+
+def test_cosm_32_shutdown_that_is_cancelled_asks_for_nothing(tmp_path: Path) -> None:
+    """`shutdown -c` ends with 0, and the card stays up."""
+    power.install(str(tmp_path))
+    pipe = power.open_pipe(str(tmp_path / power.PIPE))
+    assert subprocess.run([str(tmp_path / "bin" / "shutdown"), "-c"], timeout=30, check=False).returncode == 0
+    assert list(power.requests(pipe)) == []
+    os.close(pipe)
+
+
+def initctl(command: int, level: str, magic: int = 0x03091969) -> bytes:
+    """A request of telinit's: 384 bytes in the machine's order."""
+    return struct.pack("=4i368x", magic, command, ord(level), 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (initctl(1, "0"), ["poweroff"]),
+        (initctl(1, "6"), ["restart"]),
+        (initctl(1, "6") + initctl(1, "0"), ["restart", "poweroff"]),
+        (initctl(1, "1") + initctl(1, "S"), []),  # other run levels
+        (initctl(2, "0"), []),  # no run level, but a power failure
+        (initctl(1, "0", magic=1), []),
+        (initctl(1, "0")[:100], []),
+        (b"halt\nrestart\n", ["halt", "restart"]),
+        (b"shutdown HALT \xff\0", []),
+    ],
+)
+def test_cosm_32_what_the_pipe_understands(tmp_path: Path, data: bytes, words: list[str]) -> None:
+    """Run levels 0 and 6 of /run/initctl, and the scripts' own words; whatever else somebody writes is ignored."""
+    path = str(tmp_path / "pipe")
+    power.make_pipe(path)
+    pipe = power.open_pipe(path)
+    os.write(pipe, data)
+    assert list(power.requests(pipe)) == words
+    assert list(power.requests(pipe)) == []
+    os.close(pipe)

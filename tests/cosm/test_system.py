@@ -19,14 +19,15 @@ pytestmark = pytest.mark.system
 QUICK = ("--disk", "none", "--net", "none")
 
 
+def words_of(records: list[dict[str, Any]], card: str) -> list[str]:
+    """States and shutdown statuses of a card, in order."""
+    keys = {"state": "state", "shutdown_status": "status"}
+    return [r[keys[r["event"]]] for r in records if r.get("card") == card and r.get("event") in keys]
+
+
 def words(machine: Machine, card: str = "mic0") -> list[str]:
-    """States and shutdown statuses of a card, in order, from the log."""
-    out = []
-    for line in (machine.run_dir / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record.get("card") == card and record.get("event") in ("state", "shutdown_status"):
-            out.append(record["state" if record["event"] == "state" else "status"])
-    return out
+    """The same from the log."""
+    return words_of([json.loads(x) for x in (machine.run_dir / "log.jsonl").read_text().splitlines()], card)
 
 
 def seen(machine: Machine, card: str = "mic0") -> tuple[str, str]:
@@ -135,12 +136,20 @@ def test_cosm_60_one_failing_card_does_not_disturb_others(machine: Machine) -> N
     assert words(machine, "mic1") == ["booting", "online"]
 
 
-def test_cosm_58_stop_with_cards_online_leaves_nothing(machine: Machine) -> None:
-    """Each card is stopped and reset; the directories are gone (also: what ``machine`` checks)."""
-    machine.boot("-n", "2", *QUICK)
-    machine.micemu("stop")
+def test_cosm_58_70_stop_with_cards_online_leaves_nothing(machine: Machine) -> None:
+    """Cards that are online power off, one that has crashed is reset: all end ready; the directories are gone (also: what
+    ``machine`` checks)."""
+    crashed = machine.boot("-n", "3", *QUICK)["cards"][2]
+    os.kill(crashed["pids"]["os"], signal.SIGKILL)
+    machine.micemu("wait", "crashed", "mic2", "--timeout", "40")
+    with (machine.run_dir / "log.jsonl").open() as log:  # it can be read when it has gone
+        machine.micemu("stop")
+        records = [json.loads(line) for line in log]
     assert not machine.run_dir.exists()
     machine.check_clean()
+    down = ["shutting_down", "poweroff", "resetting", "nop", "ready"]
+    assert [words_of(records, f"mic{n}")[2:] for n in range(2)] == [down, down]
+    assert words_of(records, "mic2")[2:] == ["crashed", "shutting_down", "resetting", "nop", "ready"]
 
 
 def test_cosm_64_crash_policy_reset_leaves_the_card_ready(machine: Machine, tmp_path: Path) -> None:
@@ -185,14 +194,18 @@ def test_cosm_64_card_that_restarts_again_and_again_is_left(machine: Machine, tm
 
 def test_cosm_21_66_command_line_reaches_the_card_and_is_cut(machine: Machine) -> None:
     """` mem=<MiB>M`, the daemon's network words, the administrator's text with stray quotes; 2047 characters."""
-    machine.boot("--memory", "256M", "--cmdline", "don't=panic " + "x" * 3000, *QUICK)
-    log = machine.micemu("dump", "log").stdout
-    line = next(row for row in log.splitlines() if "Command line: " in row).partition("Command line: ")[2]
-    assert line.startswith(" mem=256M ")
-    assert "ifcfg=static;address,172.31.1.1;netmask,255.255.255.0" in line
-    assert (len(line), line[-1]) == (2047, "x")
-    addresses = machine.card()["addresses"]
-    assert (addresses["host"], addresses["card"]) == ("172.31.1.254", "172.31.1.1")
+    cards = machine.boot("-n", "2", "--memory", "256M", "--cmdline", "don't=panic " + "x" * 3000, *QUICK)[
+        "cards"
+    ]
+    for n, card in enumerate(cards, 1):
+        log = machine.micemu("dump", "log", card["name"]).stdout
+        line = next(row for row in log.splitlines() if "Command line: " in row).partition("Command line: ")[2]
+        assert line.startswith(" mem=256M ")
+        assert f" ifcfg=static;address,172.31.{n}.1;netmask,255.255.255.0 " in f" {line}"
+        assert " don't=panic xxx" in line
+        assert (len(line), line[-1]) == (2047, "x")
+        addresses = card["addresses"]
+        assert (addresses["host"], addresses["card"]) == (f"172.31.{n}.254", f"172.31.{n}.1")
 
 
 def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: Machine) -> None:
@@ -206,6 +219,32 @@ def test_cosm_61_62_log_of_a_crashed_card_is_readable_until_the_reset(machine: M
     assert "card is up" in machine.micemu("dump", "log", "mic0").stdout
     machine.micemu("reset")
     assert "card is up" not in machine.micemu("dump", "log", "mic0").stdout
+
+
+def test_cosm_1_2_3_12_74_cards_that_never_booted(machine: Machine) -> None:
+    """Four steppings: directories without gaps, the initial values, unset strings as zero bytes; tools find no error in it."""
+    config = machine.home / "cards.toml"
+    card = '[[card]]\nautoboot = false\nmemory = "64M"\nstepping = "{}"\nheartbeat = {}\n'
+    steppings = {"mic0": "A0", "mic1": "B0", "mic2": "B1", "mic3": "C0"}
+    config.write_text("".join(card.format(s, str(s != "C0").lower()) for s in steppings.values()))
+    machine.micemu("host", "--config", str(config))
+    files = machine.micemu("sysfs", "ls", "class/mic").stdout.split()
+    assert sorted(f.split("/")[2] for f in files if f.endswith("/state")) == list(steppings)
+    for name, stepping in steppings.items():
+        row = {f: sysfs(machine, f"{name}/{f}") for f in ("family", "stepping", "state", "shutdown_status")}
+        assert row == {
+            "family": "x100\n", "stepping": f"{stepping}\n", "state": "ready\n", "shutdown_status": "nop\n",
+        }  # fmt: skip
+        assert [sysfs(machine, f"{name}/{f}") for f in ("cmdline", "firmware", "ramdisk", "bootmode")] == [
+            ""
+        ] * 4
+        assert sysfs(machine, f"{name}/heartbeat_enable") == f"{int(stepping != 'C0')}\n"  # as configured
+    info = machine.micemu("info", "mic2").stdout
+    assert "Coprocessor Stepping       : B1" in info
+    assert "Flash Version              : Not Available" in info
+    failed = put(machine, "mic0/state", "boot")
+    assert "bootmode is not set" in failed
+    assert sysfs(machine, "mic0/state") == "ready\n"
 
 
 def sysfs(machine: Machine, path: str) -> str:
@@ -251,6 +290,25 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
     text = machine.micemu("metrics").stdout
     assert 'micemu_card_state{card="mic0",state="ready"} 1\n' in text
     assert 'micemu_card_boots_total{card="mic1"} 1\n' in text
+
+
+def test_cosm_59_suspend_resets_what_hangs_or_has_crashed_and_is_never_refused(machine: Machine) -> None:
+    """mic0 hangs in booting, and its board does not answer the reset; mic1 has crashed. Neither boots on resume."""
+    cards = machine.boot("-n", "2", *QUICK)["cards"]
+    machine.micemu("shutdown", "mic0")
+    os.kill(cards[0]["pids"]["board"], signal.SIGSTOP)
+    machine.micemu("sysfs", "write", "mic0/state", "boot")
+    os.kill(cards[1]["pids"]["os"], signal.SIGKILL)
+    machine.micemu("wait", "crashed", "mic1", "--timeout", "40")
+    assert [seen(machine, c) for c in ("mic0", "mic1")] == [("booting", "nop"), ("shutting_down", "crashed")]
+    assert machine.json("suspend")["suspended"] == []
+    down = [("reset_failed", "nop"), ("ready", "nop")]
+    assert [seen(machine, c) for c in ("mic0", "mic1")] == down
+    machine.micemu("suspend")  # T24: nothing is done to a card that is down
+    machine.micemu("resume")
+    assert [seen(machine, c) for c in ("mic0", "mic1")] == down
+    assert words(machine).count("resetting") == 2  # after the shutdown, and at the first suspend
+    os.kill(cards[0]["pids"]["board"], signal.SIGCONT)
 
 
 def test_cosm_59_devices_and_disks_come_back_on_resume(machine: Machine) -> None:

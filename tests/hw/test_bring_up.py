@@ -226,7 +226,7 @@ async def test_hw_48_requests_in_the_wrong_state() -> None:
 
 
 @in_loop
-async def test_hw_49_order_of_a_stop(image: str) -> None:
+async def test_hw_49_cosm_39_order_of_a_stop(image: str) -> None:
     """HW-49: VOP and SCIF while the DMA channels still live, then DMA, then the boot parameters; once."""
     with open_lab() as lab:
         steps: list[str] = []
@@ -251,7 +251,7 @@ async def test_hw_49_order_of_a_stop(image: str) -> None:
 
 
 @in_loop
-async def test_hw_49_vop_goes_before_scif() -> None:
+async def test_hw_49_cosm_39_vop_goes_before_scif() -> None:
     """HW-49: backends and device files, then their devices, then the SCIF link; each once."""
     steps: list[str] = []
 

@@ -121,7 +121,7 @@ async def boots(lab: Lab, card: CosmDevice) -> None:
     ],
 )
 @in_loop
-async def test_hw_38_image_that_cannot_be_downloaded(
+async def test_hw_38_cosm_13_15_image_that_cannot_be_downloaded(
     base: int, size: int, image: str, tmp_path: Path
 ) -> None:
     """HW-38: an address above 2 GiB, or an image that does not fit: EINVAL and ready; a correct boot works then."""
@@ -140,7 +140,7 @@ async def test_hw_38_image_that_cannot_be_downloaded(
 
 @pytest.mark.parametrize(("gddr", "base"), [(64 * MiB, 64 * MiB - 4096), (4096 * MiB, 0x8000_0000)])
 @in_loop
-async def test_hw_38_limits_are_inclusive(gddr: int, base: int, tmp_path: Path) -> None:
+async def test_hw_38_cosm_15_limits_are_inclusive(gddr: int, base: int, tmp_path: Path) -> None:
     """HW-38: an image that ends with the aperture is copied, and one at 2 GiB boots."""
     fits = tmp_path / "fits.img"
     fits.write_bytes(b"x" * 4096)
@@ -157,7 +157,9 @@ async def test_hw_38_limits_are_inclusive(gddr: int, base: int, tmp_path: Path) 
 @pytest.mark.parametrize("what", ["firmware", "ramdisk"])
 @pytest.mark.parametrize(("name", "code"), [("gone", errno.ENOENT), ("", errno.EISDIR)])
 @in_loop
-async def test_hw_39_missing_files(what: str, name: str, code: int, image: str, tmp_path: Path) -> None:
+async def test_hw_39_cosm_13_14_missing_files(
+    what: str, name: str, code: int, image: str, tmp_path: Path
+) -> None:
     """HW-39: no image or ramdisk of that name: the loader's errno, and ready; the right name boots."""
     with open_lab() as lab:
         card = bootable(lab, image)
@@ -168,7 +170,7 @@ async def test_hw_39_missing_files(what: str, name: str, code: int, image: str, 
 
 
 @in_loop
-async def test_hw_39_no_image_is_named() -> None:
+async def test_hw_39_cosm_13_no_image_is_named() -> None:
     """HW-39: an unset name is EINVAL."""
     with open_lab() as lab:
         assert await fails(lab, bootable(lab, "")) == errno.EINVAL
@@ -225,7 +227,7 @@ async def test_hw_42_page_address_then_apic_id_then_interrupt(image: str) -> Non
 
 @pytest.mark.parametrize("length", [2034, 2035, 5000])
 @in_loop
-async def test_hw_41_long_command_line(length: int, image: str) -> None:
+async def test_hw_41_cosm_21_long_command_line(length: int, image: str) -> None:
     """HW-41: text beyond 2047 characters is cut and terminated; nothing behind it is written."""
     with open_lab() as lab:
         end = BASE + os.path.getsize(image) + 2048
@@ -256,7 +258,7 @@ async def test_hw_41_ramdisk_beyond_the_aperture(image: str, tmp_path: Path) -> 
 
 
 @in_loop
-async def test_hw_43_flash_ends_after_the_image(image: str) -> None:
+async def test_hw_43_cosm_16_flash_ends_after_the_image(image: str) -> None:
     """HW-43: bootmode flash: image and SPAD5 are written, then EINVAL; no command line, no interrupt."""
     with open_lab() as lab:
         with pytest.raises(DownloadError) as e:

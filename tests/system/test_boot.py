@@ -162,8 +162,9 @@ def test_commands_show_the_cards_that_they_were_given(machine: Machine) -> None:
     assert machine.card()["pids"] == before[0]["pids"]
 
 
-def test_cosm_20_reboot_of_a_card_that_hangs_in_booting(machine: Machine) -> None:
-    """A board that is stopped boots nothing; run says what to do, and reboot resets before it boots."""
+def test_cosm_20_27_reboot_of_a_card_that_hangs_in_booting(machine: Machine) -> None:
+    """A board that is stopped boots nothing; run says what to do, and reboot resets before it boots. All that time the files
+    can be read."""
     # By the card's own times a reset waits 45 s for the board: long enough to see it.
     status = machine.boot("--timing", "x100", "--disk", "none", "--net", "none")
     board = status["cards"][0]["pids"]["board"]
@@ -176,6 +177,9 @@ def test_cosm_20_reboot_of_a_card_that_hangs_in_booting(machine: Machine) -> Non
     )  # fmt: skip
     rebooting = machine.popen("reboot", "mic0")
     machine.micemu("wait", "resetting")
+    names = ("state", "shutdown_status", "bootmode")
+    read = [machine.micemu("sysfs", "cat", f"mic0/{name}").stdout for name in names]
+    assert read == ["resetting\n", "nop\n", "linux\n"]
     os.kill(board, signal.SIGCONT)
     assert rebooting.wait(60) == 0
     assert machine.card()["state"] == "online"

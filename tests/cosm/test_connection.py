@@ -49,6 +49,7 @@ async def test_cosm_45_unknown_ids_are_logged_and_harmless() -> None:
         ep.say(message("HEARTBEAT").replace(b"\2", b"\x63", 1))
     await settle(100)
     assert lab.seen == ("online", "nop")
+    assert (lab.dev.connected, ep.closed) == (True, False)
     assert lab.records.texts("warning").count("unknown COSM message") == 1
     await lab.run_down(ep, Status.HALTED)
     assert lab.seen == ("shutting_down", "halted")
@@ -211,7 +212,7 @@ async def test_cosm_53_status_disarms_the_watchdog() -> None:
     ep = await lab.online()
     ep.say(message("SHUTDOWN_STATUS", Status.POWEROFF))
     await lab.clock.advance(500)
-    assert lab.seen == ("shutting_down", "nop")
+    assert (lab.seen, lab.dev.watchdog) == (("shutting_down", "nop"), False)
 
 
 async def test_cosm_23_35_late_messages_of_an_old_connection_are_dropped() -> None:
@@ -229,7 +230,7 @@ async def test_cosm_23_35_late_messages_of_an_old_connection_are_dropped() -> No
 
 
 async def test_cosm_35_status_that_arrives_during_the_reset_is_not_published_after_it() -> None:
-    """It was remembered while the tear-down ran; ready shows nop."""
+    """It was remembered while the tear-down ran; ready shows nop, and the next boot's connection knows nothing of it."""
     lab = Lab()
     ep = await lab.goto(S.RESETTING)
     assert ep
@@ -242,6 +243,9 @@ async def test_cosm_35_status_that_arrives_during_the_reset_is_not_published_aft
     lab.ops.gate.set()
     await settle()
     assert lab.seen == ("ready", "nop")
+    (await lab.online()).hang_up()
+    await settle()
+    assert lab.seen == ("online", "nop")
 
 
 async def test_cosm_54_dead_card_os_is_a_crash_at_once() -> None:

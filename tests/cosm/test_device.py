@@ -206,7 +206,7 @@ async def test_cosm_33_53_card_that_ignores_shutdown_stays_for_ever_and_is_no_cr
     lab = Lab()
     await lab.goto(S.SHUTTING_DOWN)
     await lab.clock.advance(86400)
-    assert lab.seen == ("shutting_down", "nop")
+    assert (lab.seen, lab.dev.watchdog) == (("shutting_down", "nop"), False)
 
 
 @pytest.mark.parametrize("value", [0, 5, 6, 255, 1 << 63, (1 << 64) - 1])
@@ -237,6 +237,18 @@ async def test_cosm_35_every_reset_ends_with_nop_before_ready_is_announced(statu
     await lab.dev.reset()
     await settle()
     assert (lab.seen, at_ready) == (("ready", "nop"), ["nop"])
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_cosm_35_reset_that_fails_ends_with_nop_too(force: bool) -> None:
+    """The old status says nothing of a card whose firmware is silent."""
+    lab = Lab()
+    await lab.run_down(await lab.online(), Status.HALTED)
+    lab.ops.polls = -1
+    reset = asyncio.ensure_future(lab.dev.stop(force=True) if force else lab.dev.reset())
+    await lab.clock.advance(60)
+    await reset
+    assert lab.seen == ("reset_failed", "nop")
 
 
 async def test_cosm_36_reset_in_ready_is_einval() -> None:

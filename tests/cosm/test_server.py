@@ -92,8 +92,11 @@ async def test_cosm_17_28_31_client_and_server_go_through_a_shutdown() -> None:
 
 
 async def test_cosm_46_connection_of_a_node_without_a_card_is_closed() -> None:
-    """From an unknown card and from node 0 itself: accepted, closed, nothing else happens."""
+    """From an unknown card and from node 0 itself: accepted, closed, nothing else happens, also while the first card is
+    awaited."""
     async with hosts(2) as h:
+        h.devices[0].bootmode = "linux"
+        await h.devices[0].boot()
         for node in (h.fab.cards[1].node, h.fab.host):
             ep = node.open()
             await ep.connect(CONNECT)
@@ -101,7 +104,7 @@ async def test_cosm_46_connection_of_a_node_without_a_card_is_closed() -> None:
                 await ep.recv(1)
             assert e.value.errno == errno.ECONNRESET
             await ep.close()
-        assert [d.state for d in h.devices] == [S.READY]
+        assert [(d.state, d.connected) for d in h.devices] == [(S.BOOTING, False)]
 
 
 async def test_cosm_60_card_that_stops_in_the_middle_of_its_connection_holds_up_nobody() -> None:

@@ -48,7 +48,8 @@ def running_service(machine: Machine, folder: Path) -> Iterator[tuple[socket.soc
 
 
 def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_path: Path) -> None:
-    """READY=1 when autoboot cards are online; SIGHUP takes a new file and survives a bad one; SIGTERM shuts down."""
+    """READY=1 when autoboot cards are online; SIGHUP takes a new file and survives a bad one; SIGTERM shuts down. The
+    watchdog's switch (COSM-51) acts at once, also for a card that is up."""
     config = tmp_path / "lab.toml"
     config.write_text(CONFIG)
     with running_service(machine, tmp_path) as (manager, service):
@@ -56,11 +57,14 @@ def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_
         again = machine.micemu("host", check=False)
         assert (again.returncode, "runs already" in again.stderr) == (4, True)
 
-        config.write_text(CONFIG.replace("autoboot = false", 'cmdline = "quiet"'))
+        fresh = CONFIG.replace("autoboot = false", 'cmdline = "quiet"')
+        config.write_text(fresh.replace('net = "none"', 'net = "none"\nheartbeat = false'))
         service.send_signal(signal.SIGHUP)
         assert manager.recv(4096).startswith(b"RELOADING=1")
         assert manager.recv(4096) == b"READY=1"
         assert machine.json("config", "show")["card"][1]["cmdline"] == "quiet"
+        for name in ("mic0", "mic1"):
+            assert machine.micemu("sysfs", "cat", f"{name}/heartbeat_enable").stdout == "0\n"
         config.write_text("[[card]]\nnonsense = 1\n")
         service.send_signal(signal.SIGHUP)
         assert manager.recv(4096).startswith(b"RELOADING=1")
@@ -132,9 +136,11 @@ def test_cosm_63_no_cards_is_exit_3_and_an_unusable_run_directory_exit_1(
     config.write_text("card = []\n")
     done = machine.micemu("host", "--foreground", "--config", str(config), check=False)
     assert (done.returncode, "the list of cards is empty" in done.stderr) == (3, True)
+    assert machine.processes() == []
     machine.run_dir.parent.touch()  # a file where the log's directory should be
     done = machine.micemu("host", "--foreground", check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert machine.processes() == []
     machine.run_dir.parent.unlink()
 
 

@@ -188,6 +188,22 @@ def test_vop_60_console_is_an_interactive_shell(machine: Machine) -> None:
     assert "interrupted 130" in log
 
 
+def test_vop_60_reported_pty_is_the_cards_console(machine: Machine) -> None:
+    """`micemu status` names the slave: what is typed there reaches the card's shell, whose output comes back."""
+    machine.boot("--disk", "none", "--net", "none")
+    path = machine.device("console")["pty"]
+    assert path in machine.micemu("status").stdout
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    try:
+        os.write(fd, b"echo $((6*7))answers\n")
+        seen = b""
+        while b"42answers" not in seen:
+            assert select.select([fd], [], [], 30)[0], seen
+            seen += os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
 def test_run_with_a_terminal_has_job_control(machine: Machine) -> None:
     """micemu run on a terminal: the program has one of its own, of the same size."""
     machine.boot("--disk", "none", "--net", "none")

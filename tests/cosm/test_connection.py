@@ -148,6 +148,7 @@ async def test_cosm_60_card_that_never_stops_sending_does_not_stop_the_host() ->
     await asyncio.wait_for(lab.dev.reset(), 5)
     await settle()
     assert lab.dev.state is S.READY
+    assert lab.records.texts("error") == []  # nor did a time limit end the loop that reads
 
 
 async def test_cosm_50_silence_of_40_s_is_a_crash_both_words_together() -> None:

@@ -165,7 +165,7 @@ async def test_cosm_64_restart_long_after_the_boot_is_forgiven() -> None:
         ep = d.ep
 
 
-async def test_policy_minutes_of_going_down_are_no_time_online() -> None:
+async def test_cosm_64_minutes_of_going_down_are_no_time_online() -> None:
     """A card that is online for a moment and then takes a minute to show its status has not run well."""
     d = Daemon(max_reboots=1)
     ep = await d.online()
@@ -179,7 +179,7 @@ async def test_policy_minutes_of_going_down_are_no_time_online() -> None:
         ep = d.ep or ep
 
 
-async def test_policy_boot_by_hand_starts_a_new_count_and_ends_a_pause() -> None:
+async def test_cosm_64_boot_by_hand_starts_a_new_count_and_ends_a_pause() -> None:
     """Somebody boots while the policy waits: it neither boots once more nor counts what was before."""
     d = Daemon(max_reboots=3)
     await restarts(d, 2)
@@ -208,7 +208,7 @@ async def test_cosm_65_reset_failed_is_left_alone_and_goes_on_by_hand() -> None:
     assert len(d.boots) == 1
 
 
-async def test_policy_waits_for_the_end_of_the_card_os() -> None:
+async def test_cosm_64_waits_for_the_end_of_the_card_os() -> None:
     """The status comes first; the reset follows when the OS process has ended."""
     d = Daemon()
     runs = True

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
@@ -24,3 +27,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs.tap()
     if item.get_closest_marker("soak") and os.environ.get("MICEMU_SOAK") != "1":
         pytest.skip("long run: make soak")
+
+
+LIMIT = pytest.StashKey[tuple[float, float]]()  # start and seconds of a test's time limit
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """pytest-timeout starts its clock."""
+    item.stash[LIMIT] = time.monotonic(), settings.timeout
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A time limit that strikes inside an asyncio task ends that task, which keeps the failure for itself, and the test may
+    go on and pass. It has failed."""
+    outcome: Any = yield
+    began, seconds = item.stash.get(LIMIT, (0.0, 0.0))
+    if seconds and not outcome.excinfo and time.monotonic() - began > seconds:
+        outcome.force_exception(pytest.fail.Exception(f"Timeout (>{seconds}s) in a background task"))

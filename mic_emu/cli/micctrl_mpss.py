@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -176,7 +177,8 @@ class Mpss:
 
     def _word(self, card: str) -> str:
         state, status = read(card, "state"), read(card, "shutdown_status")
-        return "lost" if status == "crashed" else _WORDS.get(state, state)
+        lost = state == "shutting_down" and status == "crashed"  # a reset keeps the status until its end
+        return "lost" if lost else _WORDS.get(state, state)
 
     def boot(self, rows: list[Card]) -> int:
         def act(card: str) -> str:
@@ -239,12 +241,19 @@ class Mpss:
                     return
 
     def wait_only(self, rows: list[Card]) -> int:
-        names = [r["name"] for r in rows if r["state"] is not None]
-        ends, limit = [*ENDED, "crashed"], self._limit(rows)
+        names = [r["name"] for r in self._existing(rows, "Wait aborted")]
+        end = time.monotonic() + self._limit(rows)
+
+        def until(states: list[str], cards: list[str]) -> None:
+            if cards:
+                client.ask("wait", states=states, cards=cards, timeout=max(end - time.monotonic(), 0.0))
+
         try:
-            client.ask("wait", states=ends, cards=names, timeout=limit)
+            # What is being reset shows what it crashed of until it is ready.
+            until([*ENDED], [name for name in names if read(name, "state") == "resetting"])
+            until([*ENDED, "crashed"], names)
             self._boots_yet(names)
-            client.ask("wait", states=ends, cards=names, timeout=limit)
+            until([*ENDED, "crashed"], names)
         except WaitTimeout:
             print("Timeout booting MIC, check your installation")
             return EAGAIN

@@ -115,6 +115,29 @@ def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
     assert micctrl(machine, "-s")[0] == 3
 
 
+def test_cosm_70_mpss3_exit_codes_count_cards_and_tell_a_time_out(machine: Machine) -> None:
+    """COSM 11.5: one for each card that failed, or that is neither online nor ready after a wait; 11 when the wait's time is
+    over. -r -f resets a card that is ready, too."""
+    cards = machine.boot("-n", "2", *QUICK)["cards"]
+    for card in cards:
+        os.kill(card["pids"]["os"], signal.SIGKILL)
+    machine.micemu("wait", "crashed", "--timeout", "40")
+    assert micctrl(machine, "--wait", "-t", "30") == (2, "mic0: lost\nmic1: lost\n", "")
+    lines = "".join(f"  [Error] mic{n} Shutdown failed - card state lost\n" for n in range(2))
+    assert micctrl(machine, "--shutdown") == (2, lines, "")
+    assert micctrl(machine, "--reset", "-w") == (
+        0, "mic0: resetting\nmic1: resetting\nmic0: ready\nmic1: ready\n", "",
+    )  # fmt: skip
+    assert micctrl(machine, "--reset", "-f", "mic1") == (0, "mic1: resetting\n", "")
+    assert machine.card("mic1")["state"] == "ready"
+    os.kill(cards[0]["pids"]["board"], signal.SIGSTOP)  # it never comes up
+    machine.micemu("sysfs", "write", "mic0/state", "boot")
+    timed_out = (11, "Timeout booting MIC, check your installation\n", "")
+    assert micctrl(machine, "--wait", "-t", "0.2") == timed_out
+    os.kill(cards[0]["pids"]["board"], signal.SIGCONT)
+    assert micctrl(machine, "--wait", "-t", "60", "mic0") == (0, "mic0: online\n", "")
+
+
 def test_cosm_11_6_configuration_is_shown_and_not_set(machine: Machine) -> None:
     """--config, --network and --autoboot show what is in force, also that there is no network; a card that is missing is
     an error of each; what would set is refused with the key that does."""

@@ -115,7 +115,7 @@ def test_cosm_70_mpss3_words_and_orderly_end(machine: Machine) -> None:
     assert micctrl(machine, "-s")[0] == 3
 
 
-def test_cosm_70_mpss3_exit_codes_count_cards_and_tell_a_time_out(machine: Machine) -> None:
+def test_cosm_40_70_mpss3_exit_codes_count_cards_and_tell_a_time_out(machine: Machine) -> None:
     """COSM 11.5: one for each card that failed, or that is neither online nor ready after a wait; 11 when the wait's time is
     over. -r -f resets a card that is ready, too."""
     cards = machine.boot("-n", "2", *QUICK)["cards"]
@@ -130,6 +130,14 @@ def test_cosm_70_mpss3_exit_codes_count_cards_and_tell_a_time_out(machine: Machi
     )  # fmt: skip
     assert micctrl(machine, "--reset", "-f", "mic1") == (0, "mic1: resetting\n", "")
     assert machine.card("mic1")["state"] == "ready"
+    log = [json.loads(line) for line in (machine.run_dir / "log.jsonl").read_text().splitlines()]
+    assert [r["old"] for r in log if (r.get("card"), r.get("state")) == ("mic1", "resetting")] == [
+        "shutting_down",
+        "ready",
+    ]
+    assert micctrl(machine, "--wait", "mic7") == (
+        1, "  [Error] mic7: Wait aborted - non existent MIC device\n", "",
+    )  # fmt: skip
     os.kill(cards[0]["pids"]["board"], signal.SIGSTOP)  # it never comes up
     machine.micemu("sysfs", "write", "mic0/state", "boot")
     timed_out = (11, "Timeout booting MIC, check your installation\n", "")

@@ -47,7 +47,7 @@ def running_service(machine: Machine, folder: Path) -> Iterator[tuple[socket.soc
                 service.kill()
 
 
-def test_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_path: Path) -> None:
+def test_cosm_51_service_boots_notifies_reloads_and_ends_in_order(machine: Machine, tmp_path: Path) -> None:
     """READY=1 when autoboot cards are online; SIGHUP takes a new file and survives a bad one; SIGTERM shuts down. The
     watchdog's switch (COSM-51) acts at once, also for a card that is up."""
     config = tmp_path / "lab.toml"

@@ -256,7 +256,7 @@ def put(machine: Machine, path: str, text: str) -> str:
     return machine.micemu("sysfs", "write", path, text, check=False).stderr
 
 
-def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None:
+def test_cosm_1_3_12_13_14_16_17_40_59_administrators_day(machine: Machine) -> None:
     """Attributes of a real card by the control socket: errnos of a boot by strings, boot, suspend, resume, force_reset."""
     machine.boot("-n", "2", *QUICK)
     machine.micemu("shutdown")
@@ -293,20 +293,25 @@ def test_cosm_1_3_12_13_14_16_17_59_administrators_day(machine: Machine) -> None
 
 
 def test_cosm_59_suspend_resets_what_hangs_or_has_crashed_and_is_never_refused(machine: Machine) -> None:
-    """mic0 hangs in booting, and its board does not answer the reset; mic1 has crashed. Neither boots on resume."""
-    cards = machine.boot("-n", "2", *QUICK)["cards"]
+    """mic0 hangs in booting, and its board does not answer the reset; mic1 has crashed; mic2 is online and does not answer.
+    Only mic2 was up: resume boots it, and nothing else."""
+    names = ("mic0", "mic1", "mic2")
+    cards = machine.boot("-n", "3", *QUICK)["cards"]
     machine.micemu("shutdown", "mic0")
     os.kill(cards[0]["pids"]["board"], signal.SIGSTOP)
     machine.micemu("sysfs", "write", "mic0/state", "boot")
     os.kill(cards[1]["pids"]["os"], signal.SIGKILL)
     machine.micemu("wait", "crashed", "mic1", "--timeout", "40")
-    assert [seen(machine, c) for c in ("mic0", "mic1")] == [("booting", "nop"), ("shutting_down", "crashed")]
-    assert machine.json("suspend")["suspended"] == []
-    down = [("reset_failed", "nop"), ("ready", "nop")]
-    assert [seen(machine, c) for c in ("mic0", "mic1")] == down
+    signal_tree(cards[2]["pids"]["os"], signal.SIGSTOP)
+    before = [("booting", "nop"), ("shutting_down", "crashed"), ("online", "nop")]
+    assert [seen(machine, c) for c in names] == before
+    assert machine.json("suspend", "--timeout", "0.2")["suspended"] == ["mic2"]
+    down = [("reset_failed", "nop"), ("ready", "nop"), ("ready", "nop")]
+    assert [seen(machine, c) for c in names] == down
     machine.micemu("suspend")  # T24: nothing is done to a card that is down
+    assert [seen(machine, c) for c in names] == down
     machine.micemu("resume")
-    assert [seen(machine, c) for c in ("mic0", "mic1")] == down
+    assert [seen(machine, c) for c in names] == [*down[:2], ("online", "nop")]
     assert words(machine).count("resetting") == 2  # after the shutdown, and at the first suspend
     os.kill(cards[0]["pids"]["board"], signal.SIGCONT)
 

@@ -169,7 +169,7 @@ def _merged(w: Wire, bufs: list[tuple[int, int]], start: int = 0) -> tuple[bytes
     return data[12:], n
 
 
-def test_mrg_rxbuf_spreads_a_frame_over_buffers() -> None:
+def test_vop_59_mrg_rxbuf_spreads_a_frame_over_buffers() -> None:
     """VOP 9.5: a 64 KiB frame fills as many 4 KiB buffers as it needs; all appear at once, counted."""
     with Wire(MODERN, card=False) as w:
         bufs = _post(w, [4096] * 64)
@@ -180,7 +180,7 @@ def test_mrg_rxbuf_spreads_a_frame_over_buffers() -> None:
             assert n == -(-(len(frame) + 12) // 4096)
 
 
-def test_mrg_rxbuf_frame_waits_for_more_buffers() -> None:
+def test_vop_59_mrg_rxbuf_frame_waits_for_more_buffers() -> None:
     """A frame larger than what is posted waits and is completed when the driver posts more."""
     with Wire(MODERN, card=False) as w:
         bufs = _post(w, [4096] * 3)

@@ -136,6 +136,7 @@ def test_vop_65_backends_follow_the_card(machine: Machine) -> None:
     machine.micemu("shutdown", "mic0")
     assert machine.card()["state"] == "ready"
     eventually(lambda: all(gone(pid) for pid in after), 20, "the end of all backends, no zombie left")
+    assert [r["message"] for r in log(machine) if "starts again" in r["message"]] == []
 
 
 def test_vop_19_devices_are_gone_after_stop(machine: Machine) -> None:

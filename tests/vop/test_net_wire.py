@@ -108,6 +108,31 @@ def test_vop_63_ping_pong_alternates() -> None:
 
 
 @pytest.mark.parametrize("features", [MODERN, net.COMPAT_FEATURES], ids=["modern", "compat"])
+def test_vop_63_driver_whose_ring_was_full_is_told(features: int) -> None:
+    """VOP-63: the backend begins late: the card has filled its ring and sleeps with more to send. All of it leaves."""
+    with Wire(features, host=False) as w:
+        assert w.drv
+        sent = list(frames([200] * 400))
+        for frame in sent:
+            w.send("card", frame)
+        eventually(lambda: w.drv.stats().sleeps, "the driver to sleep")
+        w.loops.append(Loop(w.nd.run, w.stop_fds[0], Wire._again))
+        assert [w.recv("host") for _ in sent] == sent
+
+
+@pytest.mark.parametrize("side", ["card", "host"])
+def test_vop_63_last_frame_of_a_burst_is_not_forgotten(side: str) -> None:
+    """VOP-63: one way only, so that nothing else wakes a loop that falls asleep as the last frame of a burst arrives."""
+    with Wire(MODERN) as w:
+        other = "host" if side == "card" else "card"
+        for n in range(4000):
+            burst = [n.to_bytes(4, "little") + bytes([i]) + bytes(59) for i in range(1 + n % 5)]
+            for frame in burst:
+                w.send(side, frame)
+            assert [w.recv(other) for _ in burst] == burst
+
+
+@pytest.mark.parametrize("features", [MODERN, net.COMPAT_FEATURES], ids=["modern", "compat"])
 def test_vop_64_blocked_direction_does_not_stop_the_other(features: int) -> None:
     """VOP-64: with no receive buffer on the card, frames from the card still reach the host."""
     with Wire(features, card=False) as w:
@@ -121,6 +146,8 @@ def test_vop_64_blocked_direction_does_not_stop_the_other(features: int) -> None
             assert w.recv("host") == frame
             eventually(lambda: w.fake.get(1), "the transmit buffer back")
         assert w.stats().to_card_packets == 0
+        # What waits keeps nobody busy: the loop slept for each frame or two, not as often as it could look.
+        assert w.stats().sleeps < 3000
         # And when buffers come, what waited is delivered.
         rx = w.rig.rig.alloc(4096)
         w.fake.add([], [(rx, 4096)], token=7, i=0)

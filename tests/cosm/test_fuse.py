@@ -7,11 +7,14 @@ import errno
 import socket
 import stat
 import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mic_emu.cosm import fuse
 from mic_emu.cosm.fuse import Server, Stat
+from mic_emu.cosm.mount import RemoteTree
 
 HEADER, ANSWER = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")
 REQUEST, INTERRUPT = 2, 3
@@ -76,3 +79,23 @@ async def test_interrupted_caller_is_served_as_by_sysfs(monkeypatch: pytest.Monk
     """Stopped and continued, a program sees no error."""
     monkeypatch.setattr(fuse, "INTERRUPT_S", 10)
     assert await answer(served=True) == 0
+
+
+async def test_cosm_58_open_file_of_a_card_that_was_removed_is_enodev(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading and writing; a file that is still there has the errno of what was asked of it."""
+
+    async def ask(op: str, **fields: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOENT, "there is no such file")
+
+    tree = RemoteTree(Path("control.sock"))
+    monkeypatch.setattr(tree, "_ask", ask)
+    tree._files = {"class/mic/mic0/state": (0o644, "mic0")}
+    gone = "class/mic/mic1/state"
+    for use in (tree.read(gone), tree.write(gone, b"boot")):
+        with pytest.raises(OSError, match="the card is gone") as e:
+            await use
+        assert e.value.errno == errno.ENODEV
+    with pytest.raises(FileNotFoundError):  # the image that the boot would need
+        await tree.write("class/mic/mic0/state", b"boot")

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -223,6 +224,39 @@ async def test_hw_48_requests_in_the_wrong_state() -> None:
     await clock.advance(5)
     assert dev.state is State.READY
     assert ops.calls == ["start", "stop", "reset"]
+
+
+@in_loop
+async def test_cosm_39_dma_channels_come_before_scif_and_virtio(image: str) -> None:
+    """COSM-39: whoever brings up SCIF finds the channels."""
+    with open_lab() as lab:
+        found: list[int] = []
+
+        async def bring_up() -> None:
+            found.append(len(lab.driver.dma.channels) if lab.driver.dma else 0)
+
+        lab.driver.bring_up = bring_up
+        await lab.driver.start(BootRequest("linux", image, "", ""))
+        assert found == [4]
+        await lab.driver.stop()
+
+
+@in_loop
+async def test_cosm_39_scif_comes_before_virtio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """COSM-39: the queue pair is published before a device is added."""
+    steps: list[str] = []
+
+    async def listen(path: str) -> None:
+        steps.append("files")
+
+    monkeypatch.setattr("mic_emu.host.running.plan", lambda card: ["console", "net"])
+    running = Running.__new__(Running)
+    running.card = SimpleNamespace(dir=Path("card"))  # type: ignore[assignment]
+    running.link = SimpleNamespace(start=lambda: steps.append("scif"))  # type: ignore[assignment]
+    running.files = SimpleNamespace(listen=listen)  # type: ignore[assignment]
+    running.supervisor = SimpleNamespace(add=steps.append)  # type: ignore[assignment]
+    await running.start()
+    assert steps == ["scif", "files", "console", "net"]
 
 
 @in_loop

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
+
+
+def stat_words(pid: int | str) -> list[str]:
+    """What ``/proc/PID/stat`` says behind the process's name, which may be any bytes: the state first (field 3), then
+    the parent. Raises OSError when there is no such process."""
+    with open(f"/proc/{pid}/stat", "rb") as f:
+        return f.read().rpartition(b")")[2].decode("ascii").split()
 
 
 def children() -> list[int]:
     """Our child processes, zombies included. A subreaper inherits every orphan below it."""
     me = os.getpid()
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            if int(stat_words(entry)[1]) == me:
+                found.append(int(entry))
         except OSError:
             continue
-        if int(fields[1]) == me:
-            found.append(int(stat.parent.name))
     return found
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mic_emu.errors import MicemuError, UsageError
+from mic_emu.proc import stat_words
 
 CRASH_TAIL = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
@@ -102,7 +103,7 @@ class ProcessId:
     def of(cls, pid: int) -> ProcessId | None:
         """The identity of a live process, None when there is none (a zombie counts as none)."""
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = stat_words(pid)
         except OSError:
             return None
         if fields[0] in "ZX":

@@ -12,11 +12,11 @@ import struct
 import termios
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 from mic_emu import namespaces
 from mic_emu._native import lib
+from mic_emu.proc import stat_words
 from mic_emu.runproto import LIMITS
 
 _TIOCGPTN = 0x80045430
@@ -216,7 +216,7 @@ def processes() -> dict[int, ProcessRow]:
         if not entry.isdigit():
             continue
         try:
-            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+            fields = stat_words(entry)
         except OSError:
             continue
         if fields[0] not in "ZX":
@@ -227,7 +227,7 @@ def processes() -> dict[int, ProcessRow]:
 def ends(pid: int) -> bool:
     """Is this process on its way out, or a zombie? The kernel marks it before it closes anything of it."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = stat_words(pid)
     except OSError:
         return False
     return bool(int(fields[6]) & _PF_EXITING)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mic_emu.proc import stat_words
 from mic_emu.testing.machine import Machine
 
 Row = dict[str, Any]
@@ -42,12 +43,11 @@ def _boot_time(cards: int, runs: int) -> float:
 def _tree(root: int) -> list[int]:
     """A process and everything below it."""
     parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(stat_words(entry)[1]), []).append(int(entry))
         except OSError:
             continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
     found, queue = [], [root]
     while queue:
         pid = queue.pop()
@@ -73,7 +73,7 @@ def _cpu(pids: list[int]) -> float:
     ticks = 0
     for pid in pids:
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields = stat_words(pid)
         except OSError:
             continue
         ticks += int(fields[11]) + int(fields[12])

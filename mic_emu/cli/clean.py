@@ -25,8 +25,8 @@ def leftovers(where: RunDir) -> list[int]:
             if fds.stat().st_uid != os.getuid():
                 continue
             if any(os.fsencode(os.readlink(fd)).startswith(mark + b"/") for fd in fds.iterdir()):
-                comm = (fds.parent / "comm").read_text()
-                if comm.startswith(("mic", "micemu")):
+                comm = (fds.parent / "comm").read_bytes()
+                if comm.startswith((b"mic", b"micemu")):
                     found.append(pid)
         except OSError:
             continue

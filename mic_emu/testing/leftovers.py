@@ -82,7 +82,7 @@ def left_behind(mark: str, before: Leftovers) -> list[str]:
     found += [f"folder {path}" for path in homes.PLACE.glob(f"{homes.PREFIX}{mark}*")]
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            name = (environ.parent / "comm").read_text().strip()
+            name = (environ.parent / "comm").read_text(errors="replace").strip()
             if re.match(r"micemu|mic\d+-", name) and f"{SESSION}={mark}".encode() in environ.read_bytes():
                 found.append(f"process {environ.parent.name} {name}")
         except OSError:

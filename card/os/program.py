@@ -11,6 +11,7 @@ import signal
 import struct
 import termios
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -259,10 +260,9 @@ def terminal_leaders(pids: set[int]) -> list[int]:
 
 
 def kill_all(pids: Sequence[int] | set[int], *signals: int) -> None:
-    """Send signals; a process that has gone is fine."""
+    """Send signals; a process that has gone is fine, and one that became another user's (sudo, where the card has
+    no user namespace) is left to him."""
     for pid in pids:
         for sig in signals:
-            try:
+            with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, sig)
-            except ProcessLookupError:
-                pass

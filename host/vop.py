@@ -44,6 +44,7 @@ class VopDevice:
     name: str
     served: bool = True  # a backend process runs its rings
     removed: bool = False
+    removal: asyncio.Task[None] | None = None
     acked: asyncio.Event = field(default_factory=asyncio.Event)  # the card set guest_ack, or will not
     ack_seen: bool = False
 
@@ -272,10 +273,14 @@ class VopHost:
             dev.acknowledged()
 
     async def remove(self, dev: VopDevice) -> None:
-        """Take a device away from the card (VOP 4.7); returns when its memory is free again."""
+        """Take a device away from the card (VOP 4.7); returns when its memory is free again. Once begun it goes on to
+        its end, whatever becomes of who asked: a vector or a ring that is not given back is missed at every later boot."""
+        if dev.removal is None:
+            dev.removal = asyncio.ensure_future(self._remove(dev))
+        await asyncio.shield(dev.removal)
+
+    async def _remove(self, dev: VopDevice) -> None:
         async with self._lock:
-            if dev.removed:
-                return
             self.backend_gone(dev)
             dev.removed = True
             ctrl = dev.slot.off + dev.slot.shape.ctrl_off

@@ -564,3 +564,28 @@ async def test_vop_56_dead_card_is_not_waited_for() -> None:
         await asyncio.wait_for(life.host.close(), 20)
         assert clock.monotonic() == 0.0
         assert not life.host.devices
+
+
+@in_loop
+async def test_removal_goes_on_when_its_caller_does_not() -> None:
+    """A card that is stopped while it is asked to let a device go: vector, rings and addresses are given back all the
+    same, or they would be missed at every later boot."""
+    clock = manual()
+    with Life(clock) as life:
+        held: list[Any] = []
+        life.host.hold = held.append
+        before = life.memory.used_bytes, life.smpt.mapped_bytes
+        dev = await life.add()
+        BOOT.put(life.page, 0, "h2c_config_db", 3)  # somebody listens, and never answers
+        removal = asyncio.ensure_future(life.host.remove(dev))
+        await clock.advance(1)
+        assert life.ctrl(dev, "config_change") == C["PARAM_DEV_REMOVE"]
+        removal.cancel()
+        await asyncio.gather(removal, return_exceptions=True)
+        closing = asyncio.ensure_future(life.host.close())
+        await clock.advance(20)
+        await asyncio.wait_for(closing, 20)
+        assert life.host.devices == []
+        assert [users for *_, users in life.irq.rows() if users] == []
+        held.pop()()
+        assert (life.memory.used_bytes, life.smpt.mapped_bytes) == before

@@ -82,7 +82,7 @@ class Admin:
     async def _sysfs_watch(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         """One message ``{"card", "changes", "state"}`` per change of a state, the present ones first; a
         reader that is slow misses states, never the last one (COSM-57)."""
-        gone = asyncio.ensure_future(channel.recv(None, "the end of the watcher"))
+        gone = asyncio.ensure_future(channel.recv_words(None, "the end of the watcher"))
         try:
             await watch_states(self.instance, channel, gone)
         finally:

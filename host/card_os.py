@@ -14,7 +14,7 @@ async def ask_os(folder: Path, op: str, limit_s: float | None = None, **words: A
     seconds (a card OS that hangs), or what it says itself."""
     async with AsyncChannel(connect_unix(str(folder / "os.sock"), wait=False)) as channel:
         await channel.send({"op": op, **words})
-        answer, _ = await channel.recv(limit_s, f"the card OS's answer to {op}")
+        answer = await channel.recv_words(limit_s, f"the card OS's answer to {op}")
     if "error" in answer:
         raise OSError(answer["errno"], answer["error"])
     return answer

@@ -110,7 +110,7 @@ class Control:
             await channel.send({"error": text, "kind": "MicemuError", "errno": errno.EIO})
         finally:
             for fd in fds:
-                _close_quietly(fd)
+                os.close(fd)
 
     # --- life cycle ---------------------------------------------------------------------------
 
@@ -150,12 +150,7 @@ class Control:
         failed = [r for r in results if isinstance(r, BaseException)]
         if failed:
             await self._unplug_new(before, only_ready=True)
-            if all(isinstance(f, MicemuError) for f in failed):
-                first = failed[0]
-                assert isinstance(first, MicemuError)
-                if len(failed) > 1:
-                    raise type(first)("; ".join(str(f) for f in failed), first.errno)
-            raise failed[0]
+            raise _as_one(failed)
         return {"status": self.instance.status()}
 
     async def _boot_one(self, channel: AsyncChannel, card: Card, prepare: bool) -> None:
@@ -175,12 +170,9 @@ class Control:
         cards = self.instance.select(names)
         results = await asyncio.gather(*(action(c) for c in cards), return_exceptions=True)
         failed = [r for r in results if isinstance(r, BaseException)]
-        if not failed:
-            return {"status": self.instance.status()}
-        first = failed[0]
-        if isinstance(first, MicemuError) and len(failed) > 1:
-            raise type(first)("; ".join(str(f) for f in failed), first.errno)
-        raise first
+        if failed:
+            raise _as_one(failed)
+        return {"status": self.instance.status()}
 
     async def _shutdown(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         names = msg.get("cards", [])
@@ -221,7 +213,7 @@ class Control:
 
         cards = self.instance.select(msg.get("cards", []))
         all_shown = asyncio.gather(*(shown(c) for c in cards), return_exceptions=True)
-        gone = asyncio.ensure_future(channel.recv(None, "the end of the one who waits"))
+        gone = asyncio.ensure_future(channel.recv_words(None, "the end of the one who waits"))
         try:
             both: set[asyncio.Future[Any]] = {all_shown, gone}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -258,7 +250,7 @@ class Control:
             if last:
                 return {}
         self._listeners.add(queue)
-        gone = asyncio.ensure_future(channel.recv(None, "the end of the listener"))
+        gone = asyncio.ensure_future(channel.recv_words(None, "the end of the listener"))
         sampler = None
         if every := msg.get("sample"):
             sampler = asyncio.ensure_future(self._samples(float(every), queue))
@@ -351,7 +343,7 @@ class Control:
 
     async def _pcap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])
-        reply = await card.backend("net").call("pcap", fds)
+        reply = await card.backend("net").call("pcap", fds[:1])
         return {k: v for k, v in reply.items() if k != "reply"}
 
     async def _backend(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
@@ -364,8 +356,9 @@ class Control:
         return {k: v for k, v in reply.items() if k != "reply"}
 
 
-def _close_quietly(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError:
-        pass
+def _as_one(failed: list[BaseException]) -> BaseException:
+    """The first error of several cards, with the sentences of all of them."""
+    first = failed[0]
+    if len(failed) > 1 and all(isinstance(f, MicemuError) for f in failed):
+        first.args = ("; ".join(map(str, failed)),)
+    return first

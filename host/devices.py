@@ -77,7 +77,7 @@ async def _import_fails(card: Card, device: str) -> str:
         finally:
             theirs.close()
         try:
-            answer, _ = await channel.recv(IMPORT_LIMIT_S, "the import")
+            answer = await channel.recv_words(IMPORT_LIMIT_S, "the import")
         except WireTimeout:
             os.kill(pid, signal.SIGKILL)
             return f"importing it takes longer than {IMPORT_LIMIT_S:g} s"

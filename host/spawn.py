@@ -29,7 +29,7 @@ class Spawner:
     async def serve(self) -> None:
         """Handle init's messages until it is gone (ConnectionError)."""
         while True:
-            msg, _ = await self._channel.recv(None, "a message of init")
+            msg = await self._channel.recv_words(None, "a message of init")
             if "exited" in msg:
                 on_exit = self._exits.pop(msg["exited"], None)
                 if on_exit:

@@ -64,10 +64,16 @@ def encode(msg: Message, nfds: int = 0) -> bytes:
         raise ValueError('"fds" is the wire\'s own word')
     if nfds > MAX_FDS:
         raise WireError(f"{nfds} descriptors in one message, at most {MAX_FDS} are possible")
-    line = json.dumps({**msg, "fds": nfds} if nfds else msg, separators=(",", ":")).encode() + b"\n"
+    words = {**msg, "fds": nfds} if nfds else msg
+    line = json.dumps(words, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     if len(line) > MAX_MESSAGE:
         raise WireError(f"a message of {len(line)} bytes, at most {MAX_MESSAGE} are possible")
     return line
+
+
+def _no_number(word: str) -> float:
+    """NaN and the infinities are no JSON, and as a time they upset whoever sorts by it. Raises ValueError."""
+    raise ValueError(f"{word} is no number")
 
 
 def _close_all(fds: Sequence[int]) -> None:
@@ -138,7 +144,7 @@ class _Inbox:
         del self._bytes[: end + 1]
         self._scanned = 0
         try:
-            msg = json.loads(line)
+            msg = json.loads(line, parse_constant=_no_number)
         except (ValueError, RecursionError) as e:
             raise self.fail(f"not a JSON line: {line[:40]!r}") from e
         if not isinstance(msg, dict):

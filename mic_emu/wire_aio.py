@@ -6,6 +6,7 @@ Apart from ``wire`` so that a short command does not pay for the import of async
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -46,6 +47,8 @@ class AsyncChannel(BaseChannel):
         """As ``Channel.send``. A send that was cut short (time-out, cancelled) ends the connection,
         because the peer could not tell where the next message begins."""
         rest = memoryview(encode(msg, len(fds)))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        why = f"the peer did not read a message of ours within {timeout_s} s"
         async with self._sending:
             begun = False
             try:
@@ -54,10 +57,11 @@ class AsyncChannel(BaseChannel):
                     if n:
                         rest, fds, begun = rest[n:], (), True
                     else:
-                        await self._ready(True, timeout_s, "the peer did not read a message of ours")
+                        await self._ready(True, deadline, why)
             except (WireTimeout, asyncio.CancelledError):
                 if begun:
-                    self.sock.shutdown(socket.SHUT_RDWR)
+                    with contextlib.suppress(OSError):  # closed meanwhile
+                        self.sock.shutdown(socket.SHUT_RDWR)
                 raise
 
     async def recv(self, timeout_s: float | None, what: str) -> tuple[Message, list[int]]:
@@ -65,11 +69,17 @@ class AsyncChannel(BaseChannel):
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while (got := self._inbox.take()) is None:
             if not self._inbox.fill(self.sock):
-                left = None if deadline is None else deadline - time.monotonic()
-                await self._ready(False, left, f"{what}: nothing came within {timeout_s} s")
+                await self._ready(False, deadline, f"{what}: nothing came within {timeout_s} s")
         return got
 
-    async def _ready(self, writing: bool, timeout_s: float | None, why: str) -> None:
+    async def recv_words(self, timeout_s: float | None, what: str) -> Message:
+        """As ``recv``, of a peer who has no reason to send descriptors: those that come along are closed."""
+        msg, fds = await self.recv(timeout_s, what)
+        for fd in fds:
+            os.close(fd)
+        return msg
+
+    async def _ready(self, writing: bool, deadline: float | None, why: str) -> None:
         loop = asyncio.get_running_loop()
         fd = self.sock.fileno()
         if fd < 0:
@@ -82,7 +92,7 @@ class AsyncChannel(BaseChannel):
 
         (loop.add_writer if writing else loop.add_reader)(fd, wake)
         try:
-            await asyncio.wait_for(ready, timeout_s)
+            await asyncio.wait_for(ready, None if deadline is None else deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise WireTimeout(why) from None
         finally:
@@ -115,6 +125,7 @@ class UnixServer:
         self._handler = handler
         self._group = None if path is None else group_of(path)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._short = False  # no descriptor for whoever waits
         self._loop = asyncio.get_running_loop()
         self._id = os.fstat(sock.fileno()).st_ino if path is None else os.lstat(path).st_ino
         sock.setblocking(False)
@@ -126,13 +137,16 @@ class UnixServer:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as e:
-            # No descriptor left: look again when the connections that hold them may have gone.
+            # No descriptor left: look again when the connections that hold them may have gone. Said once per shortage.
             self._loop.remove_reader(self.sock.fileno())
             self._loop.call_later(0.1, self._resume)
-            self._loop.call_exception_handler(
-                {"message": f"{self.path}: accept: {e.strerror}", "exception": e}
-            )
+            if not self._short:
+                self._short = True
+                self._loop.call_exception_handler(
+                    {"message": f"{self.path}: accept: {e.strerror}", "exception": e}
+                )
             return
+        self._short = False
         if not admitted(conn, self._group):
             conn.close()
             return
@@ -148,8 +162,8 @@ class UnixServer:
         async with channel:
             try:
                 await self._handler(channel)
-            except (PeerClosed, WireError):
-                pass  # a peer that dies or talks nonsense ends its own connection only
+            except (PeerClosed, WireError, WireTimeout):
+                pass  # a peer that dies, talks nonsense, says nothing or does not read ends its own connection only
 
     async def close(self) -> None:
         """Stop listening, remove the socket's name, end the handlers; may be repeated."""

@@ -38,7 +38,7 @@ class Agent:
             await self._server.close()
 
     async def _serve(self, channel: AsyncChannel) -> None:
-        msg, _ = await channel.recv(REQUEST_LIMIT_S, "a request to the card OS")
+        msg = await channel.recv_words(REQUEST_LIMIT_S, "a request to the card OS")
         requests = {
             "ping": self._ping,
             "bench": self._bench,

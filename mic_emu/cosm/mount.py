@@ -46,7 +46,7 @@ class RemoteTree:
             raise OSError(errno.ENODEV, "the emulator is gone") from e
         async with channel:
             await channel.send({"op": op, **fields})
-            msg, _ = await channel.recv(None, f"the host's answer to {op!r}")
+            msg = await channel.recv_words(None, f"the host's answer to {op!r}")
         if "error" in msg:
             raise OSError(msg.get("errno") or errno.EIO, msg["error"])
         return msg
@@ -108,7 +108,7 @@ class RemoteTree:
         async with AsyncChannel(connect_unix(self._control)) as channel:
             await channel.send({"op": "sysfs_watch"})
             while True:
-                msg, _ = await channel.recv(None, "a change of a card's state")
+                msg = await channel.recv_words(None, "a change of a card's state")
                 if "card" not in msg:
                     return
                 self._events[msg["card"]] = msg["changes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -148,6 +149,8 @@ def test_end_of_the_peer(raw: tuple[socket.socket, Channel]) -> None:
         (b"[1]\n", "a JSON list"),
         (b"[" * 100000 + b"\n", "not a JSON line"),
         (b'{"x":' + b"9" * 100000 + b"}\n", "not a JSON line"),
+        (b'{"timeout":NaN}\n', "not a JSON line"),  # a timer that sorts nowhere
+        (b'{"timeout":-Infinity}\n', "not a JSON line"),
         (b'{"fds":1}\n', "0 descriptors says that it has 1"),
         (b'{"fds":-1}\n', "says that it has -1"),
         (b'{"fds":true}\n', "says that it has True"),
@@ -227,6 +230,12 @@ def test_try_recv(pair: tuple[Channel, Channel]) -> None:
     assert b.try_recv() is None
     a.send({"x": 1})
     assert b.try_recv() == ({"x": 1}, [])
+
+
+def test_what_is_no_number_is_not_sent(pair: tuple[Channel, Channel]) -> None:
+    """A time that is none stays with whoever made it."""
+    with pytest.raises(ValueError, match="JSON"):
+        pair[0].send({"timeout": float("nan")})
 
 
 def test_sending_fds_word_is_reserved(pair: tuple[Channel, Channel]) -> None:
@@ -347,6 +356,119 @@ def test_async_deadline_and_cancel_lose_nothing() -> None:
             await left.send({"more": 1})
         left.close()
         right.close()
+
+    asyncio.run(main())
+
+
+def test_words_come_without_descriptors() -> None:
+    """Who takes no descriptors is not filled up with them."""
+
+    async def main() -> None:
+        a, b = socket.socketpair()
+        async with AsyncChannel(a) as left, AsyncChannel(b) as right:
+            before = open_fds()
+            for n in range(3):
+                await left.send({"n": n}, [0] * 100)
+                assert await right.recv_words(20, "the words") == {"n": n}
+            assert open_fds() == before
+
+    asyncio.run(main())
+
+
+def test_a_slow_reader_has_one_limit_for_a_message() -> None:
+    """The limit of a send is that of the message, however often the peer takes a bite of it."""
+
+    async def main() -> None:
+        a, b = socket.socketpair()
+        b.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with AsyncChannel(a) as left:
+            sending = asyncio.ensure_future(left.send({"x": "y" * (12 << 20)}, timeout_s=0.3))
+            while not sending.done():
+                await loop.sock_recv(b, 1 << 16)
+                await asyncio.sleep(0.02)  # the slowness of the reader
+            with pytest.raises(WireTimeout, match=r"within 0\.3 s"):
+                sending.result()
+        b.close()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_send_of_a_closed_channel_is_cancelled() -> None:
+    """Whoever ends a task that sends closes its channel, too, in any order."""
+
+    async def main() -> None:
+        a, b = socket.socketpair()
+        left = AsyncChannel(a)
+        sending = asyncio.ensure_future(left.send({"x": "y" * (8 << 20)}))
+        await asyncio.sleep(0)
+        left.close()
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        b.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_silent_peer_ends_its_own_connection_only(tmp_path: Path, reads: bool) -> None:
+    """A client that says nothing, or never reads its answer, is nobody's error: no traceback tells of it."""
+    path = str(tmp_path / "s")
+    told: list[object] = []
+    begun = asyncio.Event()
+
+    async def handler(ch: AsyncChannel) -> None:
+        begun.set()
+        if reads:
+            await ch.recv(0.02, "a request")
+        else:
+            await ch.send({"x": "y" * (8 << 20)}, timeout_s=0.02)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        server = await wire_aio.serve_unix(path, handler)
+        with wire.connect_unix(path) as client:
+            client.settimeout(20)
+            await asyncio.wait_for(begun.wait(), 20)
+            if reads:
+                assert await loop.run_in_executor(None, client.recv, 1) == b""
+            while server._tasks:
+                await asyncio.sleep(0)
+        gc.collect()  # a task that nobody asks for its error tells it now
+        await server.close()
+
+    asyncio.run(main())
+    assert told == []
+
+
+def test_a_lack_of_descriptors_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it lasts: whoever serves for months fills no log with it."""
+    told: list[str] = []
+    tries = 0
+
+    class Short(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            nonlocal tries
+            tries += 1
+            if tries in (1, 2, 3, 5):
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def handler(ch: AsyncChannel) -> None:
+        await ch.send({"hello": 1})
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+        listener = wire.listen_unix(str(tmp_path / "s"))
+        server = wire_aio.UnixServer(Short(fileno=listener.detach()), str(tmp_path / "s"), handler)
+        for shortages in (1, 2):
+            async with AsyncChannel(wire.connect_unix(str(tmp_path / "s"))) as ch:
+                assert await ch.recv_words(20, "the greeting") == {"hello": 1}
+            assert len(told) == shortages
+        await server.close()
 
     asyncio.run(main())
 

@@ -96,6 +96,18 @@ class VopHost:
         self, kind: int, num_vq: int, num: int, features: int, config: bytes, feature_len: int = 8
     ) -> VopDevice:
         """Announce a device; returns it published. Raises VopError (EINVAL, ENOMEM, ENOSPC; VOP 6.3)."""
+        numbers = {
+            "type": kind,
+            "num_vq": num_vq,
+            "num": num,
+            "features": features,
+            "feature_len": feature_len,
+        }
+        for name, value in numbers.items():
+            if (
+                type(value) is not int
+            ):  # the word of a program: what is no number fails here, or after half the work
+                raise VopError(f"{name} {value!r:.40} is no whole number", errno.EINVAL)
         shape = dp.SlotShape(num_vq, feature_len, len(config))
         if not 1 <= kind <= 127:
             raise VopError(f"device type {kind} is not in 1..127", errno.EINVAL)

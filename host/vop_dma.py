@@ -7,6 +7,7 @@ engine in its process sends each copy between that buffer and card memory, and h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -96,10 +97,11 @@ class ProgramDma:
         self._memory.free(self.offset)
 
     async def close(self) -> bool:
-        """The copy that runs is the last one. False when it did not end, so that the engine may still write to the buffer:
-        ``free`` is for after the card's reset then."""
+        """The copy that runs is the last one, and nobody waits for a program to take its answer. False when it did not end,
+        so that the engine may still write to the buffer: ``free`` is for after the card's reset then."""
         self.theirs.close()
-        self._ours.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError):  # its end was closed with answers in it
+            self._ours.shutdown(socket.SHUT_RDWR)
         await asyncio.gather(self._task, return_exceptions=True)
         self._ours.close()
         return not self.stuck

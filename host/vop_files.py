@@ -28,6 +28,7 @@ class _File:
         self.device: VopDevice | None = None
         self.dma: ProgramDma | None = None
         self.released = asyncio.Event()
+        self.change: asyncio.Task[None] | None = None  # of its configuration
         self.counting: asyncio.Future[dict[str, int]] | None = None  # who waits for its counters
 
 
@@ -46,7 +47,6 @@ class VopFiles:
         self.personality = personality
         self.log = log
         self._files: set[_File] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._server: UnixServer | None = None
         self._closing = False
 
@@ -61,10 +61,12 @@ class VopFiles:
         try:
             await channel.send({"personality": self.personality, "page": self.vop.page_off}, self.vop.bus.fds)
             while True:
-                msg, _ = await channel.recv(None, "a request of a device file")
+                msg = await channel.recv_words(None, "a request of a device file")
                 await self._message(file, msg)
         except OSError:
             pass
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            self.log.warning(f"the program of a device file (process {file.pid}) talks nonsense: {e!r:.200}")
         finally:
             self._files.discard(file)
             file.released.set()
@@ -75,9 +77,10 @@ class VopFiles:
         if op == "add":
             await self._add(file, msg)
         elif op == "config":
-            task = asyncio.ensure_future(self._config(file, bytes.fromhex(msg["config"])))
-            self._tasks.add(task)  # the card's answer arrives on the same channel meanwhile
-            task.add_done_callback(self._tasks.discard)
+            if file.change is not None and not file.change.done():  # libraries wait for the answer first
+                raise ValueError("a change of its configuration while another one is under way")
+            # A task: the card's answer arrives on the same channel meanwhile.
+            file.change = asyncio.ensure_future(self._config(file, bytes.fromhex(msg["config"])))
         elif op == "guest_ack" and file.device:
             file.device.acknowledged()
         elif op == "released":
@@ -173,14 +176,14 @@ class VopFiles:
     async def close(self) -> None:
         """Card stop: no new files; the open ones are told, wait for their copies and are dead (VOP-19, 55)."""
         self._closing = True
-        for file in list(self._files):
-            try:
-                await file.channel.send({"op": "removed"})
-                await self.vop.clock.within(
-                    file.released.wait(), RELEASE_LIMIT, "the release of a device file"
-                )
-            except (OSError, TimeoutError):
-                self.log.warning("a device file does not let go of its device; it is removed anyway")
-            await self._remove(file)
+        await asyncio.gather(*(self._end(file) for file in list(self._files)))  # one limit for all of them
         if self._server:
             await self._server.close()
+
+    async def _end(self, file: _File) -> None:
+        try:
+            await file.channel.send({"op": "removed"})
+            await self.vop.clock.within(file.released.wait(), RELEASE_LIMIT, "the release of a device file")
+        except (OSError, TimeoutError):
+            self.log.warning("a device file does not let go of its device; it is removed anyway")
+        await self._remove(file)

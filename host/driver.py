@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import stat
 from collections.abc import Awaitable, Callable
 
 from mic_emu import layout as L
@@ -29,13 +30,20 @@ class DownloadError(MicemuError):
     """An image, ramdisk or command line that cannot be downloaded; state stays ready."""
 
 
-def read_file(path: str, what: str) -> bytes:
-    """A file's bytes. Raises DownloadError with the errno and the fix."""
+def read_file(path: str, what: str, check_room: Callable[[int], None]) -> bytes:
+    """A file's bytes, read once ``check_room`` has taken their number. A FIFO or a device would hold the host process
+    up. Raises DownloadError with the errno and the fix."""
     if not path:
         raise DownloadError(f"no {what} is set", errno.EINVAL)
     try:
-        with open(path, "rb") as f:
-            return f.read()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
+            st = os.fstat(f.fileno())
+            if stat.S_ISDIR(st.st_mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(st.st_mode):
+                raise DownloadError(f"the {what} {path} is not a file", errno.EINVAL)
+            check_room(st.st_size)
+            return f.read(st.st_size)
     except OSError as e:
         raise DownloadError(f"cannot load the {what} {path}: {e.strerror}", e.errno or errno.EIO) from e
 
@@ -173,8 +181,8 @@ class Driver:
         base = spad & C["DOWNLOAD_ADDR_MASK"]
         if base > C["DOWNLOAD_ADDR_MAX"]:
             raise DownloadError(f"the card asks for its image at {base:#x}, above 2 GiB", errno.EINVAL)
-        image = read_file(self.firmware, "card image")
-        self._check_room(base, len(image), f"the card image {self.firmware}")
+        what = f"the card image {self.firmware}"
+        image = read_file(self.firmware, "card image", lambda size: self._check_room(base, size, what))
         self._copy(base, image)
         self.bus.write("spad", len(image), C["SPAD_FW_SIZE"])
         if self.bootmode != "linux":
@@ -211,13 +219,13 @@ class Driver:
         self._copy(at, raw)
 
     def _ramdisk(self, base: int, image_size: int) -> None:
-        data = read_file(self.ramdisk, "ramdisk")
         at = 2 * base
         if base + image_size + C["CMDLINE_MAX"] > at:
             raise DownloadError(
                 f"the card image {self.firmware} reaches into the ramdisk's place", errno.EINVAL
             )
-        self._check_room(at, len(data), f"the ramdisk {self.ramdisk}")
+        what = f"the ramdisk {self.ramdisk}"
+        data = read_file(self.ramdisk, "ramdisk", lambda size: self._check_room(at, size, what))
         self._copy(at, data)
         self.bus.gddr.store(base + C["BOOT_RAMDISK_IMAGE"], 4, at)
         self.bus.gddr.store(base + C["BOOT_RAMDISK_SIZE"], 4, len(data))

@@ -169,6 +169,31 @@ async def test_hw_39_cosm_13_14_missing_files(
         await boots(lab, card)
 
 
+@pytest.mark.parametrize("what", ["firmware", "ramdisk"])
+@in_loop
+async def test_hw_39_no_file_at_all(what: str, image: str, tmp_path: Path) -> None:
+    """HW-39: a FIFO nobody writes to, and a device without an end: an errno at once, and not a byte of them is read."""
+    os.mkfifo(tmp_path / "fifo")
+    with open_lab() as lab:
+        for name in (str(tmp_path / "fifo"), "/dev/zero"):
+            card = bootable(lab, image)
+            setattr(card, what, name)
+            assert await fails(lab, card) == errno.EINVAL
+
+
+@pytest.mark.parametrize("what", ["firmware", "ramdisk"])
+@in_loop
+async def test_hw_41_what_has_no_room_is_not_read(what: str, image: str, tmp_path: Path) -> None:
+    """HW-41: a file of a size that no card has is refused by its size: the host has no room for it either."""
+    huge = tmp_path / "huge"
+    with open(huge, "wb") as f:
+        f.truncate(1 << 42)
+    with open_lab() as lab:
+        card = bootable(lab, image)
+        setattr(card, what, str(huge))
+        assert await fails(lab, card) == errno.EINVAL
+
+
 @in_loop
 async def test_hw_39_cosm_13_no_image_is_named() -> None:
     """HW-39: an unset name is EINVAL."""

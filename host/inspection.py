@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import dma_dump
@@ -16,8 +16,10 @@ from mic_emu.vop import device_page as dp
 if TYPE_CHECKING:
     from mic_emu.bar import Bus
     from mic_emu.host.card import Card
+    from mic_emu.host.vop import VopDevice
 
 C = L.CONSTANTS
+MOST_SHOWN = 1 << 14  # descriptors of a ring: more than drivers have, 128 chains of 1 + 127
 WHAT = ("registers", "page", "vring", "smpt", "interrupts", "lines", "dma", "log", "pci")
 
 
@@ -85,29 +87,71 @@ def _features(kind: int, bits: bytes) -> list[str]:
     return feature_words(kind, int.from_bytes(bits, "little"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """One ring as the card left its indices."""
+
+    device: VopDevice
+    index: int
+    num: int
+    block: int  # offset in host memory
+    used: int  # card address, as the card says
+    ready: bool  # it lies in card memory
+    avail_idx: int
+    used_idx: int
+
+    @property
+    def avail(self) -> int:
+        """Offset of the available ring in host memory."""
+        return self.block + L.VRING_DESC.size * self.num
+
+    @property
+    def pending(self) -> int:
+        """Chains that wait."""
+        return min(self.num, (self.avail_idx - self.used_idx) & 0xFFFF)
+
+
+def rings(card: Card) -> Iterator[Ring]:
+    """Every ring of every live device, cheap enough for every second."""
+    host, gddr = card.bus.host, card.bus.gddr
+    for dev in card.vop_devices:
+        num = dev.slot.num
+        for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
+            ready = 0 < used <= gddr.size - dp.used_size(num)
+            avail_idx = host.load(block + L.VRING_DESC.size * num + 2, 2)
+            used_idx = gddr.load(used + 2, 2) if ready else 0
+            yield Ring(dev, i, num, block, used, ready, avail_idx, used_idx)
+
+
 def vrings(card: Card) -> list[dict[str, Any]]:
-    """Indices of every ring of every live device, and the chains that wait in it."""
+    """Indices of every ring of every live device, and the chains that wait in it, as far as they are ``MOST_SHOWN``
+    descriptors: a card may link each of them through all others."""
     rows: list[dict[str, Any]] = []
     names = {id(b.device): b.name for b in card.backends if b.device is not None}
-    for dev in card.vop_devices:
-        num, host, gddr = dev.slot.num, card.bus.host, card.bus.gddr
-        for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
-            avail = block + 16 * num
-            avail_idx = host.load(avail + 2, 2)
-            ready = 0 < used <= gddr.size - dp.used_size(num)
-            used_idx = gddr.load(used + 2, 2) if ready else 0
-            pending = [
-                host.load(avail + 4 + 2 * (k % num), 2)
-                for k in range(used_idx, used_idx + min(num, (avail_idx - used_idx) & 0xFFFF))
-            ]
-            rows.append({
-                "name": names.get(id(dev), ""), "device": dev.name, "slot": dev.slot.off, "ring": i, "num": num,
-                "block": block, "used": used,
-                "avail_flags": host.load(avail, 2), "avail_idx": avail_idx, "used_idx": used_idx,
-                "used_flags": gddr.load(used, 2) if ready else 0,
-                "pending": [_chain(card.bus, block, num, h) for h in pending],
-            })  # fmt: skip
+    host, gddr = card.bus.host, card.bus.gddr
+    for r in rings(card):
+        dev = r.device
+        rows.append({
+            "name": names.get(id(dev), ""), "device": dev.name, "slot": dev.slot.off, "ring": r.index, "num": r.num,
+            "block": r.block, "used": r.used,
+            "avail_flags": host.load(r.avail, 2), "avail_idx": r.avail_idx, "used_idx": r.used_idx,
+            "used_flags": gddr.load(r.used, 2) if r.ready else 0,
+            "pending": _chains(card.bus, r),
+        })  # fmt: skip
     return rows
+
+
+def _chains(bus: Bus, ring: Ring) -> list[list[dict[str, Any]]]:
+    """Those that wait, the oldest first."""
+    chains: list[list[dict[str, Any]]] = []
+    left = MOST_SHOWN
+    for k in range(ring.used_idx, ring.used_idx + ring.pending):
+        head = bus.host.load(ring.avail + 4 + 2 * (k % ring.num), 2)
+        chains.append(_chain(bus, ring.block, ring.num, head))
+        left -= sum(1 + len(d.get("table", ())) for d in chains[-1])
+        if left <= 0:
+            break
+    return chains
 
 
 def _chain(bus: Bus, block: int, num: int, head: int) -> list[dict[str, Any]]:

@@ -89,9 +89,9 @@ def _card(card: Card) -> Iterator[Sample]:
         which = {**label, "fault": str(fault["id"]), "kind": str(fault["kind"])}
         yield "micemu_fault_events_total", which, fault["seen"]
         yield "micemu_fault_hits_total", which, fault["hits"]
-    for ring in inspection.vrings(card):
-        where = {**label, "device": ring["device"], "ring": str(ring["ring"])}
-        yield "micemu_vring_pending", where, (ring["avail_idx"] - ring["used_idx"]) & 0xFFFF
+    for ring in inspection.rings(card):
+        where = {**label, "device": ring.device.name, "ring": str(ring.index)}
+        yield "micemu_vring_pending", where, ring.pending
     counts = card.bus.counts()
     for to, rings in (("host", counts.doorbells), ("card", counts.lines[: C["CARD_IRQ_DMA"]])):
         for number, count in enumerate(rings):

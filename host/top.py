@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
+from mic_emu.host import inspection
 from mic_emu.host.metrics import counters
 from mic_emu.scif.traffic import COUNTERS
-from mic_emu.vop import device_page as dp
 
 if TYPE_CHECKING:
     from mic_emu.host.card import Card
@@ -24,17 +24,15 @@ STATS_LIMIT_S = 0.2  # a backend that hangs is shown without its counters
 def rings(card: Card) -> dict[str, list[dict[str, int]]]:
     """Per device type and slot: indices of every ring, as the card left them."""
     found: dict[str, list[dict[str, int]]] = {}
-    for dev in card.vop_devices:
-        num, rows = dev.slot.num, []
-        for i, (block, used) in enumerate(zip(dev.slot.blocks, dev.bottom.used_addresses(), strict=True)):
-            ready = 0 < used <= card.bus.gddr.size - dp.used_size(num)
-            avail_idx = card.bus.host.load(block + L.VRING_DESC.size * num + 2, 2)
-            used_idx = card.bus.gddr.load(used + 2, 2) if ready else 0
-            pending = min(num, (avail_idx - used_idx) & 0xFFFF)
-            rows.append(
-                {"ring": i, "num": num, "avail_idx": avail_idx, "used_idx": used_idx, "pending": pending}
-            )
-        found[dev.name] = rows
+    for r in inspection.rings(card):
+        row = {
+            "ring": r.index,
+            "num": r.num,
+            "avail_idx": r.avail_idx,
+            "used_idx": r.used_idx,
+            "pending": r.pending,
+        }
+        found.setdefault(r.device.name, []).append(row)
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from mic_emu import layout as L
 from mic_emu.bar import Bus
 from mic_emu.cli import dump as text
 from mic_emu.fields import FIELDS, decode, device_type, feature_words, status_words, words
+from mic_emu.host import inspection
 from mic_emu.host.inspection import _chain
 from mic_emu.layout import CONSTANTS as C
 
@@ -112,3 +116,23 @@ def test_vop_44_dump_of_chains_and_tables(bar: Bus, capsys: pytest.CaptureFixtur
     put(bar, block + 96, 0x1000, 16, NEXT, 9999)
     assert len(_chain(bar, block, num, 6)) == 1
     assert _chain(bar, block, num, 8) == []
+
+
+def test_vop_44_dump_of_rings_that_link_everything_is_bounded(bar: Bus) -> None:
+    """Each head through all descriptors, each of those through a table: a card must not keep the host process busy, or
+    fill its memory, whenever somebody looks. Metrics look at the indices alone."""
+    block, num, table, used = 0x10000, 128, 0x100000, 0x200000
+    for i in range(num):
+        put(bar, block + 16 * i, table, 16 * num, NEXT | INDIRECT, (i + 1) % num)
+        put(bar, table + 16 * i, 0x1000, 1, NEXT, (i + 1) % num, host=False)
+    bar.host.store(block + 16 * num + 2, 2, num)  # all of them are available
+    device = SimpleNamespace(
+        name="virtio2@24", slot=SimpleNamespace(num=num, off=24, blocks=[block]),
+        bottom=SimpleNamespace(used_addresses=lambda: [used]),
+    )  # fmt: skip
+    card: Any = SimpleNamespace(bus=bar, vop_devices=[device], backends=[])
+    (ring,) = inspection.rings(card)
+    assert (ring.ready, ring.pending, ring.avail_idx) == (True, num, num)
+    (row,) = inspection.vrings(card)
+    shown = sum(1 + len(d["table"]) for chain in row["pending"] for d in chain)
+    assert 0 < shown <= 2 * inspection.MOST_SHOWN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from mic_emu.log import Log
 from mic_emu.wire_aio import AsyncChannel
 
 POWER_ON_LIMIT_S = 10.0
+SUCCESSORS_S = (0.0, 0.1, 0.5, 2.0, 5.0)  # pauses before each try to start one
 
 
 class Board:
@@ -48,26 +50,34 @@ class Board:
         self._fds = fds
         self._log = log
         self._channel: AsyncChannel | None = None
+        self._powered: asyncio.Future[None] | None = None
         self._server: asyncio.Task[None] | None = None
         self._successor: asyncio.Task[None] | None = None
         self._closing = False
         self._off = False
 
     async def power_on(self) -> None:
-        """Start the board process and wait until it says that it has power."""
+        """Start the board process and wait until it says that it has power. Raises OSError (no memory for the card),
+        MicemuError."""
         ours, theirs = socket.socketpair()
         if self._channel:
             self._channel.close()
         self._channel = AsyncChannel(ours)
+        powered = self._powered = asyncio.get_running_loop().create_future()
         try:
-            self.pid = await self._spawner.start(
+            pid = await self._spawner.start(
                 "board", f"{self.name}-board", self._args, [theirs.fileno(), *self._fds], self._exited
             )
         finally:
             theirs.close()
-        powered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not powered.done():  # else it has ended
+            self.pid = pid
         self._server = asyncio.ensure_future(self._serve(self._channel, powered))
-        await asyncio.wait_for(powered, POWER_ON_LIMIT_S)
+        try:
+            await asyncio.wait_for(powered, POWER_ON_LIMIT_S)
+        except asyncio.TimeoutError:
+            why = f"the board process does not say that it has power within {POWER_ON_LIMIT_S:g} s"
+            raise MicemuError(f"{self.name}: {why}", errno.ETIMEDOUT) from None
 
     async def _serve(self, channel: AsyncChannel, powered: asyncio.Future[None]) -> None:
         try:
@@ -112,6 +122,10 @@ class Board:
     def _exited(self, status: int) -> None:
         """The board process died: the hardware fell off the bus. Plug in a new one (design.md 11)."""
         self.pid = self.os_pid = 0
+        if self._powered and not self._powered.done():
+            why = f"{self.name}: the board process ended with status {status} before it had power"
+            self._powered.set_exception(MicemuError(why, errno.EIO))
+            return
         if self._off:
             return
         fate = "the card is being removed" if self._closing else "a new board takes its place"
@@ -122,10 +136,18 @@ class Board:
         self._successor = asyncio.ensure_future(self._replace())
 
     async def _replace(self) -> None:
-        try:
-            await self.power_on()
-        except (MicemuError, OSError, asyncio.TimeoutError) as e:
-            self._log.error(f"the new board does not start: {e!r}")
+        """With pauses that grow: where a process cannot live, as many as can be forked would not, either."""
+        for pause_s in SUCCESSORS_S:
+            await asyncio.sleep(pause_s)
+            try:
+                await self.power_on()
+            except MicemuError as e:
+                self._log.error(f"the new board does not start: {e}")
+            except OSError as e:  # it lives, and a reset tries again
+                self._log.error(f"the new board has no power: {e}")
+                break
+            else:
+                break
         self.replaced()
 
     def keep_off(self) -> None:

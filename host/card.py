@@ -7,11 +7,12 @@ import errno
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu.bar import Bus, create_slot
+from mic_emu.bar import Bus, close_all, create_slot
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
@@ -66,21 +67,35 @@ class Card:
     # --- power ----------------------------------------------------------------------------------
 
     async def open(self, host_fd: int) -> None:
-        """Plug the card in: slot, board process, probe."""
+        """Plug the card in: slot, board process, probe. Undoes itself when it fails."""
         self.dir.mkdir(mode=0o750, exist_ok=True)
-        fds = create_slot(self.name, self.config.memory, host_fd)
-        self.bus = Bus(fds)
+        async with AsyncExitStack() as undo:
+            fds = create_slot(self.name, self.config.memory, host_fd)
+            try:
+                self.bus = Bus(fds)
+            except BaseException:
+                close_all(fds)
+                raise
+            undo.callback(self.bus.close)
+            await self._plug_in(undo)
+            undo.pop_all()
+
+    async def _plug_in(self, undo: AsyncExitStack) -> None:
         self.bus.set_over_pci()
         build(self.bus, self._identity())
         self.faults = CardFaults(
             self.name, self.bus, self.log, lambda: self.backends, lambda: self.board.os_pid, lambda: self.is_online
         )  # fmt: skip
+        undo.callback(self.faults.close)
         self.board = Board(
             self.index, self.config, self.dir, self.clock.profile.name, self.spawner, self.bus.fds, self.log
         )
         self.board.new_memory = self.bus.replace_gddr
+        undo.push_async_callback(self.board.close)
+        undo.callback(self.board.keep_off)
         await self.board.power_on()
         self.driver = Driver(self.bus, self.index, self.memory, self.clock, self.log)
+        undo.callback(self.driver.remove)
         self.driver.bring_up = self._bring_up
         self.driver.tear_down = self._tear_down
         self.driver.find = self.firmware_path
@@ -97,8 +112,8 @@ class Card:
         self.board.os_exited = self._os_exited
         self.board.lost = self._board_lost
         self.board.replaced = self._board_replaced
-        self._tasks.append(asyncio.ensure_future(self.policy.run()))
         self.faults.configure(configured(self.config, self.name), self.config)
+        self._tasks.append(asyncio.ensure_future(self.policy.run()))
 
     def _identity(self) -> PciIdentity:
         """The PCI function as the configuration wants it."""

@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import time
-from typing import Any
+from typing import IO, Any
 
 from mic_emu import image
 from mic_emu.clock import Clock
@@ -96,7 +96,7 @@ class Instance:
             await card.open(self.host_fd)
         except OSError as e:
             raise MicemuError(
-                f"{card.name}: cannot plug the card in: {e.strerror}", e.errno or errno.EIO
+                f"{card.name}: cannot plug the card in: {e.strerror or e}", e.errno or errno.EIO
             ) from e
         return card
 
@@ -169,8 +169,8 @@ class Instance:
         self.network.close()
 
 
-async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Log) -> None:
-    """Run the instance until it is told to stop or init is gone."""
+async def serve(args: dict[str, Any], init: AsyncChannel, ready: IO[bytes], log: Log) -> None:
+    """Run the instance until it is told to stop or init is gone. ``ready`` hears when it serves, and is closed."""
     rundir = RunDir(args["instance"])
     spawner = Spawner(init)
     spawn_task = asyncio.ensure_future(spawner.serve())
@@ -183,10 +183,10 @@ async def serve(args: dict[str, Any], init: AsyncChannel, ready_fd: int, log: Lo
         await instance.start()
         await control.open()
     except (OSError, MicemuError) as e:
-        os.write(ready_fd, json.dumps({"error": str(e)}).encode() + b"\n")
+        ready.write(json.dumps({"error": str(e)}).encode() + b"\n")
         raise
-    os.write(ready_fd, json.dumps({"ready": os.getpid()}).encode() + b"\n")
-    os.close(ready_fd)
+    ready.write(json.dumps({"ready": os.getpid()}).encode() + b"\n")
+    ready.close()
     log.info("host process serves", event="host_start", instance=rundir.instance)
     stopping = asyncio.ensure_future(instance.stopping.wait())
     try:
@@ -211,11 +211,13 @@ def main(args: dict[str, Any], fds: list[int]) -> int:
     """Entry point in the process that init forked. fds: channel to init, ready pipe."""
     log = Log(args["log_fd"], process="host")
     channel = AsyncChannel(socket.socket(fileno=fds[0]))
+    ready = open(fds[1], "wb", buffering=0)
     try:
-        asyncio.run(serve(args, channel, fds[1], log))
+        asyncio.run(serve(args, channel, ready, log))
     except BaseException as e:
-        # Before it served, somebody waits at the pipe for the reason; afterwards it is closed.
+        # Before it served, somebody waits at the pipe for the reason; afterwards its number is another file's.
         with contextlib.suppress(OSError):
-            os.write(fds[1], json.dumps({"error": f"{type(e).__name__}: {e}"}).encode() + b"\n")
+            if not ready.closed:
+                ready.write(json.dumps({"error": f"{type(e).__name__}: {e}"}).encode() + b"\n")
         raise
     return 0

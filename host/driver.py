@@ -71,8 +71,6 @@ class Driver:
         self.smpt = Smpt(bus, log)
         self.smpt.init()
         self.irq.enable()
-        if self.irq.dispatch_fd is not None:
-            asyncio.get_running_loop().add_reader(self.irq.dispatch_fd, self.irq.dispatch)
         self.page_off = memory.alloc(C["DP_SIZE"])
         self.page = View(bus.host.pointer + self.page_off, C["DP_SIZE"])
         self.page_card = self.smpt.map(self.page_off, C["DP_SIZE"])
@@ -88,6 +86,8 @@ class Driver:
         self._held: list[Callable[[], None]] = []
         self.bring_up: Callable[[], Awaitable[None]] | None = None
         self.tear_down: Callable[[], Awaitable[None]] | None = None
+        if self.irq.dispatch_fd is not None:  # last: nothing fails any more
+            asyncio.get_running_loop().add_reader(self.irq.dispatch_fd, self.irq.dispatch)
 
     def remove(self) -> None:
         """Undo the probe; the card is stopped already."""

@@ -100,13 +100,15 @@ class Running:
         self.supervisor.add(backend)
         try:
             await card.until(
-                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble),
+                lambda: backend.ready.is_set() or bool(backend.failed or backend.trouble) or self.stopped,
                 card.clock.limit(DEVICE_LIMIT),
                 f"{backend.name} on the card",
             )
         except TimeoutError:
             await self.supervisor.remove(backend)
             raise
+        if self.stopped:
+            raise card.not_online()
         if backend.failed or backend.trouble:
             await self.supervisor.remove(backend)
             raise MicemuError(f"{card.name}: {backend.name}: {backend.failed or backend.trouble}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from mic_emu.errors import MicemuError
 from mic_emu.wire_aio import AsyncChannel
 
 OnExit = Callable[[int], None]
+START_LIMIT_S = 10.0
 
 
 class Spawner:
@@ -38,21 +40,31 @@ class Spawner:
                     self._early[msg["exited"]] = msg["status"]
             else:
                 fut = self._waiting.pop(msg["id"], None)
-                if fut and not fut.done():
-                    if "spawned" in msg:
-                        fut.set_result(msg["spawned"])
-                    else:
-                        fut.set_exception(MicemuError(f"cannot start a process: {msg['error']}"))
+                if fut is None or fut.done():
+                    if "spawned" in msg:  # nobody waits for it any more: it ends with its channel
+                        self._exits[msg["spawned"]] = lambda status: None
+                elif "spawned" in msg:
+                    fut.set_result(msg["spawned"])
+                else:
+                    fut.set_exception(MicemuError(f"cannot start a process: {msg['error']}"))
 
     async def start(
         self, kind: str, name: str, args: dict[str, Any], fds: Sequence[int], on_exit: OnExit
     ) -> int:
-        """Fork a process of ``kind`` (init's table of targets); returns its pid."""
+        """Fork a process of ``kind`` (init's table of targets); returns its pid. Raises MicemuError."""
         ident = next(self._ids)
         fut: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting[ident] = fut
-        await self._channel.send({"id": ident, "kind": kind, "name": name, "args": args}, fds)
-        pid = await asyncio.wait_for(fut, 10)
+        try:
+            await self._channel.send({"id": ident, "kind": kind, "name": name, "args": args}, fds)
+            pid = await asyncio.wait_for(fut, START_LIMIT_S)
+        except asyncio.TimeoutError:
+            why = f"cannot start {name}: init does not answer within {START_LIMIT_S:g} s"
+            raise MicemuError(why, errno.ETIMEDOUT) from None
+        except OSError as e:
+            raise MicemuError(f"cannot start {name}: {e.strerror or e}", e.errno or errno.EIO) from e
+        finally:
+            self._waiting.pop(ident, None)
         if pid in self._early:
             on_exit(self._early.pop(pid))
         else:

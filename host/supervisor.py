@@ -56,6 +56,8 @@ class Backend:
         self.device: VopDevice | None = None
         self.facts: dict[str, Any] = {}  # what the backend told about itself (pty, mode, ...)
         self.leaving: asyncio.Future[None] | None = None  # the removal of its device
+        self.config: bytes | None = None  # the card does not know it yet
+        self.change: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()  # DRIVER_OK seen
         self.plugged: Plugged | None = None
         self.restarts = 0
@@ -127,7 +129,6 @@ class Supervisor:
         self.on_change = on_change
         self.backends: list[Backend] = []
         self.stopping = False
-        self._changes: set[asyncio.Task[None]] = set()  # configuration changes under way
         self._tasks: dict[Backend, asyncio.Task[None]] = {}
 
     def add(self, backend: Backend) -> None:
@@ -171,6 +172,9 @@ class Supervisor:
                 backend.kind, f"{self.card}-{backend.name}", {**backend.args, "card": self.card, "device": backend.name},
                 [theirs.fileno(), *self.bus_fds, *backend.fds], on_exit,
             )  # fmt: skip
+        except BaseException:
+            channel.close()  # what may come to life all the same ends with it
+            raise
         finally:
             theirs.close()
         backend.channel = channel
@@ -239,9 +243,9 @@ class Supervisor:
         elif op == "guest_ack" and backend.device:
             backend.device.acknowledged()
         elif op == "config" and backend.device:
-            task = asyncio.ensure_future(self._config(backend.device, bytes.fromhex(msg["config"])))
-            self._changes.add(task)
-            task.add_done_callback(self._changes.discard)
+            backend.config = bytes.fromhex(msg["config"])
+            if backend.change is None or backend.change.done():
+                backend.change = asyncio.ensure_future(self._configure(backend))
         elif op == "event":
             self.log.info(msg["message"], device=backend.name, **msg.get("fields", {}))
 
@@ -277,14 +281,20 @@ class Supervisor:
 
         self.clock.alarm(self.clock.limit(DRIVER_LIMIT), look)
 
-    async def _config(self, device: VopDevice, config: bytes) -> None:
-        try:
-            await self.vop.config_change(device, config)
-        except MicemuError as e:
-            self.log.info(f"configuration change: {e}")
+    async def _configure(self, backend: Backend) -> None:
+        """Tell the card of the newest configuration. What came before, while the card had not yet answered, it never
+        sees: each change holds up everybody's devices for as long as it does not answer."""
+        while backend.config is not None and backend.device is not None:
+            config, backend.config = backend.config, None
+            try:
+                await self.vop.config_change(backend.device, config)
+            except MicemuError as e:
+                self.log.info(f"configuration change: {e}")
 
     async def remove(self, backend: Backend) -> None:
-        """Take one device away for good."""
+        """Take one device away for good; nothing when the card's stop has done that meanwhile."""
+        if backend not in self.backends:
+            return
         self.backends.remove(backend)
         backend.wanted = False
         await self._end(backend)

@@ -38,8 +38,13 @@ class BlockDriver(LoopDriver):
             "disk driver",
         )
         self.name = self.env.free_name("vd")
-        self._path = str(Path(self.env.boot["dir"]) / f"{self.name}.nbd")
-        self._listener = listen_unix(self._path)
+        path = str(Path(self.env.boot["dir"]) / f"{self.name}.nbd")
+        try:
+            self._listener = listen_unix(path)
+        except OSError:
+            self.env.release_name(self.name)
+            raise
+        self._path = path
         read_only = bool(dev.features & bits("VIRTIO_BLK_F_RO"))
         self._nbd = created(
             lib.mic_nbd_create(self._drv, self._listener.fileno(), self.name.encode(), read_only),

@@ -28,6 +28,7 @@ from mic_emu.runproto import BadRequest
 from mic_emu.wire import Channel, Message, PeerClosed, WireError, WireTimeout
 
 _ACCEPT_PAUSE_S = 0.2
+_REQUEST_LIMIT_S = 10.0  # micemu run asks as soon as it is connected
 
 MakeRoot = Callable[[], tuple[Root, list[str]]]
 
@@ -312,6 +313,12 @@ class _Loop(EventLoop):
             return
         client = _Client(Channel(conn))
         self.watch(conn.fileno(), lambda: self.on_client(client))
+        self.after(_REQUEST_LIMIT_S, lambda: self.expect_request(client))
+
+    def expect_request(self, client: _Client) -> None:
+        """Who connects and asks for nothing does not keep a descriptor of ours for as long as it likes."""
+        if client.request is None and client.channel:
+            self.drop(client)
 
     def on_client(self, client: _Client) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -43,7 +44,14 @@ class PythonDriver(LoopDriver):
             dev.read_config,
             lambda text: dev.log.info(str(text)),
         )
-        self._driver = self.kind(device, [dev.alloc(count * size) for count, size in self.kind.shapes()])
+        areas = [dev.alloc(count * size) for count, size in self.kind.shapes()]
+        try:
+            self._driver = self.kind(device, areas)
+        except OSError:
+            raise
+        except Exception as e:
+            self._log(e, "cannot start")
+            raise OSError(errno.EIO, f"{self.kind.__name__} cannot start: {type(e).__name__}") from e
 
     def loop(self) -> int:
         assert self._driver
@@ -53,21 +61,31 @@ class PythonDriver(LoopDriver):
             return 0
         except DeviceBroken as e:
             return -(e.errno or 5)
-        except Exception as e:  # a user's code must not take the card down
-            if self.dev:
-                self.dev.log.error(
-                    f"{self.kind.__name__} ended: {type(e).__name__}: {e}", traceback=traceback.format_exc()
-                )
+        except Exception as e:
+            self._log(e, "ended")
         return 0
+
+    def _log(self, e: Exception, what: str) -> None:
+        """A user's code must not take the card down; its mistakes are told."""
+        if self.dev:
+            self.dev.log.error(
+                f"{self.kind.__name__} {what}: {type(e).__name__}: {e}", traceback=traceback.format_exc()
+            )
 
     def config_changed(self) -> None:
         if self._driver:
-            self._driver.config_changed()
+            try:
+                self._driver.config_changed()
+            except Exception as e:
+                self._log(e, "does not take the new configuration")
 
     def destroy(self) -> None:
-        if self._driver:
-            self._driver.close()
-        self._driver = None
+        driver, self._driver = self._driver, None
+        if driver:
+            try:
+                driver.close()
+            except Exception as e:
+                self._log(e, "cannot close")
 
 
 class HwRng(Driver):

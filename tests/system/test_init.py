@@ -298,3 +298,14 @@ def test_orphans_are_reaped(card: Card) -> None:
         return [pid for pid in children if "State:\tZ" in Path(f"/proc/{pid}/status").read_text()]
 
     eventually(lambda: not zombies(), 20, "no zombies")
+
+
+def test_a_caller_that_says_nothing() -> None:
+    """It is hung up on, and does not keep a descriptor of init's; one whose program runs is not."""
+    with booted() as c, c.raw() as silent, c.raw() as busy, open("/dev/null") as null:
+        busy.send(RunRequest(["sleep", "100"], "/", dict(os.environ)).message(), [null.fileno()] * 3)
+        assert "started" in busy.recv(20, "the start")[0]
+        with pytest.raises(PeerClosed):
+            silent.recv(30, "the end")
+        busy.send({"signal": signal.SIGTERM})
+        assert busy.recv(20, "the end of the program")[0] == {"exited": -signal.SIGTERM}

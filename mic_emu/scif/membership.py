@@ -145,8 +145,9 @@ class Membership:
     def _on_init(self, msg: Msg, link: Link | None) -> None:
         if link is None:
             raise ScifError(errno.EINVAL, "INIT from ourselves")
+        known = self.online.get(link.peer_id) is link
         self._peer_online(link.peer_id, link)
-        if self.node.id == HOST:
+        if self.node.id == HOST and not known:  # a card that repeats itself starts nothing anew
             for other in self.ids():
                 if other not in (HOST, link.peer_id):
                     self.node.spawn(self._introduce(other, link.peer_id), "introduce two cards")

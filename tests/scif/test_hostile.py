@@ -261,3 +261,29 @@ def test_scif_135_random_messages_on_the_node_queue() -> None:
             await asyncio.gather(client.close(), conn.close())
 
     asyncio.run(asyncio.wait_for(main(), 50))
+
+
+def test_a_card_that_says_init_again_and_again() -> None:
+    """It has been introduced to the others once: each time would cost the host a task and a connection to their programs."""
+
+    async def main() -> None:
+        async with fabric(2) as fab:
+            card = fab.cards[0]
+            introduced = 0
+            begin = fab.host.members._introduce
+
+            async def introduce(i: int, j: int) -> None:
+                nonlocal introduced
+                introduced += 1
+                await begin(i, j)
+
+            fab.host.members._introduce = introduce  # type: ignore[method-assign]
+            for _ in range(20):
+                card.card_link.send(Msg(Op.INIT, (1, 0), (0, 0)))
+            want = card.card_link.sent
+            await eventually(lambda: card.host_link.received >= want, "the last message", 40)
+            await asyncio.sleep(0)
+            assert introduced == 0
+            assert fab.host.node_ids() == [0, 1, 2]
+
+    asyncio.run(asyncio.wait_for(main(), 50))

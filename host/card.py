@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import shlex
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -480,4 +481,5 @@ class Card:
     @property
     def post_code(self) -> str:
         word = self.bus.read("postcode")
-        return chr(word & 0xFF) + chr(word >> 8 & 0xFF)
+        code = chr(word & 0xFF) + chr(word >> 8 & 0xFF)
+        return re.sub("[^ -~]", ".", code)  # the card writes what it likes, and it goes to terminals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -103,9 +104,20 @@ def _occupy_standard() -> None:
     os.close(fd)
 
 
+def _complain(said: str) -> None:
+    """An error for people: one may quote a card's last words, which are no commands to a terminal."""
+    from mic_emu.cli.log import harmless
+
+    print("micemu: " + harmless(said, "\n\t"), file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: errors are one sentence and an exit status, never a traceback."""
     _occupy_standard()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a file's name may be no text, and a locale has not every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(prog_name="micemu", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -117,7 +129,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except MicemuError as e:
-        print(f"micemu: {e}", file=sys.stderr)
+        _complain(str(e))
         sys.exit(e.code)
     except BrokenPipeError:
         sys.stderr.close()
@@ -126,5 +138,5 @@ def main() -> None:
         sys.exit(130)
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
-        print(f"micemu: {where}{e.strerror or e}", file=sys.stderr)
+        _complain(f"{where}{e.strerror or e}")
         sys.exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
+from mic_emu.cli.log import harmless
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, set_disk
 from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.rundir import RunDir
@@ -165,7 +167,7 @@ def command(
         hint(msg["status"])
     failed = failures(msg["status"], names)
     for text in failed:
-        click.echo(f"micemu: {text}", err=True)
+        click.echo(f"micemu: {harmless(text)}", err=True)
     if failed:
         raise click.exceptions.Exit(MicemuError.code)
 
@@ -183,8 +185,10 @@ def _stop_empty() -> None:
 
 def card_index(name: str) -> int:
     """The number of ``micN``. Raises UsageError."""
-    if not (name.startswith("mic") and name[3:].isdigit()):
+    if not re.fullmatch(r"mic[0-9]{1,9}", name):
         raise UsageError(f"{name!r} is not a card name: use mic0, mic1, ...")
+    if int(name[3:]) >= MAX_CARDS:
+        raise UsageError(f"{name}: cards are mic0 to mic{MAX_CARDS - 1}")
     return int(name[3:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def card_list(text: str) -> list[str]:
         ends = [first, last] if dash else [first]
         if word == "all":
             return []
-        if not all(e.startswith("mic") and e[3:].isdigit() for e in ends):
+        if not all(re.fullmatch(r"mic[0-9]{1,3}", e) for e in ends):
             raise click.BadParameter(f"{word!r} is no card or range of cards", param_hint="-d")
         names += [f"mic{n}" for n in range(int(ends[0][3:]), int(ends[-1][3:]) + 1)]
     return names

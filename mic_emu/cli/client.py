@@ -18,6 +18,7 @@ from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import Channel, connect_unix
 
 Message = dict[str, Any]
+MOST_S = 1e9  # thirty years: more than any wait, and what every timer of the system takes
 END_LIMIT_S = 10.0  # init ends what is left
 NOT_YOURS = "the emulator in {} belongs to another user and is not shared with you"
 
@@ -122,6 +123,16 @@ def ask_card(card: Message, op: str, limit_s: float = 60.0, **fields: Any) -> Me
             return channel.recv(limit_s, f"the card's answer to {op!r}")[0]
     except OSError as e:
         raise MicemuError(f"{card['name']} does not answer: {e}", e.errno or 0) from e
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds: ``nan`` and ``inf`` are none, no timer takes them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not seconds < MOST_S:  # so that nan is refused, too
+            self.fail(f"{value} is no number of seconds below {MOST_S:.0f}.", param, ctx)
+        return seconds
 
 
 def emit(plain: Any) -> None:

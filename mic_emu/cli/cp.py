@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -34,7 +35,7 @@ mv -T -- "$stage/$name" "$target"
 def split(word: str) -> tuple[str, str]:
     """(card or "", path): ``mic0:/tmp/x``, ``./a:b`` is a path."""
     head, colon, path = word.partition(":")
-    if colon and head.startswith("mic") and head[3:].isdigit():
+    if colon and re.fullmatch(r"mic[0-9]+", head):
         return head, path or "."
     return "", word
 

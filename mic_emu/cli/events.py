@@ -20,7 +20,7 @@ from mic_emu.errors import NotRunning, UsageError
 )
 @click.option(
     "--sample",
-    type=click.FloatRange(min=0.1),
+    type=client.Seconds(min=0.1),
     metavar="SECONDS",
     help="Also the metrics, so often, as sample events.",
 )

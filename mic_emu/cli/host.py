@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from mic_emu.cli import client
+from mic_emu.cli.log import harmless
 from mic_emu.cli.status import failures
 from mic_emu.cli.stop import kill_instance, stop_instance
 from mic_emu.config import FOR_LIFE, Config, NoCards, load
@@ -84,7 +85,7 @@ class Service:
     def say(self, level: str, text: str) -> None:
         """A line for the journal or the terminal."""
         prefix = f"<{_PRIORITY.get(level, 6)}>" if self.journal else f"{time.strftime('%H:%M:%S')} {level} "
-        print(prefix + text, file=sys.stderr, flush=True)
+        print(prefix + harmless(text, "\t"), file=sys.stderr, flush=True)
 
     def serve(self) -> int:
         """Follow the instance until it ends or we are told to end it; the exit status."""

@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,8 +21,12 @@ from mic_emu.log import LEVELS
 
 
 def clock(seconds: float) -> str:
-    """Seconds since 1970 as people read them: local time with milliseconds."""
-    return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03d}"
+    """Seconds since 1970 as people read them: local time with milliseconds; what is no time as it stands."""
+    try:
+        whole = time.localtime(seconds)
+    except (OverflowError, ValueError, OSError):
+        return str(seconds)
+    return time.strftime("%H:%M:%S", whole) + f".{int(seconds % 1 * 1000):03d}"
 
 
 def harmless(said: str, keep: str = "") -> str:
@@ -29,11 +34,22 @@ def harmless(said: str, keep: str = "") -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: m[0] if m[0] in keep else f"\\x{ord(m[0]):02x}", said)
 
 
-def text(line: str) -> str:
-    """A record as people read it: a line, and below it the traceback of an exception."""
+def record(line: str) -> dict[str, Any] | None:
+    """The record of a line; None for what is none: half a line of a writer that was killed, or what a card's code wrote."""
     try:
         r = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(r, dict) or r.get("level") not in LEVELS or "message" not in r:
+        return None
+    if not isinstance(r.get("time"), int | float) or not isinstance(r.get("traceback", ""), str):
+        return None
+    return r
+
+
+def text(line: str) -> str:
+    """A record as people read it: a line, and below it the traceback of an exception."""
+    if (r := record(line)) is None:
         return harmless(line.rstrip("\n"))
     who = " ".join(str(r[k]) for k in ("process", "card", "device") if r.get(k))
     trace = textwrap.indent(harmless(r.get("traceback", ""), "\n\t").rstrip("\n"), "    ")
@@ -51,10 +67,8 @@ class Filter:
     card: str
 
     def show(self, line: str) -> None:
-        """Print one record if it is wanted; half a line (a writer that was killed) is not."""
-        try:
-            r = json.loads(line)
-        except ValueError:
+        """Print one record if it is wanted; what is none is not."""
+        if (r := record(line)) is None:
             return
         if LEVELS.index(r["level"]) >= self.minimum and self.card in ("", r.get("card", self.card)):
             click.echo(line.rstrip("\n") if self.as_json else text(line))
@@ -63,11 +77,11 @@ class Filter:
 def follow(path: Path, position: int, chosen: Filter) -> None:
     """Print what is appended, until the file goes away with its instance."""
     watch = inotify.watch(path, inotify.MODIFY | inotify.ATTRIB | inotify.DELETE_SELF)
-    with path.open() as f:
+    with path.open("rb") as f:
         f.seek(position)
         while True:
             for line in f:
-                chosen.show(line)
+                chosen.show(line.decode(errors="replace"))
             sys.stdout.flush()
             if not path.exists():
                 return
@@ -99,9 +113,9 @@ def command(cards: tuple[str, ...], keep: bool, lines: int, level: str, as_json:
     path = client.rundir().log
     if not path.exists():
         raise NotRunning(f"no emulator runs (instance {client.rundir().instance}), and none left a log")
-    content = path.read_text(errors="replace")
+    content = path.read_bytes()
     records = content.splitlines(keepends=True)
     for line in records[-lines:] if lines > 0 else records:
-        chosen.show(line)
+        chosen.show(line.decode(errors="replace"))
     if keep:
-        follow(path, len(content.encode()), chosen)
+        follow(path, len(content), chosen)

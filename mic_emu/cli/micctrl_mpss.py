@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -106,12 +107,7 @@ class Mpss:
             raise Refused(f"  [Error] no command\n{HELP}", BAD_OPTION)
 
     def _name(self, word: str) -> str:
-        if (
-            word.startswith("mic")
-            and word[3:].isdigit()
-            and int(word[3:]) < 256
-            and word == f"mic{int(word[3:])}"
-        ):
+        if re.fullmatch(r"mic(0|[1-9][0-9]{0,2})", word) and int(word[3:]) < 256:
             return word
         raise Refused(f"  [Error] Invalid card name '{word}'\n  [Error] cards are mic0 to mic255", BAD_CARD)
 

@@ -24,7 +24,11 @@ from mic_emu.errors import MicemuError
     help="File to write (- for stdout).",
 )
 @click.option(
-    "--seconds", type=float, default=0.0, metavar="SECONDS", help="Stop after this long (default: on Ctrl-C)."
+    "--seconds",
+    type=client.Seconds(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Stop after this long (default: on Ctrl-C).",
 )
 @client.json_option
 def command(card: str, path: str, seconds: float, as_json: bool) -> None:

@@ -62,7 +62,7 @@ def sweep_dead(where: RunDir) -> None:
 @click.option("--force", is_flag=True, help="Kill everything at once; always works.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=client.Seconds(min=0),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

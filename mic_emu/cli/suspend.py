@@ -11,7 +11,7 @@ from mic_emu.cli.status import render
 @click.command()
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=client.Seconds(min=0),
     metavar="SECONDS",
     help="How long a card may take until it is reset.",
 )

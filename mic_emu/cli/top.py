@@ -162,7 +162,7 @@ def emit(look: dict[str, Any], as_json: bool) -> None:
 @client.cards_argument
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=client.Seconds(min=0.1),
     default=1.0,
     show_default=True,
     metavar="SECONDS",

@@ -28,7 +28,7 @@ Examples:
 @client.cards_argument
 @click.option(
     "--timeout",
-    type=float,
+    type=client.Seconds(),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

@@ -57,6 +57,9 @@ async def keep_small(path: Path, log: Log, limit: int = MAX_BYTES, quiet_s: floa
             try:
                 if path.stat().st_size > limit:
                     await asyncio.to_thread(rotate, path)
+            except FileNotFoundError:
+                log.warning(f"{path} was removed: nobody sees what is logged from now on, and nobody cuts it")
+                return  # to say it again would wake us again
             except OSError as e:
                 log.warning(f"the log could not be kept when it was rotated: {e.strerror}")
             if fd < 0:

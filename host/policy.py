@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from mic_emu.clock import Clock
 from mic_emu.config import CardConfig
@@ -101,7 +102,8 @@ class Policy:
                 self._reboot = status
             await self._os_ended()
         if self.cosm.state is State.SHUTTING_DOWN:
-            await self.cosm.reset()
+            with suppress(StateError):  # somebody else's reset was before us, and has ended
+                await self.cosm.reset()
 
     async def _os_ended(self) -> None:
         """The status comes before the card has taken its devices down: let it finish (VOP-18)."""

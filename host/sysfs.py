@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 C = L.CONSTANTS
 DEVICES = "devices/micemu"  # where the kernel would have the cards' PCI functions
+LOG_MOST = 2 << 20  # bytes of a card's log, twice what ours keeps: the length is the card's word
 INTR_TEST_S = 10.0  # beyond the pauses of the test itself
 
 
@@ -45,12 +46,12 @@ def pci_slot(index: int) -> str:
 
 def log_buffer(gddr: View, addr: int, len_addr: int) -> bytes:
     """The card's kernel log: ``addr`` and ``len_addr`` are card kernel addresses of text and of its u32
-    length. Out of range: empty (COSM-62)."""
+    length. Out of range, or more than ``LOG_MOST``: empty (COSM-62)."""
     text, length = addr - C["CARD_TEXT_BASE"], len_addr - C["CARD_TEXT_BASE"]
     if not 0 <= length <= gddr.size - 4 or not 0 <= text <= gddr.size:
         return b""
     size = int.from_bytes(gddr.read(length, 4), "little")  # the address need not be aligned
-    return gddr.read(text, size) if size <= gddr.size - text else b""
+    return gddr.read(text, size) if size <= min(gddr.size - text, LOG_MOST) else b""
 
 
 def _lazy(make: Callable[[], str | bytes]) -> Read:
@@ -244,6 +245,10 @@ async def watch_states(instance: Instance, channel: AsyncChannel, gone: asyncio.
     try:
         while not gone.done():
             wake.clear()
+            there = [card.cosm for card in instance.cards.values()]
+            for cosm in [c for c in hooked if c not in there]:  # unplugged, and with it all that hangs on it
+                hooked.remove(cosm)
+                cosm.on_state.remove(wake.set)
             for card in list(instance.cards.values()):
                 if card.cosm not in hooked:
                     hooked.append(card.cosm)

@@ -11,6 +11,7 @@ import pytest
 from lab import Lab
 
 from mic_emu._native import ffi
+from mic_emu.bar import Bus
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError
 from mic_emu.host.attributes import ATTRIBUTES, PAGE
@@ -213,3 +214,11 @@ async def test_cosm_61_log_needs_both_addresses_and_is_where_they_say(name: str)
     assert sysfs.log_buf(card) == b"ello\0"
     assert await put(lab, name, b"0") == 0
     assert sysfs.log_buf(card) == b""
+
+
+def test_cosm_62_log_of_a_card_that_makes_it_up_is_empty(bar: Bus) -> None:
+    """A length that lies in its memory, and is more than any log has: the host neither reads nor keeps that much."""
+    base = C["CARD_TEXT_BASE"]
+    for size, there in ((2 << 20, 2 << 20), ((2 << 20) + 1, 0), (bar.gddr.size - 0x1000, 0)):
+        bar.gddr.store(0x80, 4, size)
+        assert len(log_buffer(bar.gddr, base + 0x1000, base + 0x80)) == there

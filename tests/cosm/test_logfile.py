@@ -128,3 +128,18 @@ async def test_rotation_on_a_full_disk_cuts_the_log(tmp_path: Path, monkeypatch:
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", *(f"log.jsonl.{n}" for n in (1, 2, 3))]
     assert [Path(f"{path}.{n}").read_text() for n in (1, 2, 3)] == ["old 1", "old 2", "old 3"]
+
+
+async def test_log_that_somebody_removed_is_told_once(tmp_path: Path) -> None:
+    """The warning goes where the others go, which wakes whoever watches the log: it must not say it again."""
+    path = tmp_path / "log.jsonl"
+    log = Log.open(path)
+    records = Records()
+    records.log.set_hook(lambda record: log.info(record["message"]))
+    task = asyncio.ensure_future(keep_small(path, records.log, 100, 0))
+    await asyncio.sleep(0)
+    path.unlink()
+    log.info("a line")
+    await asyncio.wait_for(task, 20)
+    assert os.fstat(log.fd).st_size < 1000
+    records.close()

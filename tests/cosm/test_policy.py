@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from lab import Lab
 
@@ -231,3 +233,23 @@ async def test_cosm_64_card_os_that_does_not_end_is_reset_all_the_same() -> None
         assert d.seen == ("shutting_down", status.word)
         await d.clock.advance(2)
         assert (d.dev.state, len(d.boots)) == (end, status is Status.RESTART)
+
+
+async def test_policy_goes_on_when_somebody_else_has_reset_the_card() -> None:
+    """Its own reset came too late, and is none: the next time the card goes down it acts as before."""
+    d = Daemon()
+    ep = await d.online()
+    ep.say(message("SHUTDOWN_STATUS", Status.POWEROFF))
+    await settle()
+    async with d.dev._lock:  # a boot or a message holds it, and the two queue behind it
+        forced = asyncio.ensure_future(d.dev.stop(force=True))
+        await settle()
+        ep.hang_up()  # the status is known now
+        await settle()
+    await d.clock.advance(60)
+    await forced
+    assert d.dev.state is S.READY
+    await d.run_down(await d.online(), Status.POWEROFF)
+    await d.clock.advance(60)
+    assert d.dev.state is S.READY
+    assert not d.task.done()

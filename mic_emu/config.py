@@ -214,6 +214,8 @@ def load(path: Path | None, cards: int | None = None) -> Config:
             raise UsageError(f"cannot read the configuration {path}: {e.strerror}") from e
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise UsageError(f"{path} is not valid TOML: {e}") from e
+        except RecursionError as e:
+            raise UsageError(f"{path} is nested too deeply") from e
         base = path.resolve().parent
         _set(config, plain, str(path), base, also=("card",))
         if not 0 <= config.metrics_port <= 65535:

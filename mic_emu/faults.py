@@ -57,18 +57,18 @@ def _number(least: int, most: int = 2**63) -> Callable[[Any], int]:
 def duration_ns(text: Any) -> int:
     """Nanoseconds from ``5ms``, ``10us``, ``1.5s``, or seconds. Raises ValueError."""
     m = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ns|us|ms|s|)", str(text).strip())
-    ns = int(float(m[1]) * _TIMES[m[2]]) if m else -1
+    ns = float(m[1]) * _TIMES[m[2]] if m else -1
     if not 0 <= ns <= HOUR_NS:
         raise ValueError("use a time up to an hour, for example 10us, 5ms or 1.5s")
-    return ns
+    return int(ns)
 
 
 def _bandwidth(text: Any) -> int:
     m = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?)(?:B(?:/s)?)?", str(text).strip())
-    value = int(float(m[1]) * _RATES[m[2]]) if m else 0
-    if not m or value < 1:
+    value = float(m[1]) * _RATES[m[2]] if m else 0
+    if not 1 <= value < 2**63:
         raise ValueError("use bytes per second, for example 100M or 6.5G")
-    return value
+    return int(value)
 
 
 def _choice(*allowed: str) -> Callable[[Any], str]:

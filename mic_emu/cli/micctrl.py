@@ -44,6 +44,10 @@ def main() -> None:
         status = e.code
     except BrokenPipeError:
         status = 141
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"  [Error] {where}{e.strerror or e}")
+        status = MicemuError.code
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

@@ -11,13 +11,20 @@ import click
 
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError, NotRunning, WaitTimeout
-from mic_emu.rundir import RunDir
+from mic_emu.rundir import ProcessId, RunDir
+
+
+def _watch(process: ProcessId | None) -> int:
+    """A descriptor that becomes readable when the process ends; -1: there is none, or it has just ended."""
+    try:
+        return os.pidfd_open(process.pid) if process else -1
+    except ProcessLookupError:
+        return -1
 
 
 def stop_instance(where: RunDir, orderly: bool, limit_s: float) -> None:
     """Ask the host process to end and wait until init has cleaned up. Raises WaitTimeout."""
-    init = where.read_pids().get("init")
-    watch = os.pidfd_open(init.pid) if init else -1
+    watch = _watch(where.read_pids().get("init"))
     try:
         with client.connect(where) as channel:
             for _ in client.converse(channel, "stop", orderly=orderly, timeout=limit_s):
@@ -36,16 +43,19 @@ def kill_instance(where: RunDir) -> bool:
     if victim is None:
         return False
     init = pids.get("init")
-    watch = os.pidfd_open(init.pid) if init else -1
+    watch = _watch(init)
     try:
-        os.kill(victim.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(victim.pid, signal.SIGKILL)
+        if watch >= 0:
+            select.select([watch], [], [], 15.0)
     except PermissionError:
         raise MicemuError(
             f"the emulator belongs to another user: micemu stop without --force (instance {where.instance})"
         ) from None
-    if watch >= 0:
-        select.select([watch], [], [], 15.0)
-        os.close(watch)
+    finally:
+        if watch >= 0:
+            os.close(watch)
     return True
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import click
 import pytest
 
-from mic_emu import cli
+from mic_emu import cli, config, faults
 from mic_emu.bar import Bus
 from mic_emu.cli import check, cp, micctrl_mpss, pcap, stop, wait
 from mic_emu.cli.boot import card_index
-from mic_emu.errors import MicemuError, UsageError
+from mic_emu.errors import MicemuError, NotRunning, UsageError
 from mic_emu.host.card import Card
+from mic_emu.rundir import ProcessId, RunDir
+from mic_emu.sizes import parse_size
 
 
 @pytest.mark.parametrize(
@@ -82,3 +86,52 @@ def test_a_post_code_is_text() -> None:
     card = Card.__new__(Card)
     card.bus = cast(Bus, SimpleNamespace(read=lambda _: 0x631B))
     assert card.post_code == ".c"
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "99999999T", "9" * 19 + "K", "\N{SUPERSCRIPT TWO}"])
+def test_no_size(text: str) -> None:
+    """A size that no file or memory can have is refused in words."""
+    with pytest.raises(UsageError):
+        parse_size(text, "--memory")
+
+
+@pytest.mark.parametrize(
+    "text", ["bandwidth=" + "9" * 400, "bandwidth=99999999999999999999", "latency=" + "9" * 400 + "ms"]
+)
+def test_no_fault(text: str) -> None:
+    """Nor does a fault take a rate or a time that overflows."""
+    name, _, value = text.partition("=")
+    with pytest.raises(ValueError, match=r"^use "):
+        (faults._bandwidth if name == "bandwidth" else faults.duration_ns)(value)
+
+
+def test_a_configuration_of_brackets(tmp_path: Path) -> None:
+    """Too deep for the reader is wrong configuration."""
+    path = tmp_path / "c.toml"
+    path.write_text("x = " + "[" * 100000)
+    with pytest.raises(UsageError):
+        config.load(path)
+
+
+def test_stop_of_what_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at its pids and the signal an emulator may end by itself: stopped all the same."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone = ProcessId(ended.pid, 1, "boot")
+    where = RunDir("gone")
+    monkeypatch.setattr(RunDir, "read_pids", lambda _: {"host": gone, "init": gone})
+    assert stop.kill_instance(where)
+    with pytest.raises(NotRunning):
+        stop.stop_instance(where, orderly=True, limit_s=1)
+
+
+def test_micctrl_without_a_run_directory(tmp_path: Path) -> None:
+    """A sentence, as from micemu."""
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "mic_emu.cli.micctrl", "-s"],
+        env={**os.environ, "MICEMU_RUNDIR": str(tmp_path / "file")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mic_emu.host.card import Card
     from mic_emu.host.daemon import Instance
 
+SCRAPE_LIMIT_S = 5.0  # for the request, and again for taking the answer
+
 Reply = dict[str, Any]
 Request = Callable[[AsyncChannel, dict[str, Any], list[int]], Awaitable[Reply]]
 
@@ -217,15 +219,16 @@ class Admin:
     async def _scrape(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One HTTP request; whatever the path, the metrics are the answer."""
         try:
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5.0)
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SCRAPE_LIMIT_S)
             body = (await metrics.render(self.instance)).encode()
             head = (
                 "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
             )
             writer.write(head.encode() + body)
-            await asyncio.wait_for(writer.drain(), 5.0)
+            writer.transport.set_write_buffer_limits(0)  # drained is what the client's socket has
+            await asyncio.wait_for(writer.drain(), SCRAPE_LIMIT_S)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError):
-            pass  # a client that went away, or was none
+            writer.transport.abort()  # a client that went away, was none, or does not read: nothing is kept for it
         finally:
             writer.close()

@@ -45,6 +45,7 @@ class Instance:
         self.log = log
         self.clock = Clock(config.timing)
         self.started = time.time()
+        self._began = time.monotonic()
         self.cards: dict[str, Card] = {}
         self.card_watchers: set[asyncio.Event] = set()  # set when a card is plugged in or removed
         self.stopping = asyncio.Event()
@@ -100,6 +101,11 @@ class Instance:
             ) from e
         return card
 
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start, whatever becomes of the wall clock."""
+        return time.monotonic() - self._began
+
     def tell_watchers(self) -> None:
         """The set of cards has changed."""
         for watcher in self.card_watchers:
@@ -112,6 +118,7 @@ class Instance:
             faults = card.faults.from_command()  # they are the slot's, and stay
             await self.unplug(card)
             fresh = self.cards[card.name] = await self._new_card(card.index, config)
+            self.cards = dict(sorted(self.cards.items(), key=lambda item: item[1].index))
             for fault in faults:
                 try:
                     fresh.faults.add(fault, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +120,7 @@ def _dma(card: Card, label: dict[str, str]) -> Iterator[Sample]:
 def samples(instance: Instance) -> Iterator[Sample]:
     """Everything, card by card."""
     yield "micemu_info", {"version": VERSION, "instance": instance.rundir.instance}, 1
-    yield "micemu_uptime_seconds", {}, round(time.time() - instance.started, 3)
+    yield "micemu_uptime_seconds", {}, round(instance.uptime_s, 3)
     yield "micemu_scif_nodes", {}, len(instance.node.node_ids())
     states = [ep.state for ep in instance.node.endpoints.values()]
     for state in EndpointState:

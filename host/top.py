@@ -98,7 +98,7 @@ async def look(instance: Instance) -> dict[str, Any]:
         "schema": 1,
         "instance": instance.rundir.instance,
         "time_s": round(time.monotonic(), 6),
-        "uptime_s": round(time.time() - instance.started, 1),
+        "uptime_s": round(instance.uptime_s, 1),
         "scif": {"nodes": len(instance.node.node_ids()), "endpoints": len(instance.node.endpoints)},
         "cards": [one(card, stats) for card in instance.cards.values()],
     }

@@ -7,12 +7,15 @@ import errno
 import gc
 import os
 import socket
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mic_emu.errors import MicemuError, NoSuchCard, StateError, WaitTimeout
+from mic_emu.host import admin, daemon, metrics
 from mic_emu.host.control import Control
 from mic_emu.wire import Channel
 from mic_emu.wire_aio import AsyncChannel
@@ -79,3 +82,42 @@ def test_one_error_is_told_as_it_is() -> None:
             await control(select=lambda names: ["mic0", "mic1"])._each([], action)
 
     asyncio.run(main())
+
+
+def test_scrape_that_is_not_read_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the metrics and does not take them keeps neither a descriptor nor the text."""
+    monkeypatch.setattr(admin, "SCRAPE_LIMIT_S", 0.1, raising=False)
+
+    async def render(instance: Any) -> str:
+        return "x" * (8 << 20)
+
+    monkeypatch.setattr(metrics, "render", render)
+
+    async def main() -> None:
+        path = str(tmp_path / "metrics.sock")
+        server = await asyncio.start_unix_server(control()._admin._scrape, path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            before = len(os.listdir("/proc/self/fd"))
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while len(os.listdir("/proc/self/fd")) <= before:  # it is accepted
+                await asyncio.sleep(0.001)
+            deadline = time.monotonic() + 20
+            while len(os.listdir("/proc/self/fd")) > before:
+                assert time.monotonic() < deadline, "the connection is kept"
+                await asyncio.sleep(0.01)  # between two looks, bounded by the deadline
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_uptime_is_not_the_wall_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is set back or forth, as at boot without a battery, changes nothing."""
+    instance = daemon.Instance.__new__(daemon.Instance)
+    now = time.monotonic()
+    instance._began, instance.started = now - 100, time.time() + 10**6
+    instance.rundir = SimpleNamespace(instance="x")  # type: ignore[assignment]
+    instance.node = SimpleNamespace(node_ids=list, endpoints={})  # type: ignore[assignment]
+    instance.cards = {}
+    (up,) = [value for name, _, value in metrics.samples(instance) if name == "micemu_uptime_seconds"]
+    assert 100 <= up < 10**5

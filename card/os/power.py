@@ -8,6 +8,7 @@ bypass PATH, such as ``/sbin/poweroff`` of systemd or sysvinit, find the classic
 from __future__ import annotations
 
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ _RUNLEVELS = {ord("0"): "poweroff", ord("6"): "restart"}
 _SCRIPT = """#!/bin/sh
 # {name} of this card, not of the machine that emulates it (micemu)
 trap '' HUP TERM # the card can go down faster than this script: it ends with 0 all the same
-echo {word} > "{pipe}"
+echo {word} > {pipe}
 """
 _SHUTDOWN = """#!/bin/sh
 # shutdown of this card, not of the machine that emulates it (micemu); takes -r, -H, -h, -P
@@ -35,7 +36,7 @@ for arg; do
 	-c) exit 0 ;;
 	esac
 done
-echo "$word" > "{pipe}"
+echo "$word" > {pipe}
 """
 
 
@@ -44,10 +45,11 @@ def install(folder: str) -> None:
     pipe = os.path.join(folder, PIPE)
     commands = os.path.join(folder, _BIN)
     os.makedirs(commands, 0o755, exist_ok=True)
-    texts = {name: _SCRIPT.format(name=name, word=word, pipe=pipe) for name, word in _ACTIONS.items()}
-    for name, text in {**texts, "shutdown": _SHUTDOWN.format(pipe=pipe)}.items():
+    there = shlex.quote(pipe)  # a run directory has whatever name its owner gave it
+    texts = {name: _SCRIPT.format(name=name, word=word, pipe=there) for name, word in _ACTIONS.items()}
+    for name, text in {**texts, "shutdown": _SHUTDOWN.format(pipe=there)}.items():
         path = os.path.join(commands, name)
-        with open(path, "w") as f:
+        with open(path, "w", errors="surrogateescape") as f:
             f.write(text)
         os.chmod(path, 0o755)
     make_pipe(pipe)

@@ -82,3 +82,16 @@ def test_cosm_32_what_the_pipe_understands(tmp_path: Path, data: bytes, words: l
     assert list(power.requests(pipe)) == words
     assert list(power.requests(pipe)) == []
     os.close(pipe)
+
+
+@pytest.mark.parametrize("name", ["a 'b' \"$(touch x)\" `y` \\", "\udcff"])
+def test_a_run_directory_of_any_name(tmp_path: Path, name: str) -> None:
+    """The scripts reach their pipe, and run nothing else."""
+    folder = tmp_path / name
+    power.install(str(folder))
+    pipe = power.open_pipe(str(folder / power.PIPE))
+    for command in ("poweroff", "shutdown"):
+        subprocess.run([str(folder / "bin" / command)], cwd=tmp_path, check=True, timeout=30)
+        assert list(power.requests(pipe)) == ["poweroff"]
+    os.close(pipe)
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]

@@ -266,7 +266,7 @@ class ToolServers:
             self._spawn(self._serve(client, service))
 
     async def _serve(self, client: KernelEndpoint, service: Systools | Ras) -> None:
-        """Requests of one client, until it closes, is silent for long or sends more than one at a time."""
+        """Requests of one client, until it closes, is silent or takes nothing for long, or sends two at a time."""
         self._clients[service.port] = self._clients.get(service.port, 0) + 1
         try:
             while True:
@@ -278,10 +278,10 @@ class ToolServers:
                     return  # extra bytes behind a request
                 if isinstance(service, Ras):
                     self._body(client, request)
-                await client.send(service.answer(request, client.peer[1]))
+                await asyncio.wait_for(client.send(service.answer(request, client.peer[1])), IDLE_S)
                 if revents & POLLHUP:
                     return
-        except ScifError:
+        except (ScifError, asyncio.TimeoutError):
             return
         finally:
             self._clients[service.port] -= 1

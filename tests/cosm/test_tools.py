@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
+from typing import cast
 
 import pytest
 
+from mic_emu.card.os import tools
 from mic_emu.card.os.tools import Ras, Settings, Systools
 from mic_emu.cosm import tools_proto as P
+from mic_emu.scif.kernel import KernelEndpoint
 
 FACTS = P.Facts(8 << 30, 60, "micos 1", "MICEMU000001")
 USER, ROOT = 1088, 1023
@@ -124,3 +128,38 @@ def test_every_fixed_structure_has_the_specifications_size() -> None:
     ]
     assert [s.size for s in sizes] == [278, 83, 27, 17, 24, 35]
     assert P.CORE_USE_HEAD.size + P.CORE_USE_ROW.size == 66
+
+
+def test_client_that_takes_no_answer_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not keep its place among the few that are served."""
+    monkeypatch.setattr(tools, "IDLE_S", 0.05)
+    closed = False
+
+    class Client:
+        peer = (0, USER)
+
+        async def poll(self, events: int, limit_s: float) -> int:
+            return events
+
+        def mask(self) -> int:
+            return 0
+
+        def recv_nowait(self, size: int) -> bytes:
+            return request(1)
+
+        async def send(self, data: bytes) -> int:
+            await asyncio.sleep(3600)
+            return 0
+
+        async def close(self) -> None:
+            nonlocal closed
+            closed = True
+
+    async def main() -> None:
+        served = tools.ToolServers.__new__(tools.ToolServers)
+        served._clients = {}
+        await asyncio.wait_for(served._serve(cast(KernelEndpoint, Client()), Systools(FACTS, Settings())), 20)
+        assert closed
+        assert list(served._clients.values()) == [0]
+
+    asyncio.run(main())

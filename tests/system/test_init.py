@@ -108,7 +108,7 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers(-(2**65), 2**65)
     | st.text(max_size=5)
-    | st.floats(allow_nan=False),
+    | st.floats(allow_nan=False, allow_infinity=False),  # JSON has neither
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
     max_leaves=6,
 )

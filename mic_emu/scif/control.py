@@ -151,9 +151,9 @@ def caller_is_privileged(pid: int, uid: int) -> bool:
     if uid == 0:
         return True
     try:
-        with open(f"/proc/{pid}/status") as f:
+        with open(f"/proc/{pid}/status", "rb") as f:  # its name may be no text
             for line in f:
-                if line.startswith("CapEff:"):
+                if line.startswith(b"CapEff:"):
                     return bool(int(line.split()[1], 16) >> 21 & 1)
     except OSError:
         pass

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scif_server import Server, settled
 
 from mic_emu._native import lib
+from mic_emu.scif.control import caller_is_privileged
 from mic_emu.scif.proto import MSG_SIZE, Msg, Op
 
 REQUEST = struct.Struct("<IIQ6Q")
@@ -287,3 +288,19 @@ def test_a_card_that_says_init_again_and_again() -> None:
             assert fab.host.node_ids() == [0, 1, 2]
 
     asyncio.run(asyncio.wait_for(main(), 50))
+
+
+def test_scif_19_a_program_whose_name_is_no_text_is_asked_for_its_capabilities() -> None:
+    """Any bytes are a name; who is not root needs CAP_SYS_ADMIN for a low port (D14)."""
+    rename = "open('/proc/self/comm', 'wb').write(b'\\xff\\xfe'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        with open(f"/proc/{program.pid}/status", "rb") as f:
+            status = f.read()
+        assert b"\xff\xfe" in status or b"\\xff" in status
+        able = int(status.partition(b"CapEff:")[2].split()[0], 16) >> 21 & 1
+        assert caller_is_privileged(program.pid, 1000) == bool(able)
+        program.communicate(b"\n")

@@ -7,6 +7,7 @@ refused as unsupported, which the tools show as not available.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import struct
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from mic_emu.cosm import tools_proto as P
 from mic_emu.log import Log
 from mic_emu.scif.errors import ScifError
-from mic_emu.scif.kernel import POLLHUP, POLLIN, KernelEndpoint
+from mic_emu.scif.kernel import POLLHUP, POLLIN, POLLOUT, KernelEndpoint
 from mic_emu.scif.node import Node
 
 BACKLOG = 32
@@ -278,14 +279,20 @@ class ToolServers:
                     return  # extra bytes behind a request
                 if isinstance(service, Ras):
                     self._body(client, request)
-                await asyncio.wait_for(client.send(service.answer(request, client.peer[1])), IDLE_S)
+                await self._send(client, service.answer(request, client.peer[1]))
                 if revents & POLLHUP:
                     return
-        except (ScifError, asyncio.TimeoutError):
+        except ScifError:
             return
         finally:
             self._clients[service.port] -= 1
             await client.close()
+
+    async def _send(self, client: KernelEndpoint, answer: bytes) -> None:
+        """Raises ScifError when the client has gone, ETIMEDOUT when it takes nothing for long."""
+        while answer := answer[client.send_nowait(answer) :]:
+            if not await client.poll(POLLOUT, IDLE_S):
+                raise ScifError(errno.ETIMEDOUT, "the client takes no answer")
 
     def _body(self, client: KernelEndpoint, request: bytes) -> None:
         """Take a RAS request's body out of the way; none of those we serve has one."""

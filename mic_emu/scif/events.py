@@ -1,7 +1,7 @@
-"""What a node waits for, as one descriptor of its loop; and the look for an answer before it sleeps.
+"""What a node waits for, served together; and the look for an answer before it sleeps.
 
-A connection is a chain of short steps of several processes. Were each descriptor the loop's own, every step would
-take a turn of the loop, which costs more than most steps. So the loop knows one descriptor, and what has become
+A connection is a chain of short steps of several processes. Were each descriptor the loop's own affair, every step
+would take a turn of the loop, which costs more than most steps. So whichever of them wakes the loop, what has become
 ready by the time that a step is done is served in the same turn.
 
 A node that grants, confirms or lets go answers within a tenth of a millisecond: no longer than it takes to
@@ -46,8 +46,9 @@ class Events:
 
     def add(self, fd: int, handler: Handler) -> None:
         """Call ``handler`` in the running loop whenever ``fd`` is readable, until ``remove``."""
-        if not self._handlers:
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._serve)
+        # Not our epoll descriptor in its place: a program that asks would then wake us as if it went on by itself, and
+        # the kernel would look for another CPU than that which the program is about to leave.
+        asyncio.get_running_loop().add_reader(fd, self._serve)
         self._epoll.register(fd, select.EPOLLIN)
         self._handlers[fd] = handler
 
@@ -55,8 +56,7 @@ class Events:
         """It is about to be closed."""
         self._epoll.unregister(fd)
         del self._handlers[fd]
-        if not self._handlers:
-            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+        asyncio.get_running_loop().remove_reader(fd)
 
     def set_links(self, links: list[Link]) -> None:
         """Those that are attached to their peers."""

@@ -99,10 +99,12 @@ class Card:
 
     def fall_asleep(self) -> None:
         """It does not hear its doorbell until ``wake_up``."""
+        asyncio.get_running_loop().remove_reader(self.bus.irq_fd(1))
         self.node.events._epoll.modify(self.bus.irq_fd(1), 0)
 
     def wake_up(self) -> None:
         """It looks at its queue first, as after any doorbell."""
+        asyncio.get_running_loop().add_reader(self.bus.irq_fd(1), self.node.events._serve)
         self.node.events._epoll.modify(self.bus.irq_fd(1), select.EPOLLIN)
         self.card_link.on_doorbell()
 

@@ -15,7 +15,7 @@ from mic_emu._native import ffi, lib
 if TYPE_CHECKING:
     from mic_emu.scif.service import ScifService
 
-REQUEST = struct.Struct("<IIQ6Q")
+REQUEST = struct.Struct("<IIQ5QQ")
 _NO_VALUES = (0,) * 8
 _HEAD = ffi.new("struct mic_scif_reply *")  # the loop sends one at a time
 
@@ -78,7 +78,7 @@ class Control:
         """Serve the request in ``packet``, ``length`` bytes; False when it makes no sense."""
         if length < REQUEST.size:
             return False
-        op, ndata, sid, *args = REQUEST.unpack_from(packet)
+        op, ndata, sid, *args, _ = REQUEST.unpack_from(packet)
         if op == lib.MIC_SCIF_CANCEL:
             self._cancel()
             return True
@@ -91,6 +91,11 @@ class Control:
             )
         except OSError as e:
             call.fail(e)
+            return True
+        except Exception as e:  # a defect of ours: its program does not wait for ever
+            node = self.service.node
+            node.log.error("node %d: request %d of process %d failed: %r", node.id, op, self.pid, e)
+            call.fail(OSError(errno.EIO, ""))
             return True
         if result is None:
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -13,6 +14,7 @@ from fabric import eventually, fabric
 from scif_server import Server, settled
 
 from mic_emu._native import lib
+from mic_emu.scif.endpoint import Endpoint
 from mic_emu.scif.proto import Msg, Op
 from mic_emu.scif.service import ScifService, listen_at
 from mic_emu.scif.state import State
@@ -249,3 +251,30 @@ def test_scif_17_the_room_that_a_peer_was_granted_stays_until_it_says_so() -> No
             await listener.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_request_that_fails_for_a_defect_of_ours_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program gets EIO instead of waiting for ever, the log says why, the next request is served."""
+
+    async def main() -> list[str]:
+        path = tmp_path / "node0.sock"
+        async with fabric(0) as fab:
+            said: list[str] = []
+            monkeypatch.setattr(fab.host.log, "error", lambda text, *args: said.append(text % args))
+            service = ScifService(fab.host, listen_at(path))
+            service.start()
+            monkeypatch.setattr(Endpoint, "listen", lambda *_: [][1])
+            program = await started(path)
+            ep = program.open()
+            assert await program.ask(lib.MIC_SCIF_BIND, ep, 2700) == 2700
+            program.send(lib.MIC_SCIF_LISTEN, ep, 4)
+            assert (await program.answer())[0] == -errno.EIO
+            await program.ask(lib.MIC_SCIF_MASK, ep)
+            program.kill()
+            await service.close()
+            return said
+
+    (said,) = asyncio.run(asyncio.wait_for(main(), 30))
+    assert f"request {lib.MIC_SCIF_LISTEN} of process {os.getpid()} failed: IndexError" in said

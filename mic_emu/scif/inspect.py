@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mic_emu._native import lib
+from mic_emu.scif.control import REQUEST
 from mic_emu.scif.errors import ScifError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mic_emu.scif.ras import Window
     from mic_emu.scif.session import Session
 
-_REQUEST = struct.Struct("<IIQ6Q")
 _REPLY = struct.Struct("<iI8Q")
 TIMEOUT_S = 5.0
 
@@ -79,7 +79,7 @@ def ask_tables(path: str | os.PathLike[str]) -> dict[str, Any]:
         sock.settimeout(TIMEOUT_S)
         sock.connect(os.fspath(path))
         for op in (lib.MIC_SCIF_HELLO, lib.MIC_SCIF_TABLES):
-            sock.send(_REQUEST.pack(op, 0, 0, os.getpid(), 0, 0, 0, 0, 0))
+            sock.send(REQUEST.pack(op, 0, 0, os.getpid(), 0, 0, 0, 0, 0))
             packet, fds, _, _ = socket.recv_fds(sock, 4096, 1)
             status = _REPLY.unpack_from(packet)[0]
             if status < 0:

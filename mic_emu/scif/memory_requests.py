@@ -84,7 +84,7 @@ class MemoryRequests:
             call.fail(e)
 
     def _reserve(self, control: Control, session: Session, args: list[int]) -> Reply:
-        offset, length, prot, flags, nbytes, _ = args
+        offset, length, prot, flags, nbytes = args
         windows = session.ep.windows
         window = windows.reserve(signed(offset), length, prot, bool(flags))
         try:
@@ -209,7 +209,7 @@ class MemoryRequests:
         return Reply()
 
     async def _signal(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        loff, lval, roff, rval, flags, _ = args
+        loff, lval, roff, rval, flags = args
         await self.node.fences.signal(session.ep, signed(loff), lval, signed(roff), rval, flags)
         return Reply()
 

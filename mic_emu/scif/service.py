@@ -98,6 +98,7 @@ class ScifService:
         self._passed = ffi.new("int *")
         self._packet_c = ffi.new("uint8_t[]", lib.MIC_SCIF_PACKET)
         self._packet = memoryview(ffi.buffer(self._packet_c))
+        self.steering = ffi.new("struct mic_scif_steer *")  # we follow our programs to their CPU
         self._when_empty: Callable[[], None] | None = None
         self._short: int | None = None  # errno for want of which programs wait to be taken
         self._retry: Alarm | None = None
@@ -244,7 +245,7 @@ class ScifService:
 
     def _on_control(self, control: Control) -> None:
         """A request of a program, or its end."""
-        length = lib.mic_scif_receive(control.fd, self._packet_c, lib.MIC_SCIF_PACKET)
+        length = lib.mic_scif_receive(control.fd, self._packet_c, lib.MIC_SCIF_PACKET, self.steering)
         if length == -errno.EAGAIN:
             return
         if length > 0 and control.on_packet(self._packet, length):

@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,10 +74,12 @@ int node_connect(void)
 
 static int send_packet(int fd, const struct mic_scif_request *rq, const void *data)
 {
-	struct iovec iov[2] = {{(void *)(uintptr_t)rq, sizeof *rq}, {(void *)(uintptr_t)data, rq->ndata}};
+	struct mic_scif_request out = *rq;
+	struct iovec iov[2] = {{&out, sizeof out}, {(void *)(uintptr_t)data, rq->ndata}};
 	struct msghdr mh = {.msg_iov = iov, .msg_iovlen = data ? 2 : 1};
 	ssize_t n;
 
+	out.cpu = (uint64_t)(sched_getcpu() + 1);
 	do
 		n = sendmsg(fd, &mh, MSG_NOSIGNAL);
 	while (n < 0 && errno == EINTR);

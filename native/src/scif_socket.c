@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/sockios.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -9,6 +10,7 @@
 #include <unistd.h>
 
 #include "mic/scif_abi.h"
+#include "mic/vring.h"
 
 int mic_scif_accept(int listener, struct mic_scif_caller *who)
 {
@@ -54,11 +56,21 @@ int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed)
 	return n == (ssize_t)sizeof *rq ? (int)n : 0;
 }
 
-int mic_scif_receive(int fd, void *packet, size_t max)
+int mic_scif_receive(int fd, void *packet, size_t max, struct mic_scif_steer *s)
 {
 	ssize_t n = recv(fd, packet, max, 0);
+	struct mic_scif_request rq;
 
-	return n < 0 ? -errno : (int)n;
+	if (n < 0)
+		return -errno;
+	if ((size_t)n >= sizeof rq) {
+		memcpy(&rq, packet, sizeof rq);
+		int cpu = mic_scif_steer(s, rq.cpu, sched_getcpu(), mic_now_ns());
+
+		if (cpu >= 0 && mic_scif_go_to(cpu) == 0)
+			s->moved++;
+	}
+	return (int)n;
 }
 
 static int send_answer(int fd, const struct mic_scif_reply *head, const void *data, uint32_t ndata,

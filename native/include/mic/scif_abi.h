@@ -216,7 +216,8 @@ struct mic_scif_request {
 	uint32_t op;
 	uint32_t ndata; /* bytes that follow */
 	uint64_t sid;
-	uint64_t a[6];
+	uint64_t a[5];
+	uint64_t cpu; /* 1 + the one that its caller runs on, 0: not known */
 };
 
 struct mic_scif_reply {
@@ -251,6 +252,20 @@ struct mic_scif_win { /* a window, followed by its segments */
 #define MIC_SCIF_INLINE  130816
 #define MIC_SCIF_MAX_FDS 4
 
+/* Where a node's requests come from (scif_steer.c). */
+struct mic_scif_steer {
+	uint64_t cpu;   /* of the last request, as there */
+	uint32_t row;   /* so many in a row came from there while the node was elsewhere */
+	uint32_t moved; /* how often it has followed them */
+	uint64_t when;  /* it did so last, CLOCK_MONOTONIC, ns */
+};
+/* The CPU to which the node, which runs on `here`, goes before it serves a request from `cpu`; -1: it stays.
+ */
+int mic_scif_steer(struct mic_scif_steer *s, uint64_t cpu, int here, uint64_t now);
+/* Put the calling thread onto one of the CPUs that it may run on; it may go on to another at any time.
+ * -EINVAL: it may not run there. */
+int mic_scif_go_to(int cpu);
+
 /* The node's end of these connections (scif_socket.c). Counts, descriptors or -errno. */
 struct mic_scif_caller {
 	int32_t pid;
@@ -261,7 +276,8 @@ int mic_scif_accept(int listener, struct mic_scif_caller *who);
 /* The first packet on one; 0: the end, or not a bare request. `passed`: a descriptor that came along, or -1;
  * it is the caller's. */
 int mic_scif_first(int fd, struct mic_scif_request *rq, int *passed);
-int mic_scif_receive(int fd, void *packet, size_t max);
+/* A packet; what it says of its caller's CPU is taken down in `s`. */
+int mic_scif_receive(int fd, void *packet, size_t max, struct mic_scif_steer *s);
 /* Answer with head->ndata bytes of data. Descriptors stay the caller's. */
 int mic_scif_answer(int fd, const struct mic_scif_reply *head, const void *data, const int *fds,
 		    uint32_t nfds);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import re
 import shlex
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -23,7 +22,7 @@ from mic_emu.host.cosm import CosmDevice
 from mic_emu.host.devices import check, check_classes
 from mic_emu.host.driver import Driver, check_file
 from mic_emu.host.faults import CardFaults, configured
-from mic_emu.host.network import Network, addresses
+from mic_emu.host.network import Network
 from mic_emu.host.policy import Policy
 from mic_emu.host.running import Running
 from mic_emu.host.spawn import Spawner
@@ -420,7 +419,7 @@ class Card:
             raise StateError(f"{self.name} is ready: there is nothing to reset")
         await self._reset_to_ready()
 
-    # --- what people see ----------------------------------------------------------------------------
+    # --- its log ------------------------------------------------------------------------------------
 
     def log_tail(self, lines: int = 1) -> str:
         """The last lines of the card's kernel log, out of GDDR."""
@@ -435,51 +434,3 @@ class Card:
             return b""
         length = gddr.load(at, 4)
         return gddr.read(at + 4, length) if 0 < length <= room - 4 else b""
-
-    @property
-    def net_mode(self) -> str:
-        """How the card's network is connected now."""
-        for b in self.backends:
-            if b.kind == "net":
-                return str(b.facts.get("mode", "starting"))
-        return "none" if self.cosm.state in (State.ONLINE, State.BOOTING) else self.config.net
-
-    def devices(self) -> list[dict[str, Any]]:
-        """Rows of ``status --json``."""
-        rows = []
-        for b in self.backends:
-            row = {"type": b.name, "pid": b.pid or None, "state": b.state, "restarts": b.restarts, **b.facts}
-            if b.failed or b.trouble:
-                row["error"] = b.failed or b.trouble
-            rows.append(row)
-        for dev, pid in self.running.files.programs() if self.running else ():
-            state = "running" if dev.driver_ok else "added"
-            rows.append(
-                {"type": dev.name, "pid": pid or None, "state": state, "restarts": 0, "program": True}
-            )
-        return rows
-
-    def status(self) -> dict[str, Any]:
-        """One card of ``status --json`` (schema 1)."""
-        return {
-            "name": self.name,
-            "state": self.cosm.state.word,
-            "shutdown_status": self.cosm.shutdown_status.word,
-            "pids": {"board": self.board.pid or None, "os": self.board.os_pid or None},
-            "net": self.net_mode,
-            "devices": self.devices(),
-            "faults": self.faults.rows(),
-            "memory": self.config.memory,
-            "contained": self.board.contained,
-            "boots": self.boots,
-            "crashes": self.crashes,
-            "post_code": self.post_code,
-            "addresses": addresses(self.index),
-            "run_dir": str(self.dir),
-        }
-
-    @property
-    def post_code(self) -> str:
-        word = self.bus.read("postcode")
-        code = chr(word & 0xFF) + chr(word >> 8 & 0xFF)
-        return re.sub("[^ -~]", ".", code)  # the card writes what it likes, and it goes to terminals

@@ -20,7 +20,7 @@ from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError, UsageError, WaitTimeout
 from mic_emu.faults import parse as parse_fault
-from mic_emu.host import inspection, metrics, top
+from mic_emu.host import inspection, metrics, report, top
 from mic_emu.host.admin import Admin
 from mic_emu.version import PROTOCOL, VERSION
 from mic_emu.wire import WireError
@@ -305,7 +305,7 @@ class Control:
     # --- devices ------------------------------------------------------------------------------------
 
     async def _vop(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
-        return {"cards": {c.name: c.devices() for c in self.instance.select(msg.get("cards", []))}}
+        return {"cards": {c.name: report.devices(c) for c in self.instance.select(msg.get("cards", []))}}
 
     async def _vop_add(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
         (card,) = self.instance.select([msg["card"]])

@@ -17,6 +17,7 @@ from mic_emu import image
 from mic_emu.clock import Clock
 from mic_emu.config import HARDWARE, CardConfig, Config
 from mic_emu.errors import MicemuError, NoSuchCard
+from mic_emu.host import report
 from mic_emu.host.card import Card
 from mic_emu.host.control import Control
 from mic_emu.host.cosm import CosmDevice
@@ -158,7 +159,7 @@ class Instance:
                 "timing": self.clock.profile.name,
                 "version": VERSION,
             },
-            "cards": [card.status() for card in self.cards.values()],
+            "cards": [report.status(card) for card in self.cards.values()],
         }
 
     async def stop(self) -> None:

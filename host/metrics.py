@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
 from mic_emu.cosm.states import State, Status
-from mic_emu.host import inspection
+from mic_emu.host import inspection, report
 from mic_emu.host.card_os import ask_os
 from mic_emu.scif.state import State as EndpointState
 from mic_emu.scif.traffic import checked
@@ -80,7 +80,7 @@ def _card(card: Card) -> Iterator[Sample]:
     yield "micemu_card_heartbeats_total", label, card.cosm.heartbeats
     yield "micemu_card_memory_bytes", label, card.config.memory
     yield "micemu_smpt_mapped_bytes", label, card.driver.smpt.mapped_bytes
-    for row in card.devices():
+    for row in report.devices(card):
         device = {**label, "device": row["type"]}
         yield "micemu_device_running", device, row["state"] == "running"
         yield "micemu_device_restarts_total", device, int(row["restarts"])

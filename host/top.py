@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
-from mic_emu.host import inspection
+from mic_emu.host import inspection, report
 from mic_emu.host.metrics import counters
 from mic_emu.scif.traffic import COUNTERS
 
@@ -81,7 +81,7 @@ def one(card: Card, stats: dict[tuple[str, str], dict[str, int]]) -> dict[str, A
     silent = cosm.clock.monotonic() - cosm.heard if cosm.heard and card.is_online else None
     return {
         "name": card.name, "state": cosm.state.word, "shutdown_status": cosm.shutdown_status.word,
-        "post_code": card.post_code, "boots": card.boots, "crashes": card.crashes,
+        "post_code": report.post_code(card.bus), "boots": card.boots, "crashes": card.crashes,
         "heartbeat": {
             "enabled": cosm.heartbeat_enable, "count": cosm.heartbeats,
             "silent_s": None if silent is None else round(silent, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import ctypes
 import errno
 import os
@@ -459,7 +460,7 @@ def test_vop_55_removal_waits_for_a_copy(lab: Lab) -> None:
     lab.offer([b"x" * 64], [])
     f._rings.acquire()  # a copy in progress
     closing = asyncio.run_coroutine_threadsafe(lab.files.close(), lab.loop)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(concurrent.futures.TimeoutError):
         closing.result(0.3)
     assert lab.life.host.devices[0].slot.blocks
     f._rings.release()

@@ -9,6 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from mic_emu.clock import wait_for
 from mic_emu.config import HARDWARE, CardConfig
 from mic_emu.cosm.states import State
 from mic_emu.errors import MicemuError, StateError
@@ -184,7 +185,7 @@ class Admin:
         (card,) = self.instance.select([msg["card"]])
         ep = self.instance.node.open()
         try:
-            return await asyncio.wait_for(self._ask(ep, card.index + 1, msg), 5.0)
+            return await wait_for(self._ask(ep, card.index + 1, msg), 5.0)
         except ScifError as e:
             raise MicemuError(f"{card.name}: port {msg['port']}: {e}", e.errno or errno.EIO) from e
         except asyncio.TimeoutError:
@@ -219,7 +220,7 @@ class Admin:
     async def _scrape(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One HTTP request; whatever the path, the metrics are the answer."""
         try:
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SCRAPE_LIMIT_S)
+            await wait_for(reader.readuntil(b"\r\n\r\n"), SCRAPE_LIMIT_S)
             body = (await metrics.render(self.instance)).encode()
             head = (
                 "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -227,7 +228,7 @@ class Admin:
             )
             writer.write(head.encode() + body)
             writer.transport.set_write_buffer_limits(0)  # drained is what the client's socket has
-            await asyncio.wait_for(writer.drain(), SCRAPE_LIMIT_S)
+            await wait_for(writer.drain(), SCRAPE_LIMIT_S)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.TimeoutError):
             writer.transport.abort()  # a client that went away, was none, or does not read: nothing is kept for it
         finally:

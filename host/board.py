@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mic_emu.clock import settle
+from mic_emu.clock import settle, wait_for
 from mic_emu.config import CardConfig
 from mic_emu.errors import MicemuError
 from mic_emu.host.spawn import Spawner
@@ -74,7 +74,7 @@ class Board:
             self.pid = pid
         self._server = asyncio.ensure_future(self._serve(self._channel, powered))
         try:
-            await asyncio.wait_for(powered, POWER_ON_LIMIT_S)
+            await wait_for(powered, POWER_ON_LIMIT_S)
         except asyncio.TimeoutError:
             why = f"the board process does not say that it has power within {POWER_ON_LIMIT_S:g} s"
             raise MicemuError(f"{self.name}: {why}", errno.ETIMEDOUT) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 from mic_emu import layout as L
 from mic_emu.bar import Bus, close_all, create_slot
-from mic_emu.clock import Clock
+from mic_emu.clock import Clock, wait_for
 from mic_emu.config import CardConfig
 from mic_emu.cosm.states import State, Status
 from mic_emu.errors import MicemuError, StateError, UsageError
@@ -209,7 +209,7 @@ class Card:
 
         self._waiters.add(woken)
         try:
-            await asyncio.wait_for(watch(), limit_s)
+            await wait_for(watch(), limit_s)
         except asyncio.TimeoutError:
             raise TimeoutError(f"{self.name}: {what}: not within {limit_s:g} s") from None
         finally:

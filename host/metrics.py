@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mic_emu import layout as L
+from mic_emu.clock import wait_for
 from mic_emu.cosm.states import State, Status
 from mic_emu.host import inspection, report
 from mic_emu.host.card_os import ask_os
@@ -146,7 +147,7 @@ async def counters(instance: Instance, limit_s: float = 1.0) -> dict[tuple[str, 
 async def traffic(instance: Instance, limit_s: float = 1.0) -> dict[int, dict[int, dict[str, int]]]:
     """SCIF bytes by node and peer; a card that does not answer in time is left out."""
     cards = [c for c in instance.cards.values() if c.is_online]
-    asked = (asyncio.wait_for(_ask_card(c), limit_s) for c in cards)
+    asked = (wait_for(_ask_card(c), limit_s) for c in cards)
     answers = await asyncio.gather(*asked, return_exceptions=True)
     found = {instance.node.id: instance.node.traffic.sums()}
     for card, answer in zip(cards, answers, strict=True):

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mic_emu.clock import wait_for
 from mic_emu.errors import MicemuError
 from mic_emu.wire_aio import AsyncChannel
 
@@ -57,16 +58,23 @@ class Spawner:
         self._waiting[ident] = fut
         try:
             await self._channel.send({"id": ident, "kind": kind, "name": name, "args": args}, fds)
-            pid = await asyncio.wait_for(fut, START_LIMIT_S)
+            pid = await wait_for(fut, START_LIMIT_S)
         except asyncio.TimeoutError:
             why = f"cannot start {name}: init does not answer within {START_LIMIT_S:g} s"
             raise MicemuError(why, errno.ETIMEDOUT) from None
         except OSError as e:
             raise MicemuError(f"cannot start {name}: {e.strerror or e}", e.errno or errno.EIO) from e
+        except asyncio.CancelledError:
+            if fut.done() and not fut.cancelled() and fut.exception() is None:
+                self._watch(fut.result(), lambda status: None)  # it ends with its channel
+            raise
         finally:
             self._waiting.pop(ident, None)
+        self._watch(pid, on_exit)
+        return pid
+
+    def _watch(self, pid: int, on_exit: OnExit) -> None:
         if pid in self._early:
             on_exit(self._early.pop(pid))
         else:
             self._exits[pid] = on_exit
-        return pid

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mic_emu import layout as L
-from mic_emu.clock import Clock
+from mic_emu.clock import Clock, wait_for
 from mic_emu.errors import MicemuError
 from mic_emu.host.spawn import Spawner
 from mic_emu.host.vop import VopDevice, VopHost
@@ -90,7 +90,7 @@ class Backend:
         ident = self._next
         try:
             await self.channel.send({"op": op, "id": ident, **fields}, fds or ())
-            reply = await asyncio.wait_for(fut, limit_s)
+            reply = await wait_for(fut, limit_s)
         except asyncio.TimeoutError:
             raise MicemuError(f"the backend of {self.name} did not answer {op!r} in {limit_s:g} s") from None
         except OSError as e:

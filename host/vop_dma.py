@@ -14,7 +14,7 @@ import socket
 import struct
 
 from mic_emu._native import ffi, lib
-from mic_emu.clock import Clock
+from mic_emu.clock import Clock, wait_for
 from mic_emu.dma import DRAIN_S, INTERRUPT, DmaChannel, DmaError
 from mic_emu.host.smpt import Smpt
 from mic_emu.memory import PageAllocator
@@ -85,7 +85,7 @@ class ProgramDma:
     async def _end(self, done: asyncio.Event) -> None:
         while not done.is_set():
             try:
-                await asyncio.wait_for(done.wait(), LOOK_S)
+                await wait_for(done.wait(), LOOK_S)
             except asyncio.TimeoutError:
                 self._channel.poll()
                 if self._channel.halted and not done.is_set():

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+from mic_emu.clock import wait_for
 from mic_emu.dma import DmaChannel
 from mic_emu.errors import MicemuError
 from mic_emu.host.vop import VopDevice, VopHost
@@ -169,7 +170,7 @@ class VopFiles:
         try:
             if ask:
                 await file.channel.send({"op": "counters"})
-            return await asyncio.wait_for(asyncio.shield(file.counting), limit_s)
+            return await wait_for(asyncio.shield(file.counting), limit_s)
         except (OSError, TimeoutError, asyncio.TimeoutError):
             return None
 

@@ -24,6 +24,32 @@ from mic_emu.timing import PROFILES, Profile
 T = TypeVar("T")
 
 
+async def wait_for(awaitable: Awaitable[T], limit_s: float | None) -> T:
+    """``asyncio.wait_for`` that loses no cancellation; ``limit_s`` is real seconds. Raises asyncio.TimeoutError.
+
+    That of Python 3.10 and 3.11 goes on as if nothing had been said when it is cancelled in the moment in which its work
+    ends, and whoever cancelled the task waits for its end for ever. Here the caller is cancelled and the result is lost.
+    """
+    if limit_s is None:
+        return await awaitable
+    work = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({work}, timeout=max(limit_s, 0.0))
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+            if work.cancelled():
+                raise asyncio.TimeoutError
+        return work.result()
+    except asyncio.CancelledError:
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # nobody is left to hear of it
+        raise
+
+
 def settle(future: asyncio.Future[None]) -> None:
     """Complete ``future`` unless it is already done."""
     if not future.done():
@@ -73,7 +99,7 @@ class Clock:
     async def within(self, awaitable: Awaitable[T], seconds: float, what: str) -> T:
         """Await with the scaled limit; TimeoutError says what was awaited and for how long."""
         try:
-            return await asyncio.wait_for(awaitable, self.limit(seconds))
+            return await wait_for(awaitable, self.limit(seconds))
         except asyncio.TimeoutError:
             raise TimeoutError(f"{what}: nothing within {self.limit(seconds):g} s") from None
 

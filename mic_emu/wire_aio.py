@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
+from mic_emu.clock import wait_for
 from mic_emu.peers import admitted, group_of
 from mic_emu.wire import (
     SEND_TIMEOUT_S,
@@ -92,7 +93,7 @@ class AsyncChannel(BaseChannel):
 
         (loop.add_writer if writing else loop.add_reader)(fd, wake)
         try:
-            await asyncio.wait_for(ready, None if deadline is None else deadline - time.monotonic())
+            await wait_for(ready, None if deadline is None else deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise WireTimeout(why) from None
         finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mic_emu import layout
 from mic_emu._native import lib
-from mic_emu.clock import settle
+from mic_emu.clock import settle, wait_for
 from mic_emu.memory import View, revoke_windows
 from mic_emu.scif.errors import ScifError
 from mic_emu.scif.limits import NODE_ALIVE_S
@@ -46,7 +46,7 @@ async def hand_over_memory(to: Link, of: Link) -> None:
         try:
             sock.connect(os.fspath(to.service_path))
             socket.send_fds(sock, [packet], [of.ports.peer_fd])
-            await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 256), HAND_OVER_S)
+            await wait_for(asyncio.get_running_loop().sock_recv(sock, 256), HAND_OVER_S)
         except (OSError, asyncio.TimeoutError) as e:
             to.log.warning("node %d: cannot hand over memory to node %d: %s", to.node.id, to.peer_id, e)
 
@@ -131,7 +131,7 @@ class Membership:
         self._info[key] = asyncio.get_running_loop().create_future()
         try:
             link.send(Msg(Op.GET_NODE_INFO, (self.node.id, 0), (HOST, 0), p3=key))
-            await asyncio.wait_for(self._info[key], self.node.clock.api(NODE_ALIVE_S))
+            await wait_for(self._info[key], self.node.clock.api(NODE_ALIVE_S))
         finally:
             del self._info[key]
 

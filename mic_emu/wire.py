@@ -18,6 +18,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -30,6 +31,7 @@ MAX_FDS = 253  # descriptors of one message: the kernel's SCM_MAX_FD
 SEND_TIMEOUT_S = 10.0
 
 _CHUNK = 256 << 10
+_TIMEVAL = struct.Struct("@ll")
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 _RECV_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -267,17 +269,26 @@ class _Reached:
         os.close(self._fd)
 
 
-def connect_unix(path: str, wait: bool = True) -> socket.socket:
+def _set_send_limit(sock: socket.socket, limit_s: float) -> None:
+    """Python's own time-out of a socket makes it non-blocking, and such a connect does not wait at all."""
+    whole = int(limit_s)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(whole, int((limit_s - whole) * 1e6)))
+
+
+def connect_unix(path: str, wait: bool = True, limit_s: float = 0.0) -> socket.socket:
     """Connect to a stream socket at a path of any length. Raises OSError with the path in it.
 
-    wait:  for a listener whose queue is full; else EAGAIN
+    wait:    for a listener whose queue is full; else EAGAIN
+    limit_s: of that wait, then EAGAIN; 0: none
     """
     reach = _Reached(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(wait)
     try:
         with reach as at:
+            _set_send_limit(sock, limit_s)
             sock.connect(at(reach.name))
+            _set_send_limit(sock, 0.0)
     except OSError as e:
         sock.close()
         raise OSError(e.errno, os.strerror(e.errno or 0), path) from None

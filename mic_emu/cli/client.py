@@ -11,15 +11,19 @@ from typing import Any
 
 import click
 
-from mic_emu.errors import BY_NAME, MicemuError, NoSuchCard, NotRunning
+from mic_emu.errors import BY_NAME, MicemuError, NoSuchCard, NotRunning, WaitTimeout
 from mic_emu.peers import group_of
 from mic_emu.rundir import RunDir
 from mic_emu.version import PROTOCOL, VERSION
-from mic_emu.wire import Channel, connect_unix
+from mic_emu.wire import Channel, WireTimeout, connect_unix
 
 Message = dict[str, Any]
 MOST_S = 1e9  # thirty years: more than any wait, and what every timer of the system takes
 END_LIMIT_S = 10.0  # init ends what is left
+QUIET_S = (
+    10.0  # then we look whether the host process lives: many requests wait for a card as long as that takes
+)
+ALIVE_S = 20.0  # for its answer to that
 NOT_YOURS = "the emulator in {} belongs to another user and is not shared with you"
 
 
@@ -34,7 +38,9 @@ def connect(where: RunDir | None = None) -> Channel:
     where = where or rundir()
     where.check_owner()
     try:
-        return Channel(connect_unix(str(where.control)))
+        return Channel(connect_unix(str(where.control), limit_s=ALIVE_S))
+    except BlockingIOError:  # as many wait as there is room for
+        raise hung(where) from None
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotRunning(
             f"no emulator runs (instance {where.instance}): start one with micemu boot"
@@ -46,20 +52,54 @@ def connect(where: RunDir | None = None) -> Channel:
 def converse(
     channel: Channel, op: str, fds: Sequence[int] = (), **fields: Any
 ) -> Iterator[tuple[Message, list[int]]]:
-    """Send a request; yields every message up to the last one. Raises the MicemuError it ends with."""
+    """Send a request; yields every message up to the last one. Raises the MicemuError it ends with, WaitTimeout when
+    the host process answers nobody any more."""
     where = rundir()
     crash = where.crash_mark()
     try:
         channel.send({"op": op, "protocol": PROTOCOL, "version": VERSION, **fields}, fds)
         while True:
-            msg, got = channel.recv(None, f"the host's answer to {op!r}")
+            try:
+                msg, got = channel.recv(QUIET_S, f"the host's answer to {op!r}")
+            except WireTimeout:
+                await_life(where)
+                continue
             yield check(msg), got
             if msg.get("done"):
                 return
+    except WireTimeout:  # of the request
+        raise hung(where) from None
     except ConnectionError:
         if stranger(where):
             raise MicemuError(NOT_YOURS.format(where.path), errno.EACCES) from None
         raise ended(where, crash, f"during {op!r}") from None
+
+
+def await_life(where: RunDir) -> None:
+    """Have the host process answer anybody. Raises WaitTimeout when it is stopped or hangs; none when it has ended: who
+    waits for it finds that out."""
+    try:
+        with connect(where) as channel:
+            channel.send({"op": "status"})
+            channel.recv(ALIVE_S, "its answer")
+    except WireTimeout:
+        raise hung(where) from None
+    except (NotRunning, ConnectionError):
+        return
+
+
+def hung(where: RunDir) -> WaitTimeout:
+    """What to do about a host process that answers nobody."""
+    host = where.read_pids().get("host")
+    who, fix = (
+        (f", host process {host.pid}", f"kill -CONT {host.pid} lets it go on")
+        if host
+        else ("", "wait for it")
+    )
+    return WaitTimeout(
+        f"the emulator does not answer (instance {where.instance}{who}): if it was stopped, {fix}; "
+        "micemu stop --force ends it"
+    )
 
 
 def stranger(where: RunDir) -> bool:

@@ -230,7 +230,7 @@ class Launcher:
     def finish(self) -> None:
         """Kill everything below us, wait for it, remove the run directory."""
         kill_descendants()
-        with self.rundir.locked():
+        with self.rundir.locked(patient=True):
             owner = self.rundir.read_pids().get("init")
             if owner is None or owner.pid == os.getpid():  # not a successor's
                 self.rundir.remove()

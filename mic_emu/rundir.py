@@ -18,15 +18,17 @@ import re
 import select
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mic_emu.errors import MicemuError, UsageError
+from mic_emu.errors import MicemuError, UsageError, WaitTimeout
 from mic_emu.proc import stat_words
 
 CRASH_TAIL = 1 << 20
+LOCK_LIMIT_S = 90.0  # whoever starts an instance gives up before
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 # A Unix socket's path has 108 bytes; "mic255/console.sock" must fit behind the directory.
 MAX_PATH = 108 - len("/mic255/console.sock") - 1
@@ -79,6 +81,33 @@ def _make_base() -> None:
         _private_dir(base_dir())
     elif not os.path.isdir(named):
         raise MicemuError(f"MICEMU_RUNDIR is {named}: make that directory first")
+
+
+def _flock(fd: int, limit_s: float) -> bool:
+    """Have the lock of the open file ``fd`` within so many seconds; else False, and ``fd`` is closed.
+
+    flock knows no time-out: the wait is a thread's. One that nobody waits for any more gives back what it gets.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        pass
+    turn, state = threading.Lock(), {"held": False, "given_up": False}
+
+    def wait() -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with turn:
+            state["held"] = True
+            if state["given_up"]:
+                os.close(fd)
+
+    waiter = threading.Thread(target=wait, name="lock", daemon=True)
+    waiter.start()
+    waiter.join(limit_s)
+    with turn:
+        state["given_up"] = not state["held"]
+        return state["held"]
 
 
 def group_number(group: str) -> int:
@@ -237,11 +266,15 @@ class RunDir:
         os.close(fd)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Serialise starting and cleaning."""
+    def locked(self, patient: bool = False) -> Iterator[None]:
+        """Serialise starting and cleaning. Raises WaitTimeout when somebody else is at it for LOCK_LIMIT_S, unless
+        ``patient``: init has nothing else to do."""
         while True:
             fd = self._open_lock()
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if patient:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            elif not _flock(fd, LOCK_LIMIT_S):
+                raise self._taken()
             if self._holds(fd):
                 break
             os.close(fd)
@@ -249,6 +282,18 @@ class RunDir:
             yield
         finally:
             self._unlock(fd)
+
+    def _taken(self) -> WaitTimeout:
+        inode = self._lock.stat().st_ino
+        rows = map(str.split, Path("/proc/locks").read_text().splitlines())
+        pids = [r[4] for r in rows if r[1] == "FLOCK" and r[5].endswith(f":{inode}")]
+        who, fix = (
+            (f"process {pids[0]}", f"kill {pids[0]}") if pids else ("a process that we cannot see", "end it")
+        )
+        return WaitTimeout(
+            f"{who} has been starting or cleaning the instance {self.instance} for {LOCK_LIMIT_S:g} s: "
+            f"wait for it, or {fix}"
+        )
 
     def check_startable(self) -> None:
         """Raise the MicemuError that keeps an instance from being started here. Never waits, leaves nothing."""

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import re
+import select
 import shutil
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -18,28 +20,48 @@ import click
 from mic_emu.cli import client
 from mic_emu.cli.log import harmless
 from mic_emu.config import MAX_CARDS, NET_MODES, CardConfig, Config, check_card, load, set_disk
-from mic_emu.errors import MicemuError, NotRunning, UsageError
+from mic_emu.errors import MicemuError, NotRunning, UsageError, WaitTimeout
 from mic_emu.rundir import RunDir
 from mic_emu.sizes import parse_size
 from mic_emu.timing import PROFILES
 from mic_emu.wire import Channel
 
 START_LIMIT_S = 20.0
+READY_LIMIT_S = 60.0  # a second where nothing else runs
 
 
 def start_host(where: RunDir, config: Config) -> None:
-    """Start init and the host process of an instance. Raises MicemuError."""
+    """Start init and the host process of an instance; the caller holds the lock. Raises MicemuError, WaitTimeout."""
     from mic_emu.host import launcher
 
     where.create(config.group)
     crash = where.crash_mark()
     fd = launcher.start(where, {"instance": where.instance, "config": config.to_dict()})
     with os.fdopen(fd, "rb") as pipe:
+        if not select.select([pipe], [], [], READY_LIMIT_S)[0]:  # its line comes in one piece
+            _end_host(where)
+            raise WaitTimeout(
+                f"the host process (instance {where.instance}) did not start within {READY_LIMIT_S:g} s, and was ended: "
+                "is the machine overloaded?"
+            )
         line = pipe.readline()
     answer = json.loads(line) if line else {}
     if "ready" not in answer:
         why = answer.get("error") or str(client.ended(where, crash, "at once"))
         raise MicemuError(f"the host process did not start: {why}")
+
+
+def _end_host(where: RunDir) -> None:
+    """Whoever started it removes it."""
+    from mic_emu.cli.clean import sweep
+
+    pids = list(where.read_pids().values())
+    for process in pids:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    for process in pids:
+        process.await_end(client.END_LIMIT_S)
+    sweep(where)
 
 
 def connect_or_start(where: RunDir, config: Config) -> Channel:

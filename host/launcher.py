@@ -24,7 +24,7 @@ from mic_emu._native import lib
 from mic_emu.log import Log
 from mic_emu.proc import kill_descendants
 from mic_emu.rundir import RunDir
-from mic_emu.wire import Channel, WireError
+from mic_emu.wire import SEND_TIMEOUT_S, Channel, PeerClosed, WireError
 
 HOST, SPARE = "micemu-host", "micemu-spare"
 ENDING = (
@@ -181,22 +181,29 @@ class Launcher:
                         os.kill(host, signal.SIGTERM)  # the end of the session, say: in order
                 elif not self.serve(channel):
                     poller.unregister(ours)
+                    channel.close()  # a host process that lives all the same hears so, and ends
         self.finish()
 
     def serve(self, channel: Channel) -> bool:
         """One request of the host. False when it has gone."""
         try:
-            msg, fds = channel.recv(1.0, "a request of the host process")
-        except (WireError, OSError):
+            msg, fds = channel.recv(SEND_TIMEOUT_S, "the rest of a request of the host process")
+        except PeerClosed:
+            return False
+        except OSError as e:
+            self.log.error(f"the host process is heard no more: {e}")
             return False
         try:
-            pid = self.start(msg["kind"], msg["name"], msg["args"], fds)
-            channel.send({"spawned": pid, "id": msg["id"]})
+            answer: dict[str, Any] = {"spawned": self.start(msg["kind"], msg["name"], msg["args"], fds)}
         except OSError as e:
-            channel.send({"error": str(e), "id": msg["id"]})
+            answer = {"error": str(e)}
         finally:
             for fd in fds:
                 os.close(fd)
+        try:
+            channel.send({**answer, "id": msg["id"]})
+        except OSError:
+            return False  # it was killed meanwhile: what we have started goes with it
         if self.spare is None:
             self.have_a_spare()
         return True

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mic_emu.rundir import ProcessId
+from mic_emu.cli import clean
+from mic_emu.rundir import ProcessId, RunDir
 from mic_emu.testing import homes
 from mic_emu.testing.machine import Machine
 
@@ -104,3 +105,48 @@ def test_a_process_of_the_same_number_is_not_the_owner() -> None:
         assert not home.exists()
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+NAMED = """
+import sys
+open("/proc/self/comm", "w").write(sys.argv[1])
+f = open(sys.argv[2], sys.argv[3])
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "ours"),
+    [
+        ("micro", "r", False),  # an editor
+        ("micro", "a", False),
+        ("mic-shell", "a", False),
+        ("mic0-net", "r", False),  # a program of the user's with our name that looks at the log
+        ("mic0-net", "a", True),  # as init opens it
+        ("micemu-spare", "a", True),
+    ],
+)
+def test_only_what_init_has_forked_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str, ours: bool
+) -> None:
+    """A shell or an editor that happens to be called mic... and has a file of the run directory open is somebody's work."""
+    monkeypatch.setenv("MICEMU_RUNDIR", str(tmp_path))
+    where = RunDir("dead")
+    where.create()
+    where.log.touch()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", NAMED, name, str(where.log), mode], stdin=pipe, stdout=pipe
+    ) as child:
+        try:
+            assert child.stdout
+            assert child.stdout.readline() == b"\n"
+            with where.locked():
+                done = clean.sweep(where)
+            assert done == [f"killed process {child.pid}"] * ours + [f"removed {where.path}"]
+            assert child.stdin
+            child.stdin.close()
+            assert child.wait(20) == (-signal.SIGKILL if ours else 1)  # end of file
+        finally:
+            child.kill()

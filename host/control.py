@@ -45,13 +45,14 @@ class Control:
         self.instance = instance
         self._server: UnixServer | None = None
         self._listeners: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._captured: set[str] = set()  # cards
         self._recent: deque[dict[str, Any]] = deque(maxlen=BACKLOG)
         self._requests: dict[str, Request] = {
             "status": self._status, "boot": self._boot, "shutdown": self._shutdown, "reset": self._reset,
             "reboot": self._reboot, "wait": self._wait, "stop": self._stop, "events": self._events,
             "run": self._run, "host_ns": self._host_ns, "config": self._config, "dump": self._dump,
             "vop": self._vop, "vop_add": self._vop_add, "vop_remove": self._vop_remove,
-            "vop_swap": self._vop_swap, "pcap": self._pcap,
+            "vop_swap": self._vop_swap, "capture": self._capture,
             "backend": self._backend, "top": self._top,
             "fault_add": self._fault_add, "fault_list": self._fault_list, "fault_remove": self._fault_remove,
         }  # fmt: skip
@@ -341,9 +342,27 @@ class Control:
             card.faults.get(number)  # all or none
         return {"removed": {n: card.faults.remove(n).hits for n in numbers}}
 
-    async def _pcap(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+    async def _capture(self, channel: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:
+        """Capture into the descriptor that came along until the client says anything more, or has gone."""
         (card,) = self.instance.select([msg["card"]])
-        reply = await card.backend("net").call("pcap", fds[:1])
+        if not fds:
+            raise UsageError("a capture needs the descriptor of its file")
+        if card.name in self._captured:
+            raise StateError(
+                f"{card.name} is being captured already: end that micemu pcap first", errno.EBUSY
+            )
+        self._captured.add(card.name)
+        try:
+            await card.backend("net").call("pcap", fds[:1])
+            while fds:
+                os.close(fds.pop())  # whoever reads a pipe waits for the last of those who write
+            try:
+                await channel.send({"capturing": card.name})
+                await channel.recv_words(None, "the end of a capture")
+            finally:
+                reply = await card.backend("net").call("pcap")
+        finally:
+            self._captured.discard(card.name)
         return {k: v for k, v in reply.items() if k != "reply"}
 
     async def _backend(self, _: AsyncChannel, msg: dict[str, Any], fds: list[int]) -> Reply:

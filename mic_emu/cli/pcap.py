@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import suppress
 
 import click
 
 from mic_emu.cli import client
 from mic_emu.errors import MicemuError
+from mic_emu.wire import PeerClosed
 
 
 @click.command()
@@ -51,12 +53,14 @@ def command(card: str, path: str, seconds: float, as_json: bool) -> None:
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, lambda *_: None)
     signal.set_wakeup_fd(wake_w)
-    client.ask("pcap", [fd], card=card)
-    os.close(fd)
-    try:
-        select.select([wake_r], [], [], seconds or None)
-    finally:
-        result = client.ask("pcap", card=card)
+    with client.connect() as channel:  # the capture ends with it, however we end
+        answers = client.converse(channel, "capture", [fd], card=card)
+        next(answers)
+        os.close(fd)
+        select.select([wake_r, channel], [], [], seconds or None)
+        with suppress(PeerClosed):  # the next answer tells why
+            channel.send({"op": "end"})
+        result, _ = next(answers)
     if as_json:
         client.emit({k: result[k] for k in ("captured", "written", "dropped") if k in result})
     else:

@@ -24,7 +24,7 @@ QUICK = ("--disk", "none", "--net", "none")
 # What PROTOCOL 1 promises. Requests may be added: an older host names what it does not know. One that goes or changes
 # its meaning, and every change of the settings, raises PROTOCOL once it meets a released micemu; then mend these lists.
 OPS = (
-    "backend boot config dump events force_reset host_ns metrics pcap plug reboot reload reset resume run scif_ask "
+    "backend boot capture config dump events force_reset host_ns metrics plug reboot reload reset resume run scif_ask "
     "shutdown status stop suspend sysfs_list sysfs_read sysfs_watch sysfs_write vop vop_add vop_remove vop_swap wait"
 )
 CARD = (
@@ -43,7 +43,7 @@ def test_protocol_number_stands_for_these_requests_and_settings() -> None:
     ops = Requests(Nothing())._requests  # type: ignore[arg-type]
     assert set(Admin(Nothing()).requests) < set(ops)  # type: ignore[arg-type]
     fields = [[f.name for f in dataclasses.fields(c)] for c in (CardConfig, Config)]
-    assert PROTOCOL == 2
+    assert PROTOCOL == 3
     assert set(OPS.split()) <= set(ops)
     assert [" ".join(sorted(names)) for names in fields] == [CARD, CONFIG]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,43 @@ def test_pcap_is_readable_by_tshark(machine: Machine) -> None:
     )
     assert out.stdout.split().count("8") >= 3
     assert out.stdout.split().count("0") >= 3
+
+
+def test_a_capture_ends_with_its_command(machine: Machine, tmp_path: Path) -> None:
+    """Also when that is killed: nobody writes to the file any more, and the next one can begin."""
+    machine.boot("--disk", "none", "--net", "responder")
+    path, backend = tmp_path / "t.pcap", machine.device("net")["pid"]
+
+    def held() -> bool:
+        fds = [
+            fd
+            for pid in (backend, machine.status()["host"]["pid"])
+            for fd in Path(f"/proc/{pid}/fd").iterdir()
+        ]
+        return any(os.path.realpath(fd) == str(path) for fd in fds)
+
+    capture = machine.popen("pcap", "mic0", "-w", str(path))
+    try:
+        eventually(lambda: path.exists() and path.stat().st_size >= 24, 30, "the capture file")
+        second = machine.micemu("pcap", "mic0", "-w", str(tmp_path / "second.pcap"), check=False)
+        assert (second.returncode, second.stdout) == (4, "")
+        assert "mic0 is being captured already" in second.stderr
+        assert held()
+    finally:
+        capture.kill()
+        capture.wait(30)
+    eventually(lambda: not held(), 30, "the end of the capture")
+    third = machine.popen("pcap", "mic0", "-w", "-", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with third:
+        assert third.stdout
+        assert third.stderr
+        assert len(third.stdout.read(24)) == 24
+        assert machine.json("ping", "mic0", *PATIENT)["received"] == 3
+        third.terminate()
+        assert len(third.stdout.read()) > 300  # and its end: nobody else has the pipe
+        said = third.stderr.read().decode()
+    assert third.returncode == 0, said
+    assert int(said.split()[1]) >= 6
 
 
 def test_responder_answers_in_both_directions(machine: Machine) -> None:

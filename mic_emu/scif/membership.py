@@ -83,6 +83,7 @@ class Membership:
         self._memories: dict[int, tuple[View, int]] = {}
         self._callbacks: list[PeerCallback] = []
         self._info: dict[int, asyncio.Future[None]] = {}
+        self._introducing: dict[frozenset[int], bool] = {}  # two cards each; True: once more behind it
         on = node.add_handler
         on(Op.INIT, self._on_init)
         on(Op.EXIT, self._on_exit)
@@ -150,7 +151,25 @@ class Membership:
         if self.node.id == HOST and not known:  # a card that repeats itself starts nothing anew
             for other in self.ids():
                 if other not in (HOST, link.peer_id):
-                    self.node.spawn(self._introduce(other, link.peer_id), "introduce two cards")
+                    self._begin_to_introduce(other, link.peer_id)
+
+    def _begin_to_introduce(self, i: int, j: int) -> None:
+        """However often a card comes and goes: one introduction at a time, and one that follows it."""
+        pair = frozenset((i, j))
+        if pair in self._introducing:
+            self._introducing[pair] = True
+        else:
+            self._introducing[pair] = False
+            self.node.spawn(self._introduce_all(i, j, pair), "introduce two cards")
+
+    async def _introduce_all(self, i: int, j: int, pair: frozenset[int]) -> None:
+        try:
+            await self._introduce(i, j)
+            while self._introducing[pair]:
+                self._introducing[pair] = False
+                await self._introduce(i, j)
+        finally:
+            del self._introducing[pair]
 
     async def _introduce(self, i: int, j: int) -> None:
         """Tell two cards about each other (NODE_ADD); each first gets the other's memory."""

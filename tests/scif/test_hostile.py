@@ -304,3 +304,41 @@ def test_scif_19_a_program_whose_name_is_no_text_is_asked_for_its_capabilities()
         able = int(status.partition(b"CapEff:")[2].split()[0], 16) >> 21 & 1
         assert caller_is_privileged(program.pid, 1000) == bool(able)
         program.communicate(b"\n")
+
+
+def test_a_card_that_comes_and_goes_without_end() -> None:
+    """INIT and EXIT in turn: one introduction to each other card at a time, however slow that card's programs are, and
+    the last INIT has one that begins after it."""
+
+    async def main() -> None:
+        async with fabric(2) as fab:
+            card, members = fab.cards[0], fab.host.members
+            running = most = begun = 0
+            free = asyncio.Event()
+            begin = members._introduce
+
+            async def introduce(i: int, j: int) -> None:
+                nonlocal running, most, begun
+                begun += 1
+                running += 1
+                most = max(most, running)
+                try:
+                    await free.wait()
+                    await begin(i, j)
+                finally:
+                    running -= 1
+
+            members._introduce = introduce  # type: ignore[method-assign]
+            for _ in range(20):
+                card.card_link.send(Msg(Op.EXIT, (1, 0), (0, 0)))
+                card.card_link.send(Msg(Op.INIT, (1, 0), (0, 0)))
+            want = card.card_link.sent
+            await eventually(lambda: card.host_link.received >= want, "the last message", 40)
+            await eventually(lambda: running, "the first introduction", 40)
+            assert begun == 1
+            free.set()
+            await eventually(lambda: not members._introducing, "the end of the introductions", 40)
+            assert (begun, most) == (2, 1)
+            assert fab.host.node_ids() == [0, 1, 2]
+
+    asyncio.run(asyncio.wait_for(main(), 50))

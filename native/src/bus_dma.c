@@ -50,6 +50,8 @@ void mic_write_dcar(struct mic_bus *bus, uint32_t c, uint32_t value)
 
 /* --- sleeping on DSTAT: see mic_dma_sleep() -------------------------------------------------------- */
 
+/* What is waited for. Sleepers sleep on this word, not on DSTAT: a wake takes every wish back, also that of
+ * one who has not fallen asleep yet and to whom DSTAT says nothing new. */
 static uint32_t *sleepers(struct mic_bus *bus, unsigned c)
 {
 	return reg_at(bus, MIC_DMA_SLEEPERS + 4 * c);
@@ -63,22 +65,22 @@ void mic_hw_dma_wake(struct mic_bus *bus, unsigned c, uint32_t count)
 	if (!want || (count < MIC_DMA_SLEEP_ANY && want != MIC_DMA_SLEEP_ANY && want != count + 1))
 		return;
 	/* Nobody is counted, so a sleeper that was killed costs one wake-up, not one per descriptor. */
-	mic_store_relaxed(sleepers(bus, c), 0);
-	syscall(SYS_futex, reg_at(bus, MIC_REG_DSTAT(c)), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+	mic_exchange(sleepers(bus, c), 0u);
+	syscall(SYS_futex, sleepers(bus, c), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 void mic_dma_sleep(struct mic_bus *bus, unsigned c, uint32_t seen, uint32_t count, uint64_t timeout_ns)
 {
 	struct timespec ts = {.tv_sec = (time_t)(timeout_ns / 1000000000),
 			      .tv_nsec = (long)(timeout_ns % 1000000000)};
-	uint32_t *dstat = reg_at(bus, MIC_REG_DSTAT(c)), want = count < MIC_DMA_SLEEP_ANY ? count + 1 : count;
-	uint32_t other = mic_exchange(sleepers(bus, c), want);
+	uint32_t want = count < MIC_DMA_SLEEP_ANY ? count + 1 : count, other = 0, word;
 
 	/* Two sleepers with different wishes share the word: then every descriptor wakes both. */
-	if (other && other != want)
-		mic_exchange(sleepers(bus, c), MIC_DMA_SLEEP_ANY);
-	if (mic_load_seq_cst(dstat) == seen)
-		syscall(SYS_futex, dstat, FUTEX_WAIT, seen, &ts, NULL, 0);
+	do
+		word = other && other != want ? MIC_DMA_SLEEP_ANY : want;
+	while (!mic_cas(sleepers(bus, c), &other, word));
+	if (mic_load_seq_cst(reg_at(bus, MIC_REG_DSTAT(c))) == seen)
+		syscall(SYS_futex, sleepers(bus, c), FUTEX_WAIT, word, &ts, NULL, 0);
 }
 
 void mic_hw_dma_fault(struct mic_bus *bus, unsigned c, uint32_t error)

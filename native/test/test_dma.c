@@ -6,6 +6,7 @@
 
 #include "harness.h"
 #include "lab.h"
+#include "mic/barrier.h"
 #include "mic/dma.h"
 #include "mic/vring.h"
 
@@ -354,4 +355,65 @@ TEST(hw_28_cookies_wrap_to_one)
 		CHECK(mic_dma_tx_status(ch, cookies[i]) == 1);
 	close_channel(ch);
 	rig_close(&r);
+}
+
+struct sleeper {
+	struct lab *lab;
+	uint32_t asked; /* the count that it waits for; the engine runs to it */
+	uint32_t overslept;
+};
+
+#define SLEEPS         200000u
+#define SLEEP_LIMIT_MS 3000u
+
+static void *sleep_for_each_count(void *arg)
+{
+	struct sleeper *s = arg;
+	struct mic_bus *bus = s->lab->bus;
+
+	for (uint32_t n = 1; n <= SLEEPS && !s->overslept; n++) {
+		uint64_t start = mic_now_ns();
+
+		mic_store_release(&s->asked, n);
+		for (;;) {
+			uint32_t seen = mic_mmio_read(bus, MIC_REG_DSTAT(4));
+
+			if ((seen & MIC_DMA_DSTAT_COUNT) == n % RING)
+				break;
+			mic_dma_sleep(bus, 4, seen, n % RING, SLEEP_LIMIT_MS * 1000000ull);
+		}
+		if (mic_now_ns() - start > SLEEP_LIMIT_MS * 1000000ull)
+			mic_store_release(&s->overslept, n);
+	}
+	mic_store_release(&s->asked, UINT32_MAX);
+	return NULL;
+}
+
+TEST(hw_25_a_wish_that_meets_a_wake_is_not_lost)
+{
+	/* A driver says what it waits for while the engine, which has gone idle, wakes those before it. */
+	struct lab lab;
+	struct sleeper s = {.lab = &lab};
+	pthread_t t;
+	uint64_t state = 1;
+
+	lab_open(&lab, 1 * MIB, 1 * MIB);
+	uint32_t *dstat = (uint32_t *)(void *)(mic_bus_mmio(lab.bus) + MIC_REG_DSTAT(4));
+
+	pthread_create(&t, NULL, sleep_for_each_count, &s);
+	for (uint32_t done = 0, asked; (asked = mic_load_acquire(&s.asked)) != UINT32_MAX;) {
+		for (uint32_t i = lab_random(&state) % 128; i; i--)
+			mic_cpu_relax();
+		mic_hw_dma_wake(lab.bus, 4, MIC_DMA_SLEEP_ANY);
+		if (asked == done)
+			continue;
+		for (uint32_t i = lab_random(&state) % 128; i; i--)
+			mic_cpu_relax();
+		done = asked;
+		mic_store_release(dstat, done % RING);
+		mic_hw_dma_wake(lab.bus, 4, done % RING);
+	}
+	pthread_join(t, NULL);
+	CHECK(!s.overslept);
+	lab_close(&lab);
 }

@@ -90,6 +90,25 @@ static int by_channel(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t l
 	return rc;
 }
 
+static bool again(int error)
+{
+	return error == EINTR || error == EAGAIN;
+}
+
+/* 0: the time is over, whatever signals came meanwhile. */
+static int wait_owner(int fd, short events, uint64_t end_ns)
+{
+	struct pollfd p = {.fd = fd, .events = events};
+
+	for (;;) {
+		uint64_t now = mic_now_ns();
+		int rc = now < end_ns ? poll(&p, 1, (int)((end_ns - now) / 1000000) + 1) : 0;
+
+		if (rc >= 0 || errno != EINTR)
+			return rc;
+	}
+}
+
 /* The owner has a limit of its own; ours is for an owner that hangs. Answers to copies that we gave up are
  * passed over. */
 static int by_owner(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len)
@@ -97,19 +116,18 @@ static int by_owner(struct mic_copy *c, uint64_t dst, uint64_t src, uint64_t len
 	static uint64_t ids;
 	struct mic_copy_job job = {mic_fetch_add(&ids, 1u) + 1, dst, src, len};
 	struct mic_copy_done done = {0};
-	struct pollfd p = {.fd = c->setup.owner, .events = POLLIN};
+	uint64_t end = mic_now_ns() + 2000000ull * (unsigned)c->setup.dma_timeout_ms;
+	int fd = c->setup.owner;
 	ssize_t n;
 
-	do
-		n = send(p.fd, &job, sizeof job, MSG_NOSIGNAL);
-	while (n < 0 && errno == EINTR);
-	while (n > 0 && done.id != job.id) {
-		int ready = poll(&p, 1, 2 * c->setup.dma_timeout_ms);
-
-		if (ready == 0)
+	while ((n = send(fd, &job, sizeof job, MSG_NOSIGNAL | MSG_DONTWAIT)) < 0 && again(errno))
+		if (wait_owner(fd, POLLOUT, end) == 0)
 			return -ETIMEDOUT;
-		n = recv(p.fd, &done, sizeof done, MSG_DONTWAIT);
-		if (n < 0 && (errno == EINTR || errno == EAGAIN))
+	while (n > 0 && done.id != job.id) {
+		if (wait_owner(fd, POLLIN, end) == 0)
+			return -ETIMEDOUT;
+		n = recv(fd, &done, sizeof done, MSG_DONTWAIT);
+		if (n < 0 && again(errno))
 			n = 1;
 	}
 	return n > 0 ? (int)done.result : -EIO;

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import random
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +27,12 @@ INFO = lib.mic_vring_size(32)
 
 
 class Copier:
-    """A rig with the copy engine on ring 0; ``dma``: a DMA engine and host channel 0 behind it."""
+    """A rig with the copy engine on ring 0; ``dma``: a DMA engine and host channel 0 behind it; ``owner``: a socket whose
+    other end makes the copies."""
 
-    def __init__(self, *, compat: bool = False, dma: bool = False, timeout_ms: int = 5000) -> None:
+    def __init__(
+        self, *, compat: bool = False, dma: bool = False, timeout_ms: int = 5000, owner: int = 0
+    ) -> None:
         self.rig = Rig(32, num_vq=2, host_size=8 << 20)
         self.drv, self.dev = FakeDriver(self.rig), FakeDevice(self.rig)
         self.rig.status = DRIVER_OK
@@ -41,6 +46,9 @@ class Copier:
             self.chan = DmaChannel(bus, 0, memory, ring_size=4096)
             off = self.rig.host_pages.alloc(lib.MIC_COPY_BOUNCE)
             setup.chan, setup.bounce_off, setup.bounce_addr = self.chan._ptr, off, SMPT_BASE + off
+        if owner:
+            off = self.rig.host_pages.alloc(lib.MIC_COPY_BOUNCE)
+            setup.owner, setup.bounce_off, setup.bounce_addr = owner, off, SMPT_BASE + off
         self.ptr: Any = lib.mic_copy_create(self.dev.vdev, 0, setup)
         assert self.ptr != ffi.NULL
         self.base = self.rig.alloc(4 << 20)
@@ -291,6 +299,52 @@ def test_vop_32_stuck_dma(compat: bool, want: int) -> None:
     assert c.stats.dma_errors == 1
     assert c.published == (0, 0)
     c.close()
+
+
+class Storm:
+    """Signals to this thread, one after the other, while it is in here."""
+
+    PAUSE_S, MOST = 0.02, 500
+
+    def __enter__(self) -> Storm:
+        self.was = signal.signal(signal.SIGUSR2, lambda *_: None)
+        self.over, self.count, self.target = threading.Event(), 0, threading.get_ident()
+        self.sender = threading.Thread(target=self._send)
+        self.sender.start()
+        return self
+
+    def _send(self) -> None:
+        while self.count < self.MOST and not self.over.wait(self.PAUSE_S):
+            self.count += 1
+            signal.pthread_kill(self.target, signal.SIGUSR2)
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.sender.join()
+        signal.signal(signal.SIGUSR2, self.was)
+
+
+def test_vop_32_an_owner_that_hangs_under_signals() -> None:
+    """The limit is one of time: a signal that comes before it does not start it again."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        c = Copier(timeout_ms=100, owner=theirs.fileno())
+        c.chain([b"x" * 256], [])
+        with Storm() as storm:
+            assert c.run(bytearray(256)) == (-errno.EIO, 0)
+        assert 0 < storm.count < storm.MOST
+        c.close()
+
+
+def test_vop_32_an_owner_that_takes_nothing() -> None:
+    """More copies than the socket holds: each ends at its limit."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        c = Copier(timeout_ms=1, owner=theirs.fileno())
+        c.chain([b"x" * 256], [])
+        assert {c.run(bytearray(256)) for _ in range(40)} == {(-errno.EIO, 0)}
+        c.close()
 
 
 def test_vop_40_bad_user_memory(copier: Copier) -> None:

@@ -41,7 +41,7 @@ void mic_bus_detach(struct mic_bus *bus);
 
 /* The card's memory is another object from now on: a new generation after a reset. It takes the place of
  * the old one in this process's mapping and descriptor; `fd` stays the caller's. 0, -EINVAL (another
- * size), -errno: nothing has changed. */
+ * size): nothing has changed, another -errno: it may be done in part, and such a bus is good for nothing. */
 int mic_bus_replace_gddr(struct mic_bus *bus, int fd);
 /* Let mic_card_at() reach the window bank (the DMA engine); its accesses must be guarded. 0 or -errno. */
 int mic_bus_map_bank(struct mic_bus *bus);

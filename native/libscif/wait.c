@@ -17,23 +17,46 @@ struct waitv { /* struct futex_waitv of newer headers */
 };
 #define WAITV_U32 2u
 
+struct moment {
+	uint64_t ns, ticks;
+};
+
+/* Both clocks at once: of a few readings the one between whose halves the least happened. A thread that loses
+ * its CPU there would take a wrong rate along for the life of the process. */
+static struct moment both_clocks(void)
+{
+	struct moment best = {0};
+	uint64_t least = UINT64_MAX;
+
+	for (int i = 0; i < 5; i++) {
+		struct timespec t;
+		uint64_t before = mic_timestamp();
+
+		clock_gettime(CLOCK_MONOTONIC, &t);
+		uint64_t took = mic_timestamp() - before;
+
+		if (took >= least)
+			continue;
+		least = took;
+		best = (struct moment){(uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec,
+				       before + took / 2};
+	}
+	return best;
+}
+
 uint64_t ticks_per_us(void)
 {
 	static uint64_t ticks;
 	uint64_t known = mic_load_relaxed(&ticks);
-	struct timespec a, b;
 
 	if (known)
 		return known;
-	clock_gettime(CLOCK_MONOTONIC, &a);
-	uint64_t t0 = mic_timestamp(), ns;
+	struct moment a = both_clocks(), b;
 
-	do { /* 50 us, once in a process */
-		clock_gettime(CLOCK_MONOTONIC, &b);
-		ns = (uint64_t)(b.tv_sec - a.tv_sec) * 1000000000u + (uint64_t)b.tv_nsec -
-		     (uint64_t)a.tv_nsec;
-	} while (ns < 50000);
-	known = (mic_timestamp() - t0) * 1000 / ns;
+	do /* 50 us, once in a process */
+		b = both_clocks();
+	while (b.ns - a.ns < 50000);
+	known = (b.ticks - a.ticks) * 1000 / (b.ns - a.ns);
 	mic_store_relaxed(&ticks, known ? known : 1);
 	return known ? known : 1;
 }

@@ -33,9 +33,9 @@ static void register_fence(void)
 static void after_fork(void)
 {
 	register_fence();
+	wire_after_fork(); /* what it closes, the look for pieces may need */
 	pieces_after_fork_child();
 	window_after_fork_child();
-	wire_after_fork();
 	map_after_fork_child();
 	ep_after_fork();
 }

@@ -8,10 +8,12 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #define SWEEP_BYTES (16u << 20) /* moved since the last look: memory that may be held for nothing */
 #define SWEEP_MOVES 64u
-#define SWEEP_PER   8u /* mappings that a registration may pay for */
+#define SWEEP_PER   8u  /* mappings that a registration may pay for */
+#define BEYOND      64u /* descriptors above the limit, some of which may be in use */
 
 /* The pieces in one memory: a process uses one, unless its node is replaced. Never freed. */
 struct home {
@@ -237,11 +239,32 @@ static bool any_pieces(void)
 	return false;
 }
 
+/* A fork cannot be refused: when the program has used all descriptors that it may have, these are beyond
+ * them. */
+static int pipe_beyond(int fds[2])
+{
+	struct rlimit had, more;
+
+	if (getrlimit(RLIMIT_NOFILE, &had) < 0)
+		return -1;
+	more = had;
+	more.rlim_cur = had.rlim_max - had.rlim_cur > BEYOND ? had.rlim_cur + BEYOND : had.rlim_max;
+	if (setrlimit(RLIMIT_NOFILE, &more) < 0)
+		return -1;
+	int rc = pipe2(fds, O_CLOEXEC);
+
+	setrlimit(RLIMIT_NOFILE, &had);
+	return rc;
+}
+
 void pieces_before_fork(void)
 {
+	int saved = errno;
+
 	pieces_lock();
-	if (any_pieces() && pipe2(fork_pipe, O_CLOEXEC) < 0)
+	if (any_pieces() && pipe2(fork_pipe, O_CLOEXEC) < 0 && pipe_beyond(fork_pipe) < 0)
 		fork_pipe[0] = fork_pipe[1] = -1;
+	errno = saved;
 }
 
 void pieces_after_fork_parent(void)

@@ -326,6 +326,52 @@ TEST(scif_16_fork_after_register_leaves_each_its_own_copy)
 	EQ(c, 'p');
 }
 
+#define LARGE 2048 /* pages: to copy them takes longer than to write one */
+
+static void fork_without_descriptors(rlim_t soft, rlim_t hard)
+{
+	struct rlimit limit = { soft, hard };
+	int e[2], status;
+
+	pair(e);
+	char *p = filled(LARGE, 1);
+	char last = p[LARGE * PG - 1];
+
+	CHECK(scif_register(e[0], p, LARGE * PG, 0, RW, 0) >= 0);
+	OK(setrlimit(RLIMIT_NOFILE, &limit));
+	while (dup(0) >= 0)
+		;
+	EQ(errno, EMFILE);
+	pid_t pid = fork();
+
+	if (pid == 0) {
+		bool fine = p[LARGE * PG - 1] == last;
+
+		p[0] = 'c';
+		_exit(!fine);
+	}
+	CHECK(pid > 0);
+	p[LARGE * PG - 1] = (char)(last + 1);
+	EQ(waitpid(pid, &status, 0), pid);
+	EQ(p[0], 1);
+	/* With nothing left below the hard limit either, nobody tells the parent to wait. */
+	if (soft < hard)
+		EQ(status, 0);
+}
+
+TEST(scif_16_a_fork_at_the_limit_of_descriptors_leaves_each_its_own_copy)
+{
+	struct rlimit had;
+
+	OK(getrlimit(RLIMIT_NOFILE, &had));
+	fork_without_descriptors(600, had.rlim_max);
+}
+
+TEST(scif_16_a_fork_at_the_hard_limit_of_descriptors_leaves_the_parents_memory_alone)
+{
+	fork_without_descriptors(600, 600);
+}
+
 static char *racing;
 
 static volatile int stop_racing;

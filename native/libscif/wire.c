@@ -51,25 +51,41 @@ static int socket_path(struct sockaddr_un *sa)
 	return n < 0 || (size_t)n >= sizeof sa->sun_path ? -ENOENT : 0;
 }
 
-int node_connect(void)
+static int node_socket(void)
+{
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+	return fd < 0 ? -errno : fd;
+}
+
+/* Connect the socket to the node. */
+static int reach_node(int fd)
 {
 	struct sockaddr_un sa;
-	int fd, rc = socket_path(&sa);
+	int rc = socket_path(&sa);
 
-	if (rc < 0)
-		return rc;
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return -errno;
-	while (connect(fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
-		rc = errno;
-		if (rc == EINTR)
+	while (rc == 0 && connect(fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
+		if (errno == EINTR)
 			continue;
-		close(fd);
+		rc = -errno;
 		/* Nobody listens there: the driver is not loaded (SCIF 2.17). */
-		return rc == ECONNREFUSED || rc == ENOTDIR || rc == EPROTOTYPE ? -ENOENT : -rc;
+		if (rc == -ECONNREFUSED || rc == -ENOTDIR || rc == -EPROTOTYPE)
+			rc = -ENOENT;
 	}
-	return fd;
+	return rc;
+}
+
+int node_connect(void)
+{
+	int fd = node_socket(), rc;
+
+	if (fd < 0)
+		return fd;
+	rc = reach_node(fd);
+	if (rc == 0)
+		return fd;
+	close(fd);
+	return rc;
 }
 
 static int send_packet(int fd, const struct mic_scif_request *rq, const void *data)
@@ -218,25 +234,32 @@ static int control_get(struct control *c)
 	const struct mic_scif_request hello = {.op = MIC_SCIF_HELLO, .a = {(uint64_t)getpid()}};
 	struct answer ans = {0};
 	struct stat st;
-	int rc, fd = node_connect();
+	int rc, fd = node_socket();
 
 	if (fd < 0)
 		return fd;
 	fd = move_high(fd);
-	rc = send_packet(fd, &hello, NULL);
+	if (fstat(fd, &st) < 0) {
+		close(fd);
+		return -EBADF;
+	}
+	*c = (struct control){fd, st.st_ino, NULL};
+	/* From here on another thread's fork knows it: the node may make us wait. */
+	pthread_mutex_lock(&pool_lock);
+	mark_used(c);
+	pthread_mutex_unlock(&pool_lock);
+	rc = reach_node(fd);
+	if (rc == 0)
+		rc = send_packet(fd, &hello, NULL);
 	while (rc == 0 && (rc = recv_packet(fd, &ans)) == -EINTR)
 		rc = 0;
 	if (rc == 0)
 		rc = ans.head.status;
-	if (rc < 0 || fstat(fd, &st) < 0) {
-		close(fd);
-		return rc < 0 ? rc : -EBADF;
-	}
-	*c = (struct control){fd, st.st_ino, NULL};
-	pthread_mutex_lock(&pool_lock);
-	mark_used(c);
-	pthread_mutex_unlock(&pool_lock);
-	return 0;
+	if (rc == 0)
+		return 0;
+	mark_unused(c);
+	close(fd);
+	return rc;
 }
 
 static void control_put(const struct control *c)

@@ -15,6 +15,7 @@ import errno
 import math
 import mmap as _mmap
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ MAP_FIXED = 0x10
 RMA_USECPU, RMA_USECACHE, RMA_SYNC, RMA_ORDERED = 1, 2, 4, 8
 FENCE_INIT_SELF, FENCE_INIT_PEER, SIGNAL_LOCAL, SIGNAL_REMOTE = 1, 2, 0x10, 0x20
 POLLIN, POLLOUT, POLLERR, POLLHUP, POLLNVAL = 1, 4, 8, 0x10, 0x20
+INT_MAX = 2**31 - 1
 
 T = TypeVar("T")
 _scif_send = lib.scif_send  # send is the call that is made most: one look-up less
@@ -59,10 +61,13 @@ def _check_open(rc: int, what: str) -> int:
     return _check(rc, what)
 
 
-def _retry(call: Callable[..., int], *args: Any) -> int:
-    """Call again when only a signal interrupted it; Python's handlers run in between (PEP 475)."""
+def _retry(call: Callable[..., int], endpoint: Endpoint, *args: Any) -> int:
+    """Call again when only a signal interrupted it; Python's handlers run in between (PEP 475).
+
+    EINTR is also how ``accept`` ends when another thread closes: the number may be another endpoint's by now.
+    """
     while True:
-        rc = call(*args)
+        rc = call(endpoint.fileno(), *args)
         if rc >= 0 or ffi.errno != errno.EINTR:
             return rc
 
@@ -138,6 +143,7 @@ class Endpoint:
     def __init__(self, fd: int | None = None) -> None:
         self._waiting: tuple[list[asyncio.Future[None]], list[asyncio.Future[None]]] = ([], [])
         self._given_up = False  # aconnect was cancelled
+        self._sending: tuple[object, asyncio.Lock] = (None, asyncio.Lock())  # an event loop's turns to send
         self._fd = _check_open(lib.scif_open(), "open") if fd is None else fd
 
     def fileno(self) -> int:
@@ -180,6 +186,12 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"<scif endpoint, descriptor {self._fd}>"
 
+    def __getstate__(self) -> None:
+        """A copy would close the same descriptor."""
+        raise TypeError(
+            "cannot copy or pickle a scif endpoint: it is a descriptor; Endpoint(os.dup(e.fileno()))"
+        )
+
     # --- connections ------------------------------------------------------------------------------
 
     def bind(self, port: int = 0) -> int:
@@ -193,7 +205,7 @@ class Endpoint:
     def accept(self, *, block: bool = True) -> tuple[Endpoint, PortID]:
         """The next connection and its peer. Raises ScifError EAGAIN (not ``block``), EINVAL."""
         peer, new = ffi.new("struct scif_portID *"), ffi.new("int *")
-        _check(_retry(lib.scif_accept, self.fileno(), peer, new, int(block)), "accept")
+        _check(_retry(lib.scif_accept, self, peer, new, int(block)), "accept")
         return Endpoint(new[0]), PortID(peer.node, peer.port)
 
     def connect(self, address: tuple[int, int]) -> int:
@@ -218,14 +230,14 @@ class Endpoint:
         if n >= 0:
             return n
         if ffi.errno == errno.EINTR:
-            return _check(_retry(lib.scif_send, self.fileno(), buf, len(buf), int(block)), "send")
+            return _check(_retry(lib.scif_send, self, buf, len(buf), int(block)), "send")
         raise _fail("send")
 
     def recv_into(self, buffer: Any, *, block: bool = True) -> int:
         """Fill a writable buffer; returns the bytes received: all of it, or with ``block`` False what is
         there, 0 when nothing is. Raises ScifError ECONNRESET once everything is drained."""
         buf = ffi.from_buffer(buffer, require_writable=True)
-        return _check(_retry(lib.scif_recv, self.fileno(), buf, len(buf), int(block)), "recv")
+        return _check(_retry(lib.scif_recv, self, buf, len(buf), int(block)), "recv")
 
     def recv(self, nbytes: int, *, block: bool = True) -> bytes:
         """Up to ``nbytes`` as bytes; the same rules as ``recv_into``."""
@@ -288,7 +300,7 @@ class Endpoint:
 
     def fence_wait(self, mark: int) -> None:
         """Wait until what ``mark`` stands for is complete. Raises ScifError ETIMEDOUT, EINVAL."""
-        _check(_retry(lib.scif_fence_wait, self.fileno(), mark), "fence_wait")
+        _check(_retry(lib.scif_fence_wait, self, mark), "fence_wait")
 
     def fence_signal(self, loff: int, lval: int, roff: int, rval: int, flags: int) -> None:
         """Write 64-bit values once everything before is complete; see the table of SCIF 2.15."""
@@ -343,13 +355,17 @@ class Endpoint:
             await self._ready(writable=False)
 
     async def asend(self, data: Any) -> int:
-        """``send`` of everything in an event loop."""
+        """``send`` of everything in an event loop; what several tasks send stays in one piece each (SCIF-68)."""
         view, done = memoryview(data).cast("B"), 0
-        while done < len(view):
-            n = self.send(view[done:], block=False)
-            done += n
-            if not n:
-                await self._ready(writable=True)
+        loop = asyncio.get_running_loop()
+        if self._sending[0] is not loop:
+            self._sending = loop, asyncio.Lock()
+        async with self._sending[1]:
+            while done < len(view):
+                n = self.send(view[done:], block=False)
+                done += n
+                if not n:
+                    await self._ready(writable=True)
         return done
 
     async def arecv(self, nbytes: int) -> bytes:
@@ -378,13 +394,20 @@ def _finish_all(waiting: list[asyncio.Future[None]]) -> None:
 
 def poll(items: Sequence[tuple[Endpoint | int, int]], timeout_s: float | None = None) -> list[int]:
     """``scif_poll``: exact masks, one per (endpoint or descriptor, events); all 0 after the time-out."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     epds = ffi.new("struct scif_pollepd[]", len(items))
-    for e, (target, events) in zip(epds, items, strict=True):
-        e.epd = target if isinstance(target, int) else target.fileno()
-        e.events = events
-    timeout = -1 if timeout_s is None else max(0, math.ceil(timeout_s * 1000))  # never early
-    _check(_retry(lib.scif_poll, epds, len(items), timeout), "poll")
-    return [int(e.revents) for e in epds]
+    while True:
+        for e, (target, events) in zip(epds, items, strict=True):
+            e.epd = target if isinstance(target, int) else target.fileno()
+            e.events = events
+        left = (
+            0 if deadline is None else max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        )  # never early
+        n = lib.scif_poll(epds, len(items), -1 if deadline is None else min(left, INT_MAX))
+        if n > 0 or (n == 0 and left <= INT_MAX):
+            return [int(e.revents) for e in epds]
+        if n < 0 and ffi.errno != errno.EINTR:  # as _retry, with the time that is left
+            raise _fail("poll")
 
 
 def get_node_ids() -> tuple[list[int], int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import ctypes
 import errno
 import gc
 import os
+import pickle
 import select
+import signal
 import threading
+import time
 
 import pytest
 from scif_server import Server, settled
@@ -215,6 +219,115 @@ def test_scif_15_an_endpoint_goes_with_its_last_reference(node: Server) -> None:
         with pytest.raises(scif.ScifError) as reset:
             a.recv(1)
         assert reset.value.errno == errno.ECONNRESET
+
+
+def test_scif_15_an_endpoint_cannot_be_copied(node: Server) -> None:
+    """A copy would close the descriptor of its original; an error can travel between processes."""
+    a, b = pair()
+    with a, b:
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot copy or pickle a scif endpoint"):
+                make(a)
+        gc.collect()
+        assert a.send(b"here") == 4
+        assert b.recv(4) == b"here"
+    error = scif.ScifError(errno.ECONNRESET, "recv")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.errno, str(again)) == (scif.ScifError, errno.ECONNRESET, str(error))
+
+
+def test_scif_48_an_accept_never_goes_on_with_another_endpoint_of_the_same_number(node: Server) -> None:
+    """Closed in another thread, which opens the next listener at once: EBADF, and the next one keeps its requests."""
+    for _ in range(30):
+        listener = scif.Endpoint()
+        listener.bind()
+        listener.listen()
+        ended: list[BaseException | None] = []
+
+        def accept(listener: scif.Endpoint = listener, ended: list[BaseException | None] = ended) -> None:
+            try:
+                listener.accept()[0].close()
+                ended.append(None)
+            except scif.ScifError as error:
+                ended.append(error)
+
+        blocked = threading.Thread(target=accept, daemon=True)
+        blocked.start()
+        _wait_until_asleep(blocked)
+        listener.close()
+        with scif.Endpoint() as following, scif.Endpoint() as client:
+            port = following.bind()
+            following.listen()
+            client.setblocking(False)
+            with pytest.raises(scif.ScifError):
+                client.connect((0, port))
+            blocked.join(10)
+            assert [getattr(e, "errno", None) for e in ended] == [errno.EBADF]
+            following.accept()[0].close()
+
+
+def _wait_until_asleep(thread: threading.Thread) -> None:
+    """Until the thread waits in the kernel."""
+    while True:
+        with open(f"/proc/self/task/{thread.native_id}/stat") as f:
+            if f.read().rpartition(")")[2].split()[0] == "S":
+                return
+        os.sched_yield()
+
+
+@pytest.mark.timeout(30)
+def test_scif_76_signals_do_not_prolong_a_poll(node: Server) -> None:
+    """Handlers run, the time-out stays; one beyond the C type's range is not cut to its low bits."""
+    ticks: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: ticks.append(1))
+    done = threading.Event()
+    me = threading.get_ident()
+
+    def interrupt() -> None:
+        while not done.wait(0.02):
+            signal.pthread_kill(me, signal.SIGUSR1)
+
+    clock = threading.Thread(target=interrupt, daemon=True)
+    with scif.Endpoint() as listener:
+        listener.bind()
+        listener.listen()
+        clock.start()
+        try:
+            start = time.monotonic()
+            assert scif.poll([(listener, scif.POLLIN)], 0.3) == [0]
+            assert time.monotonic() - start >= 0.3
+            assert ticks
+        finally:
+            done.set()
+            clock.join()
+            signal.signal(signal.SIGUSR1, before)
+    a, b = pair()
+    with a, b:
+        late = threading.Timer(0.3, a.send, args=(b"x",))
+        late.start()
+        assert scif.poll([(b, scif.POLLIN)], 2**32 / 1000) == [scif.POLLIN]
+        late.join()
+
+
+def test_scif_68_what_several_tasks_send_stays_in_one_piece(node: Server) -> None:
+    """Three tasks, blocks larger than a ring, a reader in a thread: no block within another."""
+    size, count = 10000, 100
+    a, b = pair()
+    with a, b:
+
+        async def tasks() -> None:
+            async def send(value: int) -> None:
+                for _ in range(count):
+                    await a.asend(bytes([value]) * size)
+
+            await asyncio.wait_for(asyncio.gather(*(send(value) for value in range(3))), 60)
+
+        got: list[bytes] = []
+        reader = threading.Thread(target=lambda: got.append(b.recv(3 * count * size)))
+        reader.start()
+        asyncio.run(tasks())
+        reader.join()
+        assert [at for at in range(0, 3 * count * size, size) if len(set(got[0][at : at + size])) != 1] == []
 
 
 def test_scif_125_node_ids_and_leaks(node: Server) -> None:

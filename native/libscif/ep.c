@@ -30,6 +30,18 @@ static void register_fence(void)
 	cheap_fence = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
 }
 
+static void before_fork(void)
+{
+	pieces_before_fork();
+	wire_before_fork(); /* last: registering asks the node with the pieces locked */
+}
+
+static void after_fork_parent(void)
+{
+	wire_after_fork_parent();
+	pieces_after_fork_parent();
+}
+
 static void after_fork(void)
 {
 	register_fence();
@@ -45,7 +57,7 @@ static void first_use(void)
 	int saved = errno;
 
 	register_fence();
-	pthread_atfork(pieces_before_fork, pieces_after_fork_parent, after_fork);
+	pthread_atfork(before_fork, after_fork_parent, after_fork);
 	errno = saved;
 }
 

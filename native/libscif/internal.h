@@ -102,6 +102,9 @@ static inline int answer_has(const struct answer *ans, uint32_t nfds)
 {
 	return ans->nfds == nfds ? 0 : -EMFILE;
 }
+bool wire_busy(void); /* a request is under way */
+void wire_before_fork(void);
+void wire_after_fork_parent(void);
 void wire_after_fork(void);
 
 /* --- wait.c ----------------------------------------------------------------------------------- */

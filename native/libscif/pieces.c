@@ -262,7 +262,7 @@ void pieces_before_fork(void)
 	int saved = errno;
 
 	pieces_lock();
-	if (any_pieces() && pipe2(fork_pipe, O_CLOEXEC) < 0 && pipe_beyond(fork_pipe) < 0)
+	if ((any_pieces() || wire_busy()) && pipe2(fork_pipe, O_CLOEXEC) < 0 && pipe_beyond(fork_pipe) < 0)
 		fork_pipe[0] = fork_pipe[1] = -1;
 	errno = saved;
 }
@@ -271,7 +271,9 @@ void pieces_after_fork_parent(void)
 {
 	char c;
 
-	/* What the parent writes from now on is not the child's: wait until it has its copies. */
+	/* What the parent writes from now on is not the child's: wait until it has its copies. And when the
+	 * parent is killed its requests end: until the child has closed its copies of their connections,
+	 * they would not. */
 	if (fork_pipe[0] >= 0) {
 		close(fork_pipe[1]);
 		while (read(fork_pipe[0], &c, 1) < 0 && errno == EINTR)

@@ -25,7 +25,10 @@ struct control {
 static struct control pool[POOL];
 static unsigned pooled;
 static struct control *in_use; /* each on the stack of the call that uses it */
-static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
+/* A signal handler may fork while its own thread holds it: then it goes on without. */
+#define FREE_LOCK PTHREAD_ERRORCHECK_MUTEX_INITIALIZER_NP
+static pthread_mutex_t pool_lock = FREE_LOCK;
+static bool fork_holds_pool;
 
 static int socket_path(struct sockaddr_un *sa)
 {
@@ -234,20 +237,26 @@ static int control_get(struct control *c)
 	const struct mic_scif_request hello = {.op = MIC_SCIF_HELLO, .a = {(uint64_t)getpid()}};
 	struct answer ans = {0};
 	struct stat st;
-	int rc, fd = node_socket();
+	int rc = 0, fd;
 
+	/* A fork of another thread sees it listed, or not at all. */
+	pthread_mutex_lock(&pool_lock);
+	fd = node_socket();
+	if (fd >= 0) {
+		fd = move_high(fd);
+		rc = fstat(fd, &st) < 0 ? -EBADF : 0;
+	}
+	if (fd >= 0 && rc == 0) {
+		*c = (struct control){fd, st.st_ino, NULL};
+		mark_used(c);
+	}
+	pthread_mutex_unlock(&pool_lock);
 	if (fd < 0)
 		return fd;
-	fd = move_high(fd);
-	if (fstat(fd, &st) < 0) {
+	if (rc < 0) {
 		close(fd);
-		return -EBADF;
+		return rc;
 	}
-	*c = (struct control){fd, st.st_ino, NULL};
-	/* From here on another thread's fork knows it: the node may make us wait. */
-	pthread_mutex_lock(&pool_lock);
-	mark_used(c);
-	pthread_mutex_unlock(&pool_lock);
 	rc = reach_node(fd);
 	if (rc == 0)
 		rc = send_packet(fd, &hello, NULL);
@@ -325,10 +334,26 @@ int node_ask(uint32_t op, uint64_t sid, uint64_t a0, uint64_t a1, uint64_t *v0)
 	return rc;
 }
 
+bool wire_busy(void)
+{
+	return mic_load_relaxed(&in_use) != NULL;
+}
+
+void wire_before_fork(void)
+{
+	fork_holds_pool = pthread_mutex_lock(&pool_lock) == 0;
+}
+
+void wire_after_fork_parent(void)
+{
+	if (fork_holds_pool)
+		pthread_mutex_unlock(&pool_lock);
+}
+
 void wire_after_fork(void)
 {
 	/* The connections are the parent's: an answer must not reach the wrong process. */
-	pthread_mutex_init(&pool_lock, NULL);
+	pool_lock = (pthread_mutex_t)FREE_LOCK;
 	while (pooled)
 		if (still_ours(&pool[--pooled]))
 			close(pool[pooled].fd);

@@ -39,6 +39,7 @@ class Questions:
         self._open[key] = (ep, patient, then)
         ep.questions += 1
         ep.path.send(msg)
+        self.node.events.expect()
 
     async def ask(self, ep: Endpoint, msg: Msg, key: int, *, patient: bool = False) -> Msg:
         """``put`` for a coroutine. Raises ScifError."""

@@ -71,6 +71,7 @@ class Records:
         record = self.node.new_id()
         self._granted[record] = (offset, windows, nbytes)
         path.send(msg.answer(Op.ALLOC_GNT, p0=record, p1=path.own_addr(offset), p2=msg.p2))
+        self.node.events.expect()  # the record is filled in at once
 
     def _on_grant(self, msg: Msg, link: object) -> None:
         if msg.p2 in self.node.questions:

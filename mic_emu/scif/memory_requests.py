@@ -197,7 +197,7 @@ class MemoryRequests:
     # --- copies and fences ------------------------------------------------------------------------
 
     def _copy(self, control: Control, session: Session, args: list[int], data: bytes) -> Reply:
-        loff, roff, length, flags, *_ = args
+        loff, roff, length, flags, _ = args
         self.node.rma.copy(session.ep, signed(loff), signed(roff), length, flags)
         return Reply()
 

@@ -67,8 +67,8 @@ int mic_scif_receive(int fd, void *packet, size_t max, struct mic_scif_steer *s)
 		memcpy(&rq, packet, sizeof rq);
 		int cpu = mic_scif_steer(s, rq.cpu, sched_getcpu(), mic_now_ns());
 
-		if (cpu >= 0 && mic_scif_go_to(cpu) == 0)
-			s->moved++;
+		if (cpu >= 0)
+			mic_scif_go_to(cpu); /* where it may not run it stays */
 	}
 	return (int)n;
 }

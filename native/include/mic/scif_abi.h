@@ -254,10 +254,9 @@ struct mic_scif_win { /* a window, followed by its segments */
 
 /* Where a node's requests come from (scif_steer.c). */
 struct mic_scif_steer {
-	uint64_t cpu;   /* of the last request, as there */
-	uint32_t row;   /* so many in a row came from there while the node was elsewhere */
-	uint32_t moved; /* how often it has followed them */
-	uint64_t when;  /* it did so last, CLOCK_MONOTONIC, ns */
+	uint64_t cpu;  /* of the last request, as there */
+	uint64_t row;  /* so many in a row came from there while the node was elsewhere */
+	uint64_t when; /* it followed them last, CLOCK_MONOTONIC, ns */
 };
 /* The CPU to which the node, which runs on `here`, goes before it serves a request from `cpu`; -1: it stays.
  */
